@@ -1,0 +1,136 @@
+// Package brokerapi is the broker's HTTPS interface: what rdv, feed readers and enrolling agents send and get.
+//
+//	GET  /api/v1/workspace                    Workspace; no sign-in: where to sign in
+//	GET  /api/v1/resources                    Resources; bearer token
+//	GET  /api/v1/resources/NAME.rdp           a signed .rdp file; bearer token; ?gateway=NAME ?activity=GUID
+//	GET  /RDWeb/Feed/webfeed.aspx             the same list as MS-TSWP XML; bearer token
+//	GET  /api/v1/activities/ID                []trace.Event; bearer token of the activity's user
+//	POST /api/v1/activities/ID                []trace.Event from rdv, for its own steps; bearer token
+//	POST /api/v1/enroll                       EnrollRequest -> EnrollResponse; the registration token is the credential
+//
+// A refusal is the fitting HTTP status with {"error": refusal.Error}. Every answer carries the header Activity-Id.
+package brokerapi
+
+import "rendezvous.dev/rendezvous/wire/refusal"
+
+// Paths.
+const (
+	PathWorkspace  = "/api/v1/workspace"
+	PathResources  = "/api/v1/resources"
+	PathWebFeed    = "/RDWeb/Feed/webfeed.aspx"
+	PathActivities = "/api/v1/activities/"
+	PathEnroll     = "/api/v1/enroll"
+)
+
+// HeaderActivity carries the activity id both ways.
+const HeaderActivity = "Activity-Id"
+
+// ErrorBody is every refusal's body.
+type ErrorBody struct {
+	Error *refusal.Error `json:"error"`
+}
+
+// Workspace is what a client needs before it signs in.
+type Workspace struct {
+	Name        string   `json:"name"`
+	DisplayName string   `json:"displayName"`
+	IssuerURL   string   `json:"issuerUrl"`
+	ClientID    string   `json:"clientId"`
+	Scopes      []string `json:"scopes"`
+	// IssuerCA (PEM) verifies the issuer, where the Workspace carries one.
+	IssuerCA string `json:"issuerCA,omitempty"`
+}
+
+// Resources is what one user may use, and the gateways to choose from.
+type Resources struct {
+	User      string     `json:"user"`
+	Resources []Resource `json:"resources"`
+	Gateways  []Gateway  `json:"gateways"`
+}
+
+// Resource is one desktop or app.
+type Resource struct {
+	Name        string `json:"name"`
+	DisplayName string `json:"displayName"`
+	Type        string `json:"type"` // Desktop or RemoteApp
+	HostPool    string `json:"hostPool"`
+	RDPFile     string `json:"rdpFile"` // path of the signed file
+}
+
+// Gateway is one gateway to measure and choose from (step 7).
+type Gateway struct {
+	Name     string `json:"name"`
+	Region   string `json:"region,omitempty"`
+	Hostname string `json:"hostname"`
+	Port     int32  `json:"port"`
+	// PingPath answers 204 on the gateway's own listener, for measuring.
+	PingPath string `json:"pingPath"`
+	// Connections counts live sessions and those on their way.
+	Connections int32 `json:"connections"`
+}
+
+// EnrollRequest makes a machine a session host.
+type EnrollRequest struct {
+	// Token is the registration token: a pool's (many hosts, until it expires or is rotated) or one host's (once).
+	Token string `json:"token"`
+	// Host is the session host's name, a DNS label. A host's own token fixes it.
+	Host string `json:"host"`
+	// ClientCSR (PEM) asks for the bus identity. Its URI name must be identity.Agent of this host.
+	ClientCSR string `json:"clientCSR"`
+	// RDPCSR (PEM) asks for the certificate that the RDP server shows. Its names must be those of RDPNames. Empty where
+	// the host keeps its own certificate.
+	RDPCSR string `json:"rdpCSR,omitempty"`
+}
+
+// EnrollResponse is the host's membership.
+type EnrollResponse struct {
+	Namespace string `json:"namespace"`
+	Workspace string `json:"workspace"`
+	Pool      string `json:"pool"`
+	Host      string `json:"host"`
+	Certificates
+	// BusURLs says where the control channel is, best first: tls://host:4222, wss://host:443.
+	BusURLs []string `json:"busUrls"`
+	// BusCA (PEM) verifies the bus.
+	BusCA string `json:"busCA"`
+}
+
+// Certificates is what the issuers answered (PEM, leaf first, then the chain).
+type Certificates struct {
+	ClientCertificate string `json:"clientCertificate"`
+	RDPCertificate    string `json:"rdpCertificate,omitempty"`
+}
+
+// PreEnroll is the answer to GET /api/v1/enroll with the token in the Authorization header: the names that the CSRs
+// must carry.
+type PreEnroll struct {
+	Namespace string `json:"namespace"`
+	Workspace string `json:"workspace"`
+	Pool      string `json:"pool"`
+	// Host is fixed where the token is one host's own, else empty.
+	Host string `json:"host,omitempty"`
+	// RDPCertificate says that the pool issues RDP certificates, so that an RDPCSR is wanted.
+	RDPCertificate bool `json:"rdpCertificate"`
+}
+
+// RenewRequest asks, over the bus, for the next certificates of the host that the connection belongs to.
+type RenewRequest struct {
+	ClientCSR string `json:"clientCSR,omitempty"`
+	RDPCSR    string `json:"rdpCSR,omitempty"`
+}
+
+// RenewResponse answers it. Err set means refused.
+type RenewResponse struct {
+	Err *refusal.Error `json:"error,omitempty"`
+	Certificates
+	BusCA string `json:"busCA,omitempty"`
+}
+
+// PoolName is the name that a client verifies: every host of the pool may serve it, so every host's RDP certificate
+// carries it. It stands as the full address in the signed file.
+func PoolName(namespace, pool string) string { return pool + "." + namespace + ".rdv.internal" }
+
+// RDPNames are the DNS names of one host's RDP certificate.
+func RDPNames(namespace, pool, host string) []string {
+	return []string{PoolName(namespace, pool), host + "." + PoolName(namespace, pool)}
+}

@@ -1,0 +1,229 @@
+// Package bus is what agents, gateways and brokers say to each other over NATS: subjects, messages (JSON), and the
+// permissions that bind each connection to the identity in its certificate.
+//
+//	subject                              from -> to           message -> reply
+//	rdv.connect                          gateway -> a broker  ConnectRequest -> ConnectReply
+//	rdv.host.POOL.HOST.connect           broker -> agent      HostConnect -> HostReply
+//	rdv.host.POOL.HOST.config            broker -> agent      HostConfig
+//	rdv.report.POOL.HOST                 agent -> brokers     HostReport
+//	rdv.renew.POOL.HOST                  agent -> a broker    brokerapi.RenewRequest -> brokerapi.RenewResponse
+//	rdv.gateway.GATEWAY.INSTANCE.report  gateway -> brokers   GatewayReport
+//	rdv.gateway.GATEWAY.INSTANCE.end     broker -> gateway    EndSession
+//	rdv.trace.ROLE.NAME                  all -> brokers       trace.Event
+//
+// "A broker" is one of the queue group Brokers; "brokers" is every one of them. A reader ignores fields that it does
+// not know, so that a rollout may mix versions.
+package bus
+
+import (
+	"fmt"
+	"time"
+
+	"rendezvous.dev/rendezvous/wire/identity"
+	"rendezvous.dev/rendezvous/wire/refusal"
+)
+
+// Brokers is the queue group in which one broker answers.
+const Brokers = "brokers"
+
+// Subjects with no variable part, and the patterns that brokers subscribe to.
+const (
+	SubjectConnect    = "rdv.connect"
+	AllReports        = "rdv.report.*.*"
+	AllRenewals       = "rdv.renew.*.*"
+	AllGatewayReports = "rdv.gateway.*.*.report"
+	AllTraces         = "rdv.trace.>"
+)
+
+// HostConnectSubject is where one host's agent takes connect requests.
+func HostConnectSubject(pool, host string) string {
+	return fmt.Sprintf("rdv.host.%s.%s.connect", pool, host)
+}
+
+// HostConfigSubject is where one host's agent takes its limits and drain state.
+func HostConfigSubject(pool, host string) string {
+	return fmt.Sprintf("rdv.host.%s.%s.config", pool, host)
+}
+
+// ReportSubject is where one host's agent reports.
+func ReportSubject(pool, host string) string { return fmt.Sprintf("rdv.report.%s.%s", pool, host) }
+
+// RenewSubject is where one host's agent asks for its next certificates.
+func RenewSubject(pool, host string) string { return fmt.Sprintf("rdv.renew.%s.%s", pool, host) }
+
+// GatewayReportSubject is where one gateway pod reports its load.
+func GatewayReportSubject(gateway, instance string) string {
+	return fmt.Sprintf("rdv.gateway.%s.%s.report", gateway, instance)
+}
+
+// GatewayEndSubject is where one gateway pod is told to end a session.
+func GatewayEndSubject(gateway, instance string) string {
+	return fmt.Sprintf("rdv.gateway.%s.%s.end", gateway, instance)
+}
+
+// TraceSubject is where the holder of an identity publishes the steps of a connect.
+func TraceSubject(id identity.ID) string {
+	switch id.Role {
+	case identity.RoleAgent:
+		return fmt.Sprintf("rdv.trace.agent.%s.%s", id.Pool, id.Host)
+	case identity.RoleGateway:
+		return fmt.Sprintf("rdv.trace.gateway.%s", id.Gateway)
+	}
+	return "rdv.trace.broker"
+}
+
+// InboxPrefix is where replies to the holder of an identity go. Only its own connections may listen there.
+func InboxPrefix(id identity.ID) string {
+	switch id.Role {
+	case identity.RoleAgent:
+		return fmt.Sprintf("_INBOX.agent.%s.%s", id.Pool, id.Host)
+	case identity.RoleGateway:
+		return fmt.Sprintf("_INBOX.gateway.%s", id.Gateway)
+	}
+	return "_INBOX.broker"
+}
+
+// Permissions is what one connection may publish and subscribe to. Replies to received requests are allowed besides.
+type Permissions struct {
+	Publish   []string
+	Subscribe []string
+}
+
+// PermissionsFor binds a connection to its identity. A role with no place on the bus is an error.
+func PermissionsFor(id identity.ID) (Permissions, error) {
+	inbox := InboxPrefix(id) + ".>"
+	switch id.Role {
+	case identity.RoleBroker:
+		return Permissions{Publish: []string{">"}, Subscribe: []string{">"}}, nil
+	case identity.RoleGateway:
+		return Permissions{
+			Publish:   []string{SubjectConnect, fmt.Sprintf("rdv.gateway.%s.*.report", id.Gateway), TraceSubject(id)},
+			Subscribe: []string{fmt.Sprintf("rdv.gateway.%s.*.end", id.Gateway), inbox},
+		}, nil
+	case identity.RoleAgent:
+		return Permissions{
+			Publish:   []string{ReportSubject(id.Pool, id.Host), RenewSubject(id.Pool, id.Host), TraceSubject(id)},
+			Subscribe: []string{HostConnectSubject(id.Pool, id.Host), HostConfigSubject(id.Pool, id.Host), inbox},
+		}, nil
+	}
+	return Permissions{}, fmt.Errorf("bus: a certificate of role %q has no place on the bus", id.Role)
+}
+
+// ConnectRequest asks the brokers to orchestrate one connect.
+type ConnectRequest struct {
+	ActivityID string `json:"activityId"`
+	SessionID  string `json:"sessionId"`
+	Ticket     string `json:"ticket"`
+	// Target is the name that the client asked for, empty in raw mode.
+	Target     string `json:"target,omitempty"`
+	ClientAddr string `json:"clientAddr,omitempty"`
+	Transport  string `json:"transport,omitempty"`
+	// Gateway and Instance name the pod that holds the client leg.
+	Gateway  string `json:"gateway"`
+	Instance string `json:"instance"`
+	// JoinSecret is 32 random bytes; the agent presents it once.
+	JoinSecret []byte `json:"joinSecret"`
+	// Deadline is when the gateway gives up the client.
+	Deadline time.Time `json:"deadline"`
+}
+
+// ConnectReply is the brokers' answer. Err set means refused.
+type ConnectReply struct {
+	Err  *refusal.Error `json:"error,omitempty"`
+	Pool string         `json:"pool,omitempty"`
+	Host string         `json:"host,omitempty"`
+}
+
+// HostConnect tells an agent to dial a gateway for one session.
+type HostConnect struct {
+	ActivityID string `json:"activityId"`
+	SessionID  string `json:"sessionId"`
+	User       string `json:"user"`
+	Resource   string `json:"resource"`
+	// Address is host:port of the gateway's public listener.
+	Address string `json:"address"`
+	// ServerName is the name that the gateway's certificate must carry.
+	ServerName string `json:"serverName"`
+	// CABundle (PEM) verifies that certificate; empty means the machine's own roots.
+	CABundle string `json:"caBundle,omitempty"`
+	// Instance is the gateway pod that holds the client; it travels in the join request.
+	Instance   string    `json:"instance"`
+	JoinSecret []byte    `json:"joinSecret"`
+	Deadline   time.Time `json:"deadline"`
+}
+
+// HostReply is the agent's last word: it accepts, or refuses against its own limit. Err set means refused.
+type HostReply struct {
+	Err *refusal.Error `json:"error,omitempty"`
+}
+
+// HostConfig is what a host's agent must hold to. Brokers send it when it changes and when an agent reports another Generation.
+type HostConfig struct {
+	// Generation grows with each change; an agent echoes the one that it holds in its report.
+	Generation  int64 `json:"generation"`
+	MaxSessions int32 `json:"maxSessions"`
+	Draining    bool  `json:"draining"`
+	// DrainReason is shown to users who are refused because of it.
+	DrainReason string `json:"drainReason,omitempty"`
+	// ReportEvery is how often the agent reports when nothing changes, in seconds.
+	ReportEvery int32 `json:"reportEvery"`
+}
+
+// HostReport is an agent's presence: sent at start, every HostConfig.ReportEvery seconds, and at once after a change.
+type HostReport struct {
+	Pool string `json:"pool"`
+	Host string `json:"host"`
+	// Boot is random per agent start, so that a reader tells a restart from a late message.
+	Boot string `json:"boot"`
+	// Sequence grows with each report of one boot.
+	Sequence         uint64 `json:"sequence"`
+	ConfigGeneration int64  `json:"configGeneration"`
+	AgentVersion     string `json:"agentVersion"`
+	OS               string `json:"os"`
+	// RDPReady says that the RDP server on the host answered the agent's last probe.
+	RDPReady bool `json:"rdpReady"`
+	// Message says why RDPReady is false.
+	Message  string        `json:"message,omitempty"`
+	Sessions []HostSession `json:"sessions,omitempty"`
+	// Load is the 1-minute load average per CPU, 0 where the OS has none.
+	Load float64 `json:"load,omitempty"`
+	// CertificateFingerprint is the SHA-256 of the RDP certificate that the host serves, in hex.
+	CertificateFingerprint string `json:"certificateFingerprint,omitempty"`
+	CertificateNotAfter    string `json:"certificateNotAfter,omitempty"`
+	// Leaving says that the agent stops now: the host leaves placement at once.
+	Leaving bool `json:"leaving,omitempty"`
+}
+
+// Session states.
+const (
+	SessionPending      = "Pending" // accepted, not joined yet
+	SessionActive       = "Active"
+	SessionDisconnected = "Disconnected"
+)
+
+// HostSession is one session on a host, as the host sees it.
+type HostSession struct {
+	SessionID  string    `json:"sessionId,omitempty"`
+	ActivityID string    `json:"activityId,omitempty"`
+	User       string    `json:"user"`
+	Resource   string    `json:"resource,omitempty"`
+	State      string    `json:"state"`
+	Since      time.Time `json:"since"`
+}
+
+// GatewayReport is one gateway pod's load, sent every few seconds and after a change.
+type GatewayReport struct {
+	Gateway     string    `json:"gateway"`
+	Instance    string    `json:"instance"`
+	Sessions    int32     `json:"sessions"`
+	Pending     int32     `json:"pending"`
+	MaxSessions int32     `json:"maxSessions"`
+	Draining    bool      `json:"draining"`
+	At          time.Time `json:"at"`
+}
+
+// EndSession tells a gateway pod to end one session.
+type EndSession struct {
+	SessionID string `json:"sessionId"`
+	Reason    string `json:"reason"`
+}

@@ -1,0 +1,108 @@
+// Package refusal is the closed set of reasons for which Rendezvous turns a request down, with the text that a person
+// reads. Every refusal carries a stable code (for machines, metrics labels and tests), a message that names the object
+// or field and the way out, and the activity id of the connect that it ended.
+package refusal
+
+import (
+	"errors"
+	"fmt"
+)
+
+// Code is the stable, lower-case name of a reason. It appears in JSON answers, metrics labels, logs and traces.
+type Code string
+
+// The reasons. Add to the end of a group; never rename one that has shipped.
+const (
+	// Tokens of the identity provider, at the feed.
+	TokenMissing       Code = "token-missing"
+	TokenInvalid       Code = "token-invalid" // bad form or signature, or wrong issuer
+	TokenExpired       Code = "token-expired"
+	TokenWrongAudience Code = "token-wrong-audience"
+	IdentityAway       Code = "identity-provider-unavailable"
+
+	// What the user may use.
+	NotGranted      Code = "not-granted"
+	UnknownResource Code = "unknown-resource"
+
+	// Tickets, at the gateway.
+	TicketMissing Code = "ticket-missing"
+	TicketInvalid Code = "ticket-invalid" // forged, altered or of another workspace
+	TicketExpired Code = "ticket-expired"
+	WrongTarget   Code = "wrong-target" // the client asked for another name than the ticket's
+
+	// Placement and hosts.
+	NoHost       Code = "no-host-available"
+	HostTimeout  Code = "host-timeout" // the host promised to dial and didn't, or did not answer
+	HostRefused  Code = "host-refused"
+	HostFull     Code = "host-full"
+	HostDraining Code = "host-draining"
+	HostNotReady Code = "host-not-ready" // the RDP server on the host does not answer
+
+	// Gateways and brokers.
+	GatewayFull     Code = "gateway-full"
+	GatewayDraining Code = "gateway-draining"
+	AdmissionAway   Code = "gateway-container-unavailable"
+	BrokerAway      Code = "broker-unavailable"
+	JoinUnknown     Code = "join-secret-unknown" // wrong, late or used before
+	UnknownInstance Code = "unknown-gateway-instance"
+	Protocol        Code = "protocol-error"
+	IdleTimeout     Code = "idle-timeout"
+	DrainDeadline   Code = "drain-deadline"
+	EndedByAdmin    Code = "ended-by-administrator"
+
+	// Enrolment.
+	RegistrationInvalid Code = "registration-token-invalid" // unknown or revoked by rotation
+	RegistrationExpired Code = "registration-token-expired"
+	RegistrationSpent   Code = "registration-token-spent"
+	BadRequest          Code = "bad-request"
+	WrongRole           Code = "wrong-role" // a certificate of another role
+	IssuerAway          Code = "issuer-unavailable"
+	Internal            Code = "internal-error"
+)
+
+// Error is one refusal. It is an error, so that it travels through ordinary Go code, and JSON, so that it travels to clients.
+type Error struct {
+	Code Code `json:"code"`
+	// Message names the object or field and the way out, in one or two sentences, without the activity id.
+	Message string `json:"message"`
+	// ActivityID is the connect (or request) that was refused; empty until the answering side fills it in.
+	ActivityID string `json:"activityId,omitempty"`
+}
+
+// Error gives the message, the code and the activity id on one line.
+func (e *Error) Error() string {
+	if e.ActivityID == "" {
+		return fmt.Sprintf("%s (%s)", e.Message, e.Code)
+	}
+	return fmt.Sprintf("%s (%s, activity %s)", e.Message, e.Code, e.ActivityID)
+}
+
+// Is makes errors.Is(err, &Error{Code: c}) compare by code.
+func (e *Error) Is(target error) bool {
+	t, ok := target.(*Error)
+	return ok && t.Code == e.Code
+}
+
+// New makes a refusal.
+func New(code Code, format string, args ...any) *Error {
+	return &Error{Code: code, Message: fmt.Sprintf(format, args...)}
+}
+
+// From finds the refusal in err, or wraps err as Internal. It returns nil for nil.
+func From(err error) *Error {
+	if err == nil {
+		return nil
+	}
+	var e *Error
+	if errors.As(err, &e) {
+		return e
+	}
+	return &Error{Code: Internal, Message: err.Error()}
+}
+
+// With returns a copy of e that carries the activity id.
+func (e *Error) With(activityID string) *Error {
+	c := *e
+	c.ActivityID = activityID
+	return &c
+}

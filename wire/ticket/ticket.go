@@ -1,0 +1,132 @@
+// Package ticket is the secret in a downloaded .rdp file: a JWT (RFC 7519) signed with the workspace's Ed25519 key. A
+// client presents it as PAA cookie (MS-TSGU 2.2.10.14) or as bearer token. The gateway checks it alone; the broker checks it
+// again and authorises against the Workspace as it is by then.
+package ticket
+
+import (
+	"crypto/ed25519"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/go-jose/go-jose/v4"
+	"github.com/go-jose/go-jose/v4/jwt"
+
+	"rendezvous.dev/rendezvous/wire/refusal"
+)
+
+// Audience is who a ticket is for.
+const Audience = "rendezvous-gateway"
+
+// MaxLength bounds a ticket in bytes, before anything parses it. A PAA cookie could hold 32,767 characters.
+const MaxLength = 8 << 10
+
+// leeway forgives clocks that differ between broker and gateway pods.
+const leeway = 5 * time.Second
+
+// Claims is what a ticket says.
+type Claims struct {
+	// ID is random per ticket.
+	ID        string
+	Namespace string
+	Workspace string
+	User      string
+	// Groups are those of the user's groups that the Workspace's grants named when the ticket was made.
+	Groups   []string
+	Resource string
+	// Target is the name that the client must ask for.
+	Target string
+	// ActivityID is set where the ticket was made for one connect.
+	ActivityID string
+	// RedirectFlags goes into TUNNEL_AUTH_RESP.
+	RedirectFlags uint32
+	IssuedAt      time.Time
+	Expires       time.Time
+}
+
+type private struct {
+	Groups        []string `json:"grp,omitempty"`
+	Resource      string   `json:"res"`
+	Target        string   `json:"tgt"`
+	ActivityID    string   `json:"act,omitempty"`
+	RedirectFlags uint32   `json:"rdf,omitempty"`
+}
+
+// Issuer names the workspace that signed a ticket.
+func Issuer(namespace, workspace string) string { return "rendezvous:" + namespace + "/" + workspace }
+
+// Sign makes the ticket with the workspace's key.
+func Sign(c Claims, key ed25519.PrivateKey) (string, error) {
+	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.EdDSA, Key: key}, (&jose.SignerOptions{}).WithType("JWT"))
+	if err != nil {
+		return "", fmt.Errorf("ticket: %w", err)
+	}
+	return jwt.Signed(signer).Claims(jwt.Claims{
+		Issuer: Issuer(c.Namespace, c.Workspace), Audience: jwt.Audience{Audience}, Subject: c.User, ID: c.ID,
+		IssuedAt: jwt.NewNumericDate(c.IssuedAt), Expiry: jwt.NewNumericDate(c.Expires),
+	}).Claims(private{Groups: c.Groups, Resource: c.Resource, Target: c.Target, ActivityID: c.ActivityID, RedirectFlags: c.RedirectFlags}).Serialize()
+}
+
+// Workspace reads, unverified, which workspace a ticket claims to be of, so that the caller finds the key for Verify.
+func Workspace(raw string) (namespace, workspace string, err error) {
+	tok, err := parse(raw)
+	if err != nil {
+		return "", "", err
+	}
+	var std jwt.Claims
+	if err := tok.UnsafeClaimsWithoutVerification(&std); err != nil {
+		return "", "", invalid("its claims can't be read")
+	}
+	name, ok := strings.CutPrefix(std.Issuer, "rendezvous:")
+	namespace, workspace, ok2 := strings.Cut(name, "/")
+	if !ok || !ok2 {
+		return "", "", invalid("its issuer is no workspace")
+	}
+	return namespace, workspace, nil
+}
+
+// Verify checks signature, issuer, audience and expiry at now. Its errors are *refusal.Error.
+func Verify(raw string, key ed25519.PublicKey, namespace, workspace string, now time.Time) (Claims, error) {
+	tok, err := parse(raw)
+	if err != nil {
+		return Claims{}, err
+	}
+	var std jwt.Claims
+	var priv private
+	if err := tok.Claims(key, &std, &priv); err != nil {
+		return Claims{}, invalid("its signature is not this workspace's")
+	}
+	err = std.ValidateWithLeeway(jwt.Expected{Issuer: Issuer(namespace, workspace), AnyAudience: jwt.Audience{Audience}, Time: now}, leeway)
+	switch {
+	case errors.Is(err, jwt.ErrExpired):
+		return Claims{}, refusal.New(refusal.TicketExpired, "The ticket in the connection file expired at %s: refresh the feed, or run `rdv connect` again, for a new one.", std.Expiry.Time().UTC().Format(time.RFC3339))
+	case err != nil:
+		return Claims{}, invalid(err.Error())
+	case std.Expiry == nil || std.IssuedAt == nil || std.Subject == "" || priv.Resource == "":
+		return Claims{}, invalid("it lacks a claim")
+	}
+	return Claims{
+		ID: std.ID, Namespace: namespace, Workspace: workspace, User: std.Subject, Groups: priv.Groups, Resource: priv.Resource,
+		Target: priv.Target, ActivityID: priv.ActivityID, RedirectFlags: priv.RedirectFlags,
+		IssuedAt: std.IssuedAt.Time(), Expires: std.Expiry.Time(),
+	}, nil
+}
+
+func parse(raw string) (*jwt.JSONWebToken, error) {
+	if raw == "" {
+		return nil, refusal.New(refusal.TicketMissing, "The request carries no ticket: use a connection file from the workspace's feed, or `rdv connect`.")
+	}
+	if len(raw) > MaxLength {
+		return nil, invalid(fmt.Sprintf("it is longer than %d bytes", MaxLength))
+	}
+	tok, err := jwt.ParseSigned(raw, []jose.SignatureAlgorithm{jose.EdDSA})
+	if err != nil {
+		return nil, invalid("it is not a signed ticket")
+	}
+	return tok, nil
+}
+
+func invalid(why string) error {
+	return refusal.New(refusal.TicketInvalid, "The ticket was refused: %s. Download the connection file from the workspace again, unchanged.", why)
+}
