@@ -1,0 +1,134 @@
+package v1alpha1
+
+import corev1 "k8s.io/api/core/v1"
+
+// Condition types. Ready sums up the others of its object; each is always set, Unknown included.
+const (
+	// ConditionReady says that the object does its work. Its message is that of the first condition that is not true.
+	ConditionReady = "Ready"
+	// ConditionReconciling is true while the operator is still on its way to the declared state (kstatus).
+	ConditionReconciling = "Reconciling"
+	// ConditionStalled is true where only a person can help: the message says how (kstatus).
+	ConditionStalled = "Stalled"
+	// ConditionReferencesResolved says that every object that the spec names exists and fits.
+	ConditionReferencesResolved = "ReferencesResolved"
+	// ConditionCertificatesReady says that cert-manager has issued every certificate that the object needs.
+	ConditionCertificatesReady = "CertificatesReady"
+	// ConditionIdentityReady says that the Workspace's OIDC provider answers with a discovery document and keys.
+	ConditionIdentityReady = "IdentityReady"
+	// ConditionAvailable says that enough pods are ready.
+	ConditionAvailable = "Available"
+	// ConditionRegistrationReady says that the HostPool's registration token exists and has not expired.
+	ConditionRegistrationReady = "RegistrationReady"
+	// ConditionEnrolled says that the SessionHost's agent holds a certificate.
+	ConditionEnrolled = "Enrolled"
+	// ConditionConnected says that the SessionHost's agent is on the control channel.
+	ConditionConnected = "Connected"
+	// ConditionHealthy says that the RDP server on the SessionHost answers its agent.
+	ConditionHealthy = "Healthy"
+	// ConditionDraining says whether the SessionHost refuses new sessions, and that the host has acknowledged it.
+	ConditionDraining = "Draining"
+)
+
+// Condition reasons.
+const (
+	ReasonReady             = "Ready"
+	ReasonProgressing       = "Progressing"
+	ReasonPending           = "Pending"
+	ReasonReferenceNotFound = "ReferenceNotFound"
+	ReasonReferenceInvalid  = "ReferenceInvalid"
+	ReasonIssuerNotFound    = "IssuerNotFound"
+	ReasonIssuerNotReady    = "IssuerNotReady"
+	ReasonCertificatePend   = "CertificatePending"
+	ReasonCertificateFailed = "CertificateFailed"
+	ReasonDiscoveryFailed   = "DiscoveryFailed"
+	ReasonPodsNotReady      = "PodsNotReady"
+	ReasonPodInvalid        = "PodInvalid"
+	ReasonConflict          = "NameTaken"
+	ReasonNotEnrolled       = "NotEnrolled"
+	ReasonNotConnected      = "NotConnected"
+	ReasonHeartbeatLost     = "HeartbeatLost"
+	ReasonRDPNotReady       = "RDPNotReady"
+	ReasonDrainRequested    = "DrainRequested"
+	ReasonDrained           = "Drained"
+	ReasonNotDraining       = "NotDraining"
+	ReasonNoHosts           = "NoHosts"
+	ReasonTerminating       = "Terminating"
+)
+
+// Labels and annotations on what the operator makes.
+const (
+	// LabelWorkspace, LabelHostPool, LabelSessionHost and LabelGateway name the owner of a child object.
+	LabelWorkspace   = "rendezvous.dev/workspace"
+	LabelHostPool    = "rendezvous.dev/hostpool"
+	LabelSessionHost = "rendezvous.dev/sessionhost"
+	LabelGateway     = "rendezvous.dev/gateway"
+	// LabelComponent says what a pod is: broker, gateway or sessionhost.
+	LabelComponent = "rendezvous.dev/component"
+	// LabelRegistration marks a registration-token Secret: "pool" or "host".
+	LabelRegistration = "rendezvous.dev/registration"
+	// AnnotationRotate on a HostPool, with a new value, has its registration token replaced; the old one is revoked.
+	AnnotationRotate = "rendezvous.dev/rotate-registration"
+)
+
+// IssuerReference names a cert-manager issuer.
+type IssuerReference struct {
+	// name of the issuer.
+	// +required
+	// +kubebuilder:validation:MinLength=1
+	// +kubebuilder:validation:MaxLength=253
+	Name string `json:"name"`
+	// kind of the issuer: Issuer (in the object's namespace) or ClusterIssuer, or a kind of an external issuer's group.
+	// Defaults to Issuer.
+	// +optional
+	// +kubebuilder:validation:MaxLength=63
+	Kind string `json:"kind,omitempty"`
+	// group of the issuer's kind. Defaults to cert-manager.io.
+	// +optional
+	// +kubebuilder:validation:MaxLength=253
+	Group string `json:"group,omitempty"`
+}
+
+// LocalReference names an object of a known kind in the same namespace.
+type LocalReference struct {
+	// name of the object.
+	// +required
+	// +kubebuilder:validation:MinLength=1
+	// +kubebuilder:validation:MaxLength=63
+	Name string `json:"name"`
+}
+
+// KeyReference names one key of a ConfigMap or Secret in the same namespace.
+// +kubebuilder:validation:XValidation:rule="self.kind in ['ConfigMap', 'Secret']",message="kind must be ConfigMap or Secret"
+type KeyReference struct {
+	// kind is ConfigMap or Secret.
+	// +required
+	// +kubebuilder:validation:MaxLength=16
+	Kind string `json:"kind"`
+	// name of the ConfigMap or Secret.
+	// +required
+	// +kubebuilder:validation:MinLength=1
+	// +kubebuilder:validation:MaxLength=253
+	Name string `json:"name"`
+	// key in its data.
+	// +required
+	// +kubebuilder:validation:MinLength=1
+	// +kubebuilder:validation:MaxLength=253
+	Key string `json:"key"`
+}
+
+// Service says how a Service that the operator makes is exposed.
+type Service struct {
+	// type of the Service: ClusterIP, NodePort or LoadBalancer. Defaults to ClusterIP.
+	// +optional
+	// +kubebuilder:validation:Enum=ClusterIP;NodePort;LoadBalancer
+	Type corev1.ServiceType `json:"type,omitempty"`
+	// annotations to put on the Service, for the cloud's load balancer or for external-dns.
+	// +optional
+	// +kubebuilder:validation:MaxProperties=32
+	Annotations map[string]string `json:"annotations,omitempty"`
+	// loadBalancerClass of the Service, where type is LoadBalancer.
+	// +optional
+	// +kubebuilder:validation:MaxLength=253
+	LoadBalancerClass *string `json:"loadBalancerClass,omitempty"`
+}

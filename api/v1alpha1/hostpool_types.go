@@ -1,0 +1,233 @@
+package v1alpha1
+
+import (
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// HostPoolType says whether users share the hosts.
+// +kubebuilder:validation:Enum=Pooled;Personal
+type HostPoolType string
+
+// The pool types.
+const (
+	Pooled   HostPoolType = "Pooled"
+	Personal HostPoolType = "Personal"
+)
+
+// LoadBalancing says how users spread over a Pooled pool's hosts.
+// +kubebuilder:validation:Enum=BreadthFirst;DepthFirst
+type LoadBalancing string
+
+// The load-balancing rules.
+const (
+	BreadthFirst LoadBalancing = "BreadthFirst"
+	DepthFirst   LoadBalancing = "DepthFirst"
+)
+
+// Assignment says how a Personal pool's hosts find their users.
+// +kubebuilder:validation:Enum=Automatic;Direct
+type Assignment string
+
+// The assignment rules.
+const (
+	Automatic Assignment = "Automatic"
+	Direct    Assignment = "Direct"
+)
+
+// HostPoolSpec is a set of session hosts that serve the same resources.
+// +kubebuilder:validation:XValidation:rule="!has(self.loadBalancing) || self.type == 'Pooled'",message="loadBalancing is for type Pooled; a Personal pool's users have hosts of their own"
+// +kubebuilder:validation:XValidation:rule="!has(self.assignment) || self.type == 'Personal'",message="assignment is for type Personal"
+// +kubebuilder:validation:XValidation:rule="!has(self.replicas) || has(self.template)",message="replicas needs template: only hosts that are pods can be made by the pool"
+// +kubebuilder:validation:XValidation:rule="self.type == oldSelf.type",message="type can't be changed; make a new HostPool"
+// +kubebuilder:validation:XValidation:rule="self.workspaceRef.name == oldSelf.workspaceRef.name",message="workspaceRef can't be changed, because the hosts' certificates name the workspace; make a new HostPool"
+type HostPoolSpec struct {
+	// workspaceRef names the Workspace that the pool belongs to. It can't be changed.
+	// +required
+	WorkspaceRef LocalReference `json:"workspaceRef"`
+	// type is Pooled (any host serves any user) or Personal (each user has a host of their own). It can't be changed.
+	// +required
+	Type HostPoolType `json:"type"`
+	// loadBalancing of a Pooled pool: BreadthFirst spreads users over all hosts, DepthFirst fills one host after the
+	// other. Defaults to BreadthFirst.
+	// +optional
+	LoadBalancing LoadBalancing `json:"loadBalancing,omitempty"`
+	// maxSessionsPerHost bounds the sessions of one host, 1 to 1000. Defaults to 16 for Pooled, 1 for Personal.
+	// +optional
+	// +kubebuilder:validation:Minimum=1
+	// +kubebuilder:validation:Maximum=1000
+	MaxSessionsPerHost *int32 `json:"maxSessionsPerHost,omitempty"`
+	// assignment of a Personal pool: Automatic gives a user the first free host, for good; Direct waits for somebody to
+	// set assignedUser on a SessionHost. Defaults to Automatic.
+	// +optional
+	Assignment Assignment `json:"assignment,omitempty"`
+	// registration rules the token with which machines enrol themselves.
+	// +optional
+	Registration Registration `json:"registration,omitempty,omitzero"`
+	// health says when a host is no longer counted on.
+	// +optional
+	Health Health `json:"health,omitempty,omitzero"`
+	// rdpCertificate has cert-manager issue the certificate that each host's RDP server shows, so that clients verify it
+	// without a warning. Unset, hosts keep their own.
+	// +optional
+	RDPCertificate *RDPCertificate `json:"rdpCertificate,omitempty"`
+	// customRDPProperties are lines to add to the pool's connection files, such as "audiocapturemode:i:1". They can't
+	// name the gateway, the address or a secret.
+	// +optional
+	// +listType=set
+	// +kubebuilder:validation:MaxItems=64
+	// +kubebuilder:validation:items:MaxLength=512
+	// +kubebuilder:validation:XValidation:rule="self.all(p, p.matches('^[A-Za-z][A-Za-z0-9 ]*:[ibs]:[^\\r\\n]*$'))",message="each property must read name:type:value, type being i, s or b"
+	// +kubebuilder:validation:XValidation:rule="self.all(p, !p.lowerAscii().matches('^(gateway[a-z]*|full address|alternate full address|signature|signscope|password 51|pcb|loadbalanceinfo) *:'))",message="gateway*, full address, signature, signscope, pcb, loadbalanceinfo and password properties are set by Rendezvous"
+	CustomRDPProperties []string `json:"customRDPProperties,omitempty"`
+	// replicas is how many hosts the pool keeps from template, 0 to 1000. Defaults to 1 where there is a template.
+	// +optional
+	// +kubebuilder:validation:Minimum=0
+	// +kubebuilder:validation:Maximum=1000
+	Replicas *int32 `json:"replicas,omitempty"`
+	// template is a pod template (core/v1 PodTemplateSpec) for session hosts that are pods. Its container named desktop is
+	// the RDP server and listens on 127.0.0.1:3389; the operator adds the agent sidecar, the shared folder /run/rdp-cert
+	// with the RDP certificate, and takes care that nothing reaches the pod from outside.
+	// +optional
+	// +kubebuilder:validation:Schemaless
+	// +kubebuilder:validation:Type=object
+	// +kubebuilder:pruning:PreserveUnknownFields
+	Template *corev1.PodTemplateSpec `json:"template,omitempty"`
+	// agent is the agent sidecar of the hosts that are pods.
+	// +optional
+	Agent AgentSidecar `json:"agent,omitempty,omitzero"`
+}
+
+// AgentSidecar is the agent container beside a desktop.
+type AgentSidecar struct {
+	// image of the agent. Defaults to the one that the operator was released with.
+	// +optional
+	// +kubebuilder:validation:MaxLength=512
+	Image string `json:"image,omitempty"`
+	// resources of the agent container.
+	// +optional
+	Resources corev1.ResourceRequirements `json:"resources,omitempty,omitzero"`
+}
+
+// RotationPolicy says when a registration token is replaced.
+// +kubebuilder:validation:Enum=Automatic;Manual
+type RotationPolicy string
+
+// The rotation policies.
+const (
+	RotateAutomatic RotationPolicy = "Automatic"
+	RotateManual    RotationPolicy = "Manual"
+)
+
+// Registration rules the pool's registration token, in the Secret <pool>-registration.
+type Registration struct {
+	// tokenLifetimeSeconds is how long a token enrols hosts, 3600 (an hour) to 2592000 (30 days). Defaults to 86400 (a day).
+	// +optional
+	// +kubebuilder:validation:Minimum=3600
+	// +kubebuilder:validation:Maximum=2592000
+	TokenLifetimeSeconds *int32 `json:"tokenLifetimeSeconds,omitempty"`
+	// rotation is Automatic (a new token replaces the old at two thirds of its life) or Manual (it expires, until the
+	// annotation rendezvous.dev/rotate-registration changes or the Secret is deleted). Either way a replaced token is
+	// refused at once. Defaults to Automatic.
+	// +optional
+	Rotation RotationPolicy `json:"rotation,omitempty"`
+}
+
+// Health says when a host is no longer counted on.
+type Health struct {
+	// heartbeatTimeoutSeconds without a word from its agent takes a host out of placement, 5 to 600. Defaults to 30.
+	// +optional
+	// +kubebuilder:validation:Minimum=5
+	// +kubebuilder:validation:Maximum=600
+	HeartbeatTimeoutSeconds *int32 `json:"heartbeatTimeoutSeconds,omitempty"`
+	// connectTimeoutSeconds is how long a host may take to answer a connect request before the broker goes on to the
+	// next, 1 to 60. Defaults to 5.
+	// +optional
+	// +kubebuilder:validation:Minimum=1
+	// +kubebuilder:validation:Maximum=60
+	ConnectTimeoutSeconds *int32 `json:"connectTimeoutSeconds,omitempty"`
+}
+
+// RDPCertificate is where hosts' RDP certificates come from.
+type RDPCertificate struct {
+	// issuerRef names the issuer. Clients verify hosts where they trust its CA.
+	// +required
+	IssuerRef IssuerReference `json:"issuerRef"`
+	// durationSeconds of a certificate, 3600 (an hour) to 31536000 (a year). Agents renew at two thirds. Defaults to
+	// 2592000 (30 days).
+	// +optional
+	// +kubebuilder:validation:Minimum=3600
+	// +kubebuilder:validation:Maximum=31536000
+	DurationSeconds *int32 `json:"durationSeconds,omitempty"`
+}
+
+// HostPoolStatus is how the pool stands.
+type HostPoolStatus struct {
+	// conditions: Ready, ReferencesResolved, RegistrationReady, Available, Reconciling, Stalled.
+	// +optional
+	// +listType=map
+	// +listMapKey=type
+	Conditions []metav1.Condition `json:"conditions,omitempty"`
+	// observedGeneration is the generation of the spec that the status speaks of.
+	// +optional
+	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
+	// hosts counts the pool's SessionHosts.
+	// +optional
+	Hosts int32 `json:"hosts"`
+	// readyHosts counts those that take sessions.
+	// +optional
+	ReadyHosts int32 `json:"readyHosts"`
+	// sessions counts the sessions on them.
+	// +optional
+	Sessions int32 `json:"sessions"`
+	// registration tells of the current token, not the token.
+	// +optional
+	Registration RegistrationStatus `json:"registration,omitempty,omitzero"`
+}
+
+// RegistrationStatus tells of the current registration token.
+type RegistrationStatus struct {
+	// secretName of the Secret that holds it, key token.
+	// +optional
+	SecretName string `json:"secretName,omitempty"`
+	// expires is when it stops enrolling.
+	// +optional
+	Expires *metav1.Time `json:"expires,omitempty"`
+	// rotatedFor is the value of the annotation rendezvous.dev/rotate-registration that it was made for.
+	// +optional
+	RotatedFor string `json:"rotatedFor,omitempty"`
+}
+
+// HostPool is a set of session hosts that serve the same resources.
+// +kubebuilder:object:root=true
+// +kubebuilder:subresource:status
+// +kubebuilder:subresource:scale:specpath=.spec.replicas,statuspath=.status.hosts
+// +kubebuilder:resource:shortName=hp,categories=rdv
+// +kubebuilder:printcolumn:name="Workspace",type=string,JSONPath=`.spec.workspaceRef.name`
+// +kubebuilder:printcolumn:name="Type",type=string,JSONPath=`.spec.type`
+// +kubebuilder:printcolumn:name="Hosts",type=integer,JSONPath=`.status.hosts`
+// +kubebuilder:printcolumn:name="Serving",type=integer,JSONPath=`.status.readyHosts`
+// +kubebuilder:printcolumn:name="Sessions",type=integer,JSONPath=`.status.sessions`
+// +kubebuilder:printcolumn:name="Ready",type=string,JSONPath=`.status.conditions[?(@.type=="Ready")].status`
+// +kubebuilder:printcolumn:name="Status",type=string,JSONPath=`.status.conditions[?(@.type=="Ready")].message`
+// +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
+// +kubebuilder:validation:XValidation:rule="self.metadata.name.size() <= 40 && !self.metadata.name.contains('.')",message="metadata.name must be a DNS label of at most 40 characters: it becomes part of other names"
+type HostPool struct {
+	metav1.TypeMeta   `json:",inline"`
+	metav1.ObjectMeta `json:"metadata,omitempty"`
+
+	// spec is what you declare.
+	// +required
+	Spec HostPoolSpec `json:"spec"`
+	// status is what the operator sees.
+	// +optional
+	Status HostPoolStatus `json:"status,omitempty,omitzero"`
+}
+
+// HostPoolList is a list of HostPools.
+// +kubebuilder:object:root=true
+type HostPoolList struct {
+	metav1.TypeMeta `json:",inline"`
+	metav1.ListMeta `json:"metadata,omitempty"`
+	Items           []HostPool `json:"items"`
+}

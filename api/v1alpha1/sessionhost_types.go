@@ -1,0 +1,144 @@
+package v1alpha1
+
+import metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+// SessionHostSpec is one machine that desktops run on.
+// +kubebuilder:validation:XValidation:rule="self.hostPoolRef.name == oldSelf.hostPoolRef.name",message="hostPoolRef can't be changed, because the host's certificate names its pool; enrol the host in the other pool"
+type SessionHostSpec struct {
+	// hostPoolRef names the HostPool that the host belongs to. It can't be changed.
+	// +required
+	HostPoolRef LocalReference `json:"hostPoolRef"`
+	// drain, while it is set, keeps new sessions off the host. Sessions that run go on, and a user's own disconnected
+	// session can be taken up again.
+	// +optional
+	Drain *Drain `json:"drain,omitempty"`
+	// assignedUser is whose host it is, in a Personal pool. The broker sets it where assignment is Automatic.
+	// +optional
+	// +kubebuilder:validation:MaxLength=256
+	AssignedUser string `json:"assignedUser,omitempty"`
+}
+
+// DrainMode says what a drain does.
+// +kubebuilder:validation:Enum=NoNewSessions
+type DrainMode string
+
+// DrainNoNewSessions keeps new sessions off and lets running ones go on.
+const DrainNoNewSessions DrainMode = "NoNewSessions"
+
+// Drain keeps new sessions off a host.
+type Drain struct {
+	// mode is NoNewSessions: running sessions go on.
+	// +required
+	Mode DrainMode `json:"mode"`
+	// reason is shown to users whom the drain turns away, and in the status.
+	// +optional
+	// +kubebuilder:validation:MaxLength=256
+	Reason string `json:"reason,omitempty"`
+	// until is when the drain ends by itself. Unset, it lasts until drain is removed.
+	// +optional
+	Until *metav1.Time `json:"until,omitempty"`
+}
+
+// SessionHostStatus is how the host stands. It is coarse on purpose: nothing is written per heartbeat.
+type SessionHostStatus struct {
+	// conditions: Ready, ReferencesResolved, Enrolled, Connected, Healthy, Draining, Reconciling, Stalled.
+	// +optional
+	// +listType=map
+	// +listMapKey=type
+	Conditions []metav1.Condition `json:"conditions,omitempty"`
+	// observedGeneration is the generation of the spec that the status speaks of.
+	// +optional
+	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
+	// enrolment tells how the host became a member. The broker writes it.
+	// +optional
+	Enrolment *Enrolment `json:"enrolment,omitempty"`
+	// agent is what the host's agent reported. The broker writes it.
+	// +optional
+	Agent *AgentStatus `json:"agent,omitempty"`
+}
+
+// Enrolment tells how a host became a member.
+type Enrolment struct {
+	// time of the enrolment.
+	// +required
+	Time metav1.Time `json:"time"`
+	// tokenHash is the SHA-256, in hex, of the registration token that was used. A host's own token is spent by it.
+	// +required
+	// +kubebuilder:validation:MaxLength=64
+	TokenHash string `json:"tokenHash"`
+	// certificateSerial of the identity that was issued, in hex.
+	// +optional
+	// +kubebuilder:validation:MaxLength=64
+	CertificateSerial string `json:"certificateSerial,omitempty"`
+}
+
+// AgentStatus is what a host's agent reported, to the precision that is worth a write.
+type AgentStatus struct {
+	// connected says whether the agent is on the control channel.
+	// +required
+	Connected bool `json:"connected"`
+	// lastHeartbeat, at most once in five minutes while nothing else changes.
+	// +optional
+	LastHeartbeat *metav1.Time `json:"lastHeartbeat,omitempty"`
+	// version of the agent.
+	// +optional
+	// +kubebuilder:validation:MaxLength=128
+	Version string `json:"version,omitempty"`
+	// os of the host.
+	// +optional
+	// +kubebuilder:validation:MaxLength=128
+	OS string `json:"os,omitempty"`
+	// rdpReady says whether the RDP server answers.
+	// +optional
+	RDPReady bool `json:"rdpReady,omitempty"`
+	// message says why it doesn't.
+	// +optional
+	// +kubebuilder:validation:MaxLength=1024
+	Message string `json:"message,omitempty"`
+	// sessions on the host.
+	// +optional
+	Sessions int32 `json:"sessions,omitempty"`
+	// drainAcknowledged says that the agent refuses new sessions because of spec.drain.
+	// +optional
+	DrainAcknowledged bool `json:"drainAcknowledged,omitempty"`
+	// certificateFingerprint is the SHA-256, in hex, of the RDP certificate that the host shows.
+	// +optional
+	// +kubebuilder:validation:MaxLength=64
+	CertificateFingerprint string `json:"certificateFingerprint,omitempty"`
+	// certificateExpires is when that certificate does.
+	// +optional
+	CertificateExpires *metav1.Time `json:"certificateExpires,omitempty"`
+}
+
+// SessionHost is one machine, or pod, that desktops run on.
+// +kubebuilder:object:root=true
+// +kubebuilder:subresource:status
+// +kubebuilder:resource:shortName=sh,categories=rdv
+// +kubebuilder:printcolumn:name="Pool",type=string,JSONPath=`.spec.hostPoolRef.name`
+// +kubebuilder:printcolumn:name="User",type=string,JSONPath=`.spec.assignedUser`
+// +kubebuilder:printcolumn:name="Sessions",type=integer,JSONPath=`.status.agent.sessions`
+// +kubebuilder:printcolumn:name="Draining",type=string,JSONPath=`.status.conditions[?(@.type=="Draining")].status`
+// +kubebuilder:printcolumn:name="Ready",type=string,JSONPath=`.status.conditions[?(@.type=="Ready")].status`
+// +kubebuilder:printcolumn:name="Status",type=string,JSONPath=`.status.conditions[?(@.type=="Ready")].message`
+// +kubebuilder:printcolumn:name="Agent",type=string,JSONPath=`.status.agent.version`,priority=1
+// +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
+// +kubebuilder:validation:XValidation:rule="self.metadata.name.size() <= 52 && !self.metadata.name.contains('.')",message="metadata.name must be a DNS label of at most 52 characters: it becomes part of other names"
+type SessionHost struct {
+	metav1.TypeMeta   `json:",inline"`
+	metav1.ObjectMeta `json:"metadata,omitempty"`
+
+	// spec is what you declare.
+	// +required
+	Spec SessionHostSpec `json:"spec"`
+	// status is what the operator and the broker see.
+	// +optional
+	Status SessionHostStatus `json:"status,omitempty,omitzero"`
+}
+
+// SessionHostList is a list of SessionHosts.
+// +kubebuilder:object:root=true
+type SessionHostList struct {
+	metav1.TypeMeta `json:",inline"`
+	metav1.ListMeta `json:"metadata,omitempty"`
+	Items           []SessionHost `json:"items"`
+}
