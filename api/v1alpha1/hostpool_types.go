@@ -193,6 +193,10 @@ type RegistrationStatus struct {
 	// expires is when it stops enrolling.
 	// +optional
 	Expires *metav1.Time `json:"expires,omitempty"`
+	// tokenHash is the SHA-256, in hex, of the token: brokers compare with it, and need to read no Secret.
+	// +optional
+	// +kubebuilder:validation:MaxLength=64
+	TokenHash string `json:"tokenHash,omitempty"`
 	// rotatedFor is the value of the annotation rendezvous.dev/rotate-registration that it was made for.
 	// +optional
 	RotatedFor string `json:"rotatedFor,omitempty"`

@@ -49,6 +49,9 @@ type SessionHostStatus struct {
 	// observedGeneration is the generation of the spec that the status speaks of.
 	// +optional
 	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
+	// registration tells of the host's own token, in the Secret <sessionhost>-registration. It enrols this host, once.
+	// +optional
+	Registration RegistrationStatus `json:"registration,omitempty,omitzero"`
 	// enrolment tells how the host became a member. The broker writes it.
 	// +optional
 	Enrolment *Enrolment `json:"enrolment,omitempty"`

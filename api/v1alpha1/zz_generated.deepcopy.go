@@ -874,6 +874,7 @@ func (in *SessionHostStatus) DeepCopyInto(out *SessionHostStatus) {
 			(*in)[i].DeepCopyInto(&(*out)[i])
 		}
 	}
+	in.Registration.DeepCopyInto(&out.Registration)
 	if in.Enrolment != nil {
 		in, out := &in.Enrolment, &out.Enrolment
 		*out = new(Enrolment)
