@@ -1,0 +1,74 @@
+# Everything here works on a bare Debian machine with Go, as root: what is missing is installed with apt-get.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+CLUSTER := go -C hack/cluster run .
+DEV     := go -C hack run ./dev
+ASSETS  := $(CURDIR)/bin/envtest
+
+##@ See it work
+.PHONY: demo
+demo: ## Boot a cluster, install the operator, apply the samples, connect a real RDP client; the picture is demo.png
+	$(DEV) demo
+
+.PHONY: test
+test: lint unit e2e ## All tests: lint, unit, golden, CEL and envtest, then end to end on the embedded cluster
+
+##@ Develop
+.PHONY: build
+build: ## Compile every binary into bin/
+	go build -o bin/ ./cmd/...
+
+.PHONY: generate
+generate: tools ## Generate deep copies, CRDs, RBAC, the gRPC of the sidecar and the API reference
+	bin/controller-gen object paths=./api/...
+	bin/controller-gen crd paths=./api/... output:crd:dir=config/crd/bases
+	bin/controller-gen rbac:roleName=rendezvous-manager paths=./controllers/... output:rbac:dir=config/rbac
+	PATH="$(CURDIR)/bin:$$PATH" go generate ./wire/admission
+	bin/crd-ref-docs --source-path=api/v1alpha1 --config=docs/api-config.yaml --renderer=markdown --output-path=docs/api.md --log-level=ERROR
+
+.PHONY: tools
+tools: bin/.tools
+bin/.tools: hack/tools/go.mod hack/tools/go.sum
+	command -v protoc >/dev/null || { apt-get update -q && apt-get install -y -q protobuf-compiler; }
+	go -C hack/tools build -o $(CURDIR)/bin/ tool
+	touch $@
+
+.PHONY: lint
+lint: tools ## gofmt, go vet, staticcheck, import walls, generated files up to date
+	hack/lint/check.sh
+
+.PHONY: unit
+unit: ## Unit, golden, CEL and envtest tests (kube-apiserver and etcd from the cluster's own binary)
+	$(CLUSTER) assets $(ASSETS)
+	KUBEBUILDER_ASSETS=$(ASSETS) RDV_REQUIRE_ENVTEST=1 go test ./...
+	go -C hack/cluster test ./...
+	go -C hack/desktop test ./...
+	go -C hack test ./lint ./netlab ./signin ./images
+
+.PHONY: e2e
+e2e: ## The end-to-end tests, on the embedded cluster
+	go -C hack test ./e2e -count=1 -timeout 45m -v
+
+##@ The embedded cluster
+.PHONY: cluster-up cluster-down
+cluster-up: ## Boot the embedded Kubernetes with cert-manager, DNS and Dex
+	$(CLUSTER) up
+cluster-down: ## Remove it and all that it made
+	$(CLUSTER) down
+
+.PHONY: images
+images: ## Build every image without a container engine and load it into the embedded cluster
+	$(DEV) images
+
+##@ Your own cluster (the current kubeconfig)
+.PHONY: deploy undeploy
+deploy: ## Install the CRDs and the operator
+	kubectl apply --server-side -k config/default
+undeploy: ## Remove them, and every object of theirs
+	kubectl delete --ignore-not-found -k config/default
+
+.PHONY: help
+help:
+	@awk 'BEGIN {FS = ":.*##"} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*##/ {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
