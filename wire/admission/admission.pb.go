@@ -255,7 +255,7 @@ type ConnectRequest struct {
 	Target     string `protobuf:"bytes,3,opt,name=target,proto3" json:"target,omitempty"`
 	ClientAddr string `protobuf:"bytes,4,opt,name=client_addr,json=clientAddr,proto3" json:"client_addr,omitempty"`
 	SessionId  string `protobuf:"bytes,5,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
-	// instance is the relay instance that holds the client leg (the pod's name).
+	// instance is the relay instance that holds the client leg (InstanceName of the pod's address).
 	Instance string `protobuf:"bytes,6,opt,name=instance,proto3" json:"instance,omitempty"`
 	// join_secret is 32 random bytes that the agent must present, once.
 	JoinSecret []byte `protobuf:"bytes,7,opt,name=join_secret,json=joinSecret,proto3" json:"join_secret,omitempty"`
@@ -919,8 +919,10 @@ type Step struct {
 	At             *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=at,proto3" json:"at,omitempty"`
 	DurationMicros int64                  `protobuf:"varint,6,opt,name=duration_micros,json=durationMicros,proto3" json:"duration_micros,omitempty"`
 	Detail         string                 `protobuf:"bytes,7,opt,name=detail,proto3" json:"detail,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// error is the refusal's code where the connect ended here.
+	Error         string `protobuf:"bytes,8,opt,name=error,proto3" json:"error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Step) Reset() {
@@ -998,6 +1000,13 @@ func (x *Step) GetDurationMicros() int64 {
 func (x *Step) GetDetail() string {
 	if x != nil {
 		return x.Detail
+	}
+	return ""
+}
+
+func (x *Step) GetError() string {
+	if x != nil {
+		return x.Error
 	}
 	return ""
 }
@@ -1194,7 +1203,7 @@ const file_admission_proto_rawDesc = "" +
 	"\asession\x18\x01 \x01(\v2 .rendezvous.admission.v1.SessionR\asession\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\"B\n" +
 	"\bDraining\x126\n" +
-	"\bdeadline\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\bdeadline\"\xda\x01\n" +
+	"\bdeadline\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\bdeadline\"\xf0\x01\n" +
 	"\x04Step\x12\x1f\n" +
 	"\vactivity_id\x18\x01 \x01(\tR\n" +
 	"activityId\x12\x1c\n" +
@@ -1203,7 +1212,8 @@ const file_admission_proto_rawDesc = "" +
 	"\x04name\x18\x04 \x01(\tR\x04name\x12*\n" +
 	"\x02at\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12'\n" +
 	"\x0fduration_micros\x18\x06 \x01(\x03R\x0edurationMicros\x12\x16\n" +
-	"\x06detail\x18\a \x01(\tR\x06detail\"K\n" +
+	"\x06detail\x18\a \x01(\tR\x06detail\x12\x14\n" +
+	"\x05error\x18\b \x01(\tR\x05error\"K\n" +
 	"\fRelayCommand\x120\n" +
 	"\x03end\x18\x01 \x01(\v2\x1c.rendezvous.admission.v1.EndH\x00R\x03endB\t\n" +
 	"\acommand\"<\n" +
