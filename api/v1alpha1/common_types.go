@@ -10,7 +10,8 @@ const (
 	ConditionReconciling = "Reconciling"
 	// ConditionStalled is true where only a person can help: the message says how (kstatus).
 	ConditionStalled = "Stalled"
-	// ConditionReferencesResolved says that every object that the spec names exists and fits.
+	// ConditionReferencesResolved says that every object that the spec names exists and fits, that the names of the
+	// children are free, and that the API server took them.
 	ConditionReferencesResolved = "ReferencesResolved"
 	// ConditionCertificatesReady says that cert-manager has issued every certificate that the object needs.
 	ConditionCertificatesReady = "CertificatesReady"
@@ -45,6 +46,7 @@ const (
 	ReasonPodsNotReady      = "PodsNotReady"
 	ReasonPodInvalid        = "PodInvalid"
 	ReasonConflict          = "NameTaken"
+	ReasonRejected          = "Rejected"
 	ReasonNotEnrolled       = "NotEnrolled"
 	ReasonNotConnected      = "NotConnected"
 	ReasonHeartbeatLost     = "HeartbeatLost"
@@ -65,9 +67,13 @@ const (
 	LabelGateway     = "rendezvous.dev/gateway"
 	// LabelComponent says what a pod is: broker, gateway or sessionhost.
 	LabelComponent = "rendezvous.dev/component"
+	// LabelManagedBy with the value ManagedBy is on everything that the operator makes.
+	LabelManagedBy = "app.kubernetes.io/managed-by"
+	ManagedBy      = "rendezvous"
 	// LabelRegistration marks a registration-token Secret: "pool" or "host".
 	LabelRegistration = "rendezvous.dev/registration"
-	// AnnotationRotate on a HostPool, with a new value, has its registration token replaced; the old one is revoked.
+	// AnnotationRotate on a HostPool or a SessionHost, with a new value, has its registration token replaced; the old one
+	// is revoked.
 	AnnotationRotate = "rendezvous.dev/rotate-registration"
 )
 

@@ -3,6 +3,7 @@ package v1alpha1
 import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
 )
 
 // HostPoolType says whether users share the hosts.
@@ -87,12 +88,13 @@ type HostPoolSpec struct {
 	Replicas *int32 `json:"replicas,omitempty"`
 	// template is a pod template (core/v1 PodTemplateSpec) for session hosts that are pods. Its container named desktop is
 	// the RDP server and listens on 127.0.0.1:3389; the operator adds the agent sidecar, the shared folder /run/rdp-cert
-	// with the RDP certificate, and takes care that nothing reaches the pod from outside.
+	// with the RDP certificate, and takes care that nothing reaches the pod from outside. A changed template replaces each
+	// pod once no session is on it. The operator reads it strictly: a field that it doesn't know shows as a condition.
 	// +optional
 	// +kubebuilder:validation:Schemaless
 	// +kubebuilder:validation:Type=object
 	// +kubebuilder:pruning:PreserveUnknownFields
-	Template *corev1.PodTemplateSpec `json:"template,omitempty"`
+	Template *runtime.RawExtension `json:"template,omitempty"`
 	// agent is the agent sidecar of the hosts that are pods.
 	// +optional
 	Agent AgentSidecar `json:"agent,omitempty,omitzero"`

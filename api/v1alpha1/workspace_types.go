@@ -215,7 +215,8 @@ type Signing struct {
 
 // WorkspaceCertificates is where TLS certificates come from.
 type WorkspaceCertificates struct {
-	// issuerRef names the issuer of the broker's public certificate, for hostname.
+	// issuerRef names the issuer of the broker's public certificate, for hostname and for the names of the Service
+	// <workspace>-broker inside the cluster, which enrolling pods dial: a public ACME issuer can't sign those.
 	// +required
 	IssuerRef IssuerReference `json:"issuerRef"`
 	// internalIssuerRef names the issuer of the identities that brokers, gateways and agents show each other: a CA that

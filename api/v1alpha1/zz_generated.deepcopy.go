@@ -5,7 +5,6 @@
 package v1alpha1
 
 import (
-	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 )
@@ -441,7 +440,7 @@ func (in *HostPoolSpec) DeepCopyInto(out *HostPoolSpec) {
 	}
 	if in.Template != nil {
 		in, out := &in.Template, &out.Template
-		*out = new(corev1.PodTemplateSpec)
+		*out = new(runtime.RawExtension)
 		(*in).DeepCopyInto(*out)
 	}
 	in.Agent.DeepCopyInto(&out.Agent)
