@@ -1,0 +1,281 @@
+// Package stage sets up what the demo and the end-to-end tests play on: the embedded cluster, the product's images, the
+// operator, the samples, and people with machines of their own. Every step is idempotent: a second run changes nothing,
+// and a run after a kill goes on.
+package stage
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
+	"k8s.io/client-go/tools/clientcmd"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
+	"rendezvous.dev/rendezvous/hack/images"
+)
+
+// Where the samples and the operator live.
+const (
+	Namespace         = "rendezvous-demo"
+	OperatorNamespace = "rendezvous-system"
+	// DNS is the cluster's DNS, which stands for the public one: it answers NAME.rdv.test.
+	DNS = "10.96.0.10"
+)
+
+// Stage is a cluster with the operator and the samples on it.
+type Stage struct {
+	// Root is the source tree.
+	Root string
+	// Kubeconfig of the embedded cluster.
+	Kubeconfig string
+	// Client reads and writes its objects.
+	Client client.Client
+	// CompanyCA (PEM) is the CA that users and machines trust.
+	CompanyCA []byte
+
+	assets string
+	say    *Progress
+}
+
+// Progress prints what happens, with the time since the start.
+type Progress struct {
+	mu    sync.Mutex
+	out   io.Writer
+	start time.Time
+}
+
+// NewProgress writes to out.
+func NewProgress(out io.Writer) *Progress { return &Progress{out: out, start: time.Now()} }
+
+// Say prints one line.
+func (p *Progress) Say(format string, args ...any) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	fmt.Fprintf(p.out, "[%5.1fs] %s\n", time.Since(p.start).Seconds(), fmt.Sprintf(format, args...))
+}
+
+// Up brings the stage about.
+func Up(ctx context.Context, root string, say *Progress) (*Stage, error) {
+	s := &Stage{Root: root, assets: filepath.Join(root, "bin", "envtest"), say: say}
+	var built []images.Image
+	desktopTar := filepath.Join(s.imageDir(), "desktop.tar")
+
+	g, gctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return s.tool(gctx, "hack/cluster", "up") })
+	g.Go(func() error {
+		say.Say("desktop and client: Debian 13 roots, real xrdp and FreeRDP")
+		return s.tool(gctx, "hack/desktop", "image", desktopTar)
+	})
+	g.Go(func() (err error) {
+		say.Say("images: compiling %s", strings.Join(images.Names, ", "))
+		built, err = images.Build(gctx, root, s.imageDir())
+		return err
+	})
+	if err := g.Wait(); err != nil {
+		return nil, err
+	}
+	if err := s.connect(ctx); err != nil {
+		return nil, err
+	}
+
+	say.Say("images: loading into the cluster")
+	load := []string{"load", desktopTar}
+	for _, i := range built {
+		load = append(load, i.Tar)
+	}
+	if err := s.tool(ctx, "hack/cluster", load...); err != nil {
+		return nil, err
+	}
+	if err := s.installOperator(ctx, built); err != nil {
+		return nil, err
+	}
+	return s, s.applySamples(ctx)
+}
+
+// Images builds the images and loads them, and nothing else.
+func Images(ctx context.Context, root string, say *Progress) error {
+	s := &Stage{Root: root, say: say}
+	built, err := images.Build(ctx, root, s.imageDir())
+	if err != nil {
+		return err
+	}
+	desktopTar := filepath.Join(s.imageDir(), "desktop.tar")
+	if err := s.tool(ctx, "hack/desktop", "image", desktopTar); err != nil {
+		return err
+	}
+	load := []string{"load", desktopTar}
+	for _, i := range built {
+		say.Say("%s", i.Ref)
+		load = append(load, i.Tar)
+	}
+	return s.tool(ctx, "hack/cluster", load...)
+}
+
+func (s *Stage) imageDir() string { return filepath.Join(s.Root, "bin", "images") }
+
+// tool runs one of hack's commands, passing its progress on.
+func (s *Stage) tool(ctx context.Context, module string, args ...string) error {
+	cmd := exec.CommandContext(ctx, "go", append([]string{"-C", filepath.Join(s.Root, module), "run", "."}, args...)...)
+	cmd.Stdout, cmd.Stderr = os.Stderr, os.Stderr
+	if err := cmd.Run(); err != nil {
+		return fmt.Errorf("stage: %s %s: %w", module, args[0], err)
+	}
+	return nil
+}
+
+// connect finds the kubeconfig and a client for it.
+func (s *Stage) connect(ctx context.Context) error {
+	out, err := exec.CommandContext(ctx, "go", "-C", filepath.Join(s.Root, "hack/cluster"), "run", ".", "kubeconfig").Output()
+	if err != nil {
+		return fmt.Errorf("stage: where is the kubeconfig? %w", err)
+	}
+	s.Kubeconfig = strings.TrimSpace(string(out))
+	if err := s.tool(ctx, "hack/cluster", "assets", s.assets); err != nil {
+		return err
+	}
+	cfg, err := clientcmd.BuildConfigFromFlags("", s.Kubeconfig)
+	if err != nil {
+		return fmt.Errorf("stage: %w", err)
+	}
+	cfg.QPS, cfg.Burst = 100, 200
+	scheme := runtime.NewScheme()
+	for _, add := range []func(*runtime.Scheme) error{clientgoscheme.AddToScheme, rdv.AddToScheme} {
+		if err := add(scheme); err != nil {
+			return fmt.Errorf("stage: %w", err)
+		}
+	}
+	s.Client, err = client.New(cfg, client.Options{Scheme: scheme})
+	if err != nil {
+		return fmt.Errorf("stage: %w", err)
+	}
+	return nil
+}
+
+// Kubectl runs kubectl against the stage and returns what it printed.
+func (s *Stage) Kubectl(ctx context.Context, stdin string, args ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, filepath.Join(s.assets, "kubectl"), args...)
+	cmd.Env = append(os.Environ(), "KUBECONFIG="+s.Kubeconfig)
+	if stdin != "" {
+		cmd.Stdin = strings.NewReader(stdin)
+	}
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return string(out), fmt.Errorf("kubectl %s: %w: %s", strings.Join(args, " "), err, strings.TrimSpace(stderr.String()))
+	}
+	return string(out), nil
+}
+
+// installOperator applies config/default with the images that were just built.
+func (s *Stage) installOperator(ctx context.Context, built []images.Image) error {
+	s.say.Say("operator: applying config/default")
+	var overlay strings.Builder
+	overlay.WriteString("resources: [../../../config/default]\nimages:\n")
+	var env strings.Builder
+	for _, i := range built {
+		name, tag, _ := strings.Cut(i.Ref, ":")
+		if i.Name == "manager" {
+			fmt.Fprintf(&overlay, "- {name: %s, newTag: %s}\n", name, tag)
+			continue
+		}
+		fmt.Fprintf(&env, "        - {name: RELATED_IMAGE_%s, value: %q}\n", strings.ToUpper(i.Name), i.Ref)
+	}
+	overlay.WriteString(`patches:
+- patch: |
+    apiVersion: apps/v1
+    kind: Deployment
+    metadata: {name: rendezvous-manager, namespace: ` + OperatorNamespace + `}
+    spec:
+      template:
+        spec:
+          containers:
+          - name: manager
+            env:
+` + strings.ReplaceAll(env.String(), "        -", "            -"))
+	dir := filepath.Join(s.Root, "bin", "overlay", "operator")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return fmt.Errorf("stage: %w", err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "kustomization.yaml"), []byte(overlay.String()), 0o644); err != nil {
+		return fmt.Errorf("stage: %w", err)
+	}
+	if _, err := s.Kubectl(ctx, "", "apply", "--server-side", "--force-conflicts", "-k", dir); err != nil {
+		return err
+	}
+	_, err := s.Kubectl(ctx, "", "-n", OperatorNamespace, "rollout", "status", "deployment/rendezvous-manager", "--timeout=180s")
+	return err
+}
+
+// applySamples applies config/samples and the company CA that they name, and waits until all is ready.
+func (s *Stage) applySamples(ctx context.Context) error {
+	s.say.Say("samples: applying config/samples")
+	ca, err := s.Kubectl(ctx, "", "-n", "cert-manager", "get", "secret", "rdv-demo-ca", "-o", `go-template={{index .data "ca.crt" | base64decode}}`)
+	if err != nil {
+		return err
+	}
+	s.CompanyCA = []byte(ca)
+	namespace := &corev1.Namespace{}
+	namespace.Name = Namespace
+	if err := client.IgnoreAlreadyExists(s.Client.Create(ctx, namespace)); err != nil {
+		return fmt.Errorf("stage: %w", err)
+	}
+	companyCA := fmt.Sprintf("apiVersion: v1\nkind: ConfigMap\nmetadata: {name: company-ca, namespace: %s}\ndata:\n  ca.crt: |\n    %s\n",
+		Namespace, strings.ReplaceAll(strings.TrimSpace(ca), "\n", "\n    "))
+	if _, err := s.Kubectl(ctx, companyCA, "apply", "--server-side", "-f", "-"); err != nil {
+		return err
+	}
+	if _, err := s.Kubectl(ctx, "", "apply", "--server-side", "--force-conflicts", "-k", filepath.Join(s.Root, "config/samples")); err != nil {
+		return err
+	}
+	return s.WaitReady(ctx, 5*time.Minute)
+}
+
+// WaitReady waits until every object of ours is Ready, and prints each that changes on the way. HostPools without a
+// template wait for machines that nobody has enrolled yet, so they need not be.
+func (s *Stage) WaitReady(ctx context.Context, limit time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	last := map[string]string{}
+	for {
+		pending := ""
+		table, err := s.Kubectl(ctx, "", "-n", Namespace, "get", "workspaces,hostpools,sessionhosts,gateways", "-o",
+			`jsonpath={range .items[*]}{.kind}{"/"}{.metadata.name}{"\t"}{.status.conditions[?(@.type=="Ready")].status}{"\t"}{.status.conditions[?(@.type=="Ready")].message}{"\t"}{.spec.workspaceRef.name}{.spec.template.kind}{.spec.replicas}{"\n"}{end}`)
+		if err != nil && ctx.Err() == nil {
+			return err
+		}
+		for _, line := range strings.Split(strings.TrimSpace(table), "\n") {
+			f := strings.SplitN(line, "\t", 4)
+			if len(f) < 3 {
+				continue
+			}
+			if now := f[1] + " " + f[2]; last[f[0]] != now {
+				last[f[0]] = now
+				s.say.Say("  %-28s Ready=%s  %s", f[0], f[1], f[2])
+			}
+			if f[1] != "True" && f[0] != "HostPool/machines" && !strings.HasPrefix(f[0], "SessionHost/outside") {
+				pending = f[0] + ": " + f[2]
+			}
+		}
+		if pending == "" && len(last) > 0 {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("stage: not ready after %s: %s (see `kubectl get rdv -n %s`)", limit, pending, Namespace)
+		case <-time.After(time.Second):
+		}
+	}
+}
