@@ -1,0 +1,234 @@
+// Package agent is what runs beside an RDP server and makes its machine a session host. It listens on no network
+// address: it enrols once, keeps one outbound control channel to the workspace's brokers, and for each session dials
+// the gateway that holds the client and joins it to the RDP server on the loopback address.
+//
+//	enrol.go     step 0: registration token and CSRs -> certificates
+//	state.go     what survives a restart, each generation complete or absent
+//	renew.go     the next certificates, at two thirds of the life of these
+//	channel.go   the control channel: one bus connection, remade for ever
+//	report.go    presence: what brokers know of this host
+//	ledger.go    the host's own word on whether one session more fits
+//	reverse.go   steps 9 to 11: dial the gateway, join, copy
+//	probe.go     whether the RDP server really answers, and with which certificate
+//	health.go    a Unix socket in the state folder, for liveness probes
+//	service_*.go a systemd unit on Linux, a service on Windows
+package agent
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/url"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"rendezvous.dev/rendezvous/wire/identity"
+)
+
+// Options is what one agent is started with.
+type Options struct {
+	// Broker is the https URL of the workspace's broker, for enrolment.
+	Broker string
+	// CAFile (PEM) verifies the broker's HTTPS; empty, or an empty file, means the machine's own roots.
+	CAFile string
+	// TokenFile holds the registration token. It is read at each enrolment, so that a new token heals a refused one.
+	TokenFile string
+	// Host is the session host's name, a DNS label; empty means the machine's name.
+	Host string
+	// StateDir keeps keys and certificates; it must survive restarts and be readable by nobody else.
+	StateDir string
+	// RDPAddr is the RDP server's loopback address.
+	RDPAddr string
+	// RDPCertDir is where tls.crt and tls.key for the RDP server go. Empty: on Windows the listener's own
+	// configuration is set, elsewhere the host keeps its own certificate.
+	RDPCertDir string
+	// Drain is how long a stopping agent waits for its sessions to end.
+	Drain time.Duration
+	// Version is reported to the brokers.
+	Version string
+	// Log gets everything; nil means slog.Default.
+	Log *slog.Logger
+
+	timing timing
+}
+
+// timing is what tests shorten.
+type timing struct {
+	probeReady   time.Duration // between probes of a server that answers
+	probeUnready time.Duration // between probes of one that does not
+	retryMin     time.Duration // first delay after a transient failure
+	retryMax     time.Duration // and the longest
+	refusedMax   time.Duration // longest delay after a final refusal
+	closeGrace   time.Duration // from one direction's end to the forced end of the other
+}
+
+func (t timing) withDefaults() timing {
+	def := func(d *time.Duration, v time.Duration) {
+		if *d == 0 {
+			*d = v
+		}
+	}
+	def(&t.probeReady, 10*time.Second)
+	def(&t.probeUnready, time.Second)
+	def(&t.retryMin, 500*time.Millisecond)
+	def(&t.retryMax, 15*time.Second)
+	def(&t.refusedMax, time.Minute)
+	def(&t.closeGrace, 10*time.Second)
+	return t
+}
+
+// withDefaults checks the options and fills in what may be left out. Errors name the flag.
+func (o Options) withDefaults() (Options, error) {
+	o.timing = o.timing.withDefaults()
+	if o.Log == nil {
+		o.Log = slog.Default()
+	}
+	if o.StateDir == "" {
+		return o, errors.New("--state-dir: give the folder that keeps this host's keys and certificates")
+	}
+	if u, err := url.Parse(o.Broker); err != nil || u.Scheme != "https" || u.Host == "" {
+		return o, fmt.Errorf("--broker: %q is not an https URL: take it from key `broker` of the pool's registration Secret", o.Broker)
+	}
+	o.Broker = strings.TrimRight(o.Broker, "/")
+	if o.RDPAddr == "" {
+		o.RDPAddr = "127.0.0.1:3389"
+	}
+	if o.Host == "" {
+		name, err := os.Hostname()
+		if err != nil {
+			return o, fmt.Errorf("--host: %w", err)
+		}
+		o.Host, _, _ = strings.Cut(strings.ToLower(name), ".")
+	}
+	if !identity.IsLabel(o.Host) {
+		return o, fmt.Errorf("--host: %q is not a DNS label (lower-case letters, digits and '-', at most 63): name the session host with --host", o.Host)
+	}
+	return o, nil
+}
+
+// Agent is one running agent.
+type Agent struct {
+	opts    Options
+	log     *slog.Logger
+	store   store
+	ledger  *ledger
+	install installer // nil where the host keeps its own RDP certificate
+	boot    string
+
+	changed chan struct{} // one waiting signal: report at once
+	renewed chan struct{} // one waiting signal: connect again, with the new certificate
+
+	mu       sync.Mutex
+	member   *member    // guarded by mu; nil before enrolment
+	conn     *nats.Conn // guarded by mu; nil while there is no control channel
+	probed   probeResult
+	sequence uint64
+}
+
+// New makes an agent. It touches nothing yet.
+func New(o Options) (*Agent, error) {
+	o, err := o.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	boot := make([]byte, 8)
+	rand.Read(boot)
+	return &Agent{
+		opts: o, log: o.Log.With("host", o.Host), store: store{dir: o.StateDir}, ledger: newLedger(),
+		install: newInstaller(o.RDPCertDir), boot: hex.EncodeToString(boot),
+		changed: make(chan struct{}, 1), renewed: make(chan struct{}, 1),
+	}, nil
+}
+
+// Run serves until ctx ends, then drains: no new session, a last report, and the sessions' own end or Options.Drain.
+// It returns early only where this machine can't run an agent at all (its state folder, its options).
+func (a *Agent) Run(ctx context.Context) error {
+	if err := a.store.prepare(); err != nil {
+		return err
+	}
+	health, err := a.serveHealth()
+	if err != nil {
+		return err
+	}
+	defer health.Close()
+
+	m, err := a.membership(ctx, true)
+	if err != nil {
+		if ctx.Err() != nil {
+			return nil // told to stop before there was anything to serve
+		}
+		return err
+	}
+	a.adopt(m)
+	a.log.Info("session host", "pool", m.Pool, "workspace", m.Workspace, "namespace", m.Namespace, "certificateNotAfter", m.client.NotAfter)
+
+	// The channel, the reports and the probe outlive ctx: a draining host still says how it is.
+	serving, stopServing := context.WithCancel(context.WithoutCancel(ctx))
+	var wg sync.WaitGroup
+	for _, loop := range []func(context.Context){a.keepProbing, a.keepReporting, a.keepRenewing, a.keepChannel} {
+		wg.Go(func() { loop(serving) })
+	}
+
+	<-ctx.Done()
+	a.log.Info("stopping", "sessions", a.ledger.count(), "drain", a.opts.Drain)
+	a.ledger.stop()
+	a.publishReport()
+	drained, cancel := context.WithTimeout(serving, a.opts.Drain)
+	if err := a.ledger.wait(drained); err != nil {
+		a.log.Warn("sessions cut at the end of the drain", "sessions", a.ledger.count())
+	}
+	cancel()
+	a.ledger.endAll()
+	stopServing()
+	wg.Wait()
+	return nil
+}
+
+// adopt makes m the current membership and gives its RDP certificate to the RDP server.
+func (a *Agent) adopt(m *member) {
+	a.mu.Lock()
+	a.member = m
+	a.mu.Unlock()
+	if a.install == nil || len(m.RDPCertificate) == 0 {
+		return
+	}
+	if err := a.install.Install([]byte(m.RDPCertificate), []byte(m.RDPKey)); err != nil {
+		a.log.Error("the RDP certificate could not be installed; clients will not trust this host", "error", err)
+		return
+	}
+	a.log.Info("RDP certificate installed", "fingerprint", fingerprint(m.rdp), "notAfter", m.rdp.NotAfter)
+}
+
+// current is the membership in force.
+func (a *Agent) current() *member {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.member
+}
+
+// signal wakes the reader of a one-place channel without ever waiting for it.
+func signal(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// sleep waits for d or for ctx, whose error it returns.
+func sleep(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-t.C:
+		return nil
+	}
+}

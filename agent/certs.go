@@ -1,0 +1,105 @@
+package agent
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/hex"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"net/url"
+	"os"
+	"path/filepath"
+
+	"rendezvous.dev/rendezvous/wire/brokerapi"
+	"rendezvous.dev/rendezvous/wire/identity"
+	"rendezvous.dev/rendezvous/wire/mtls"
+)
+
+// newKey makes an ECDSA P-256 key (PEM, PKCS #8).
+func newKey() ([]byte, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return nil, err
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), nil
+}
+
+func parseKey(data []byte) (*ecdsa.PrivateKey, error) {
+	block, _ := pem.Decode(data)
+	if block == nil {
+		return nil, errors.New("no PEM block")
+	}
+	key, err := x509.ParsePKCS8PrivateKey(block.Bytes)
+	if err != nil {
+		return nil, err
+	}
+	ec, ok := key.(*ecdsa.PrivateKey)
+	if !ok {
+		return nil, fmt.Errorf("it is a %T, not an ECDSA key", key)
+	}
+	return ec, nil
+}
+
+// clientCSR asks for the bus identity: one URI name and nothing else.
+func clientCSR(id identity.ID, keyPEM []byte) (string, error) {
+	return csr(&x509.CertificateRequest{URIs: []*url.URL{id.URI()}}, keyPEM)
+}
+
+// rdpCSR asks for the certificate that the RDP server shows.
+func rdpCSR(id identity.ID, keyPEM []byte) (string, error) {
+	names := brokerapi.RDPNames(id.Namespace, id.Pool, id.Host)
+	req := &x509.CertificateRequest{DNSNames: names}
+	// Old clients show the common name to the user. X.520 bounds it at 64 characters.
+	if len(names[0]) <= 64 {
+		req.Subject = pkix.Name{CommonName: names[0]}
+	}
+	return csr(req, keyPEM)
+}
+
+func csr(template *x509.CertificateRequest, keyPEM []byte) (string, error) {
+	key, err := parseKey(keyPEM)
+	if err != nil {
+		return "", err
+	}
+	der, err := x509.CreateCertificateRequest(rand.Reader, template, key)
+	if err != nil {
+		return "", err
+	}
+	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der})), nil
+}
+
+// fingerprint is the SHA-256 of a certificate in lower-case hex.
+func fingerprint(c *x509.Certificate) string {
+	sum := sha256.Sum256(c.Raw)
+	return hex.EncodeToString(sum[:])
+}
+
+// installer gives the RDP server its certificate (PEM).
+type installer interface {
+	Install(certificate, key []byte) error
+}
+
+// dirInstaller writes the files that xrdp and the desktop image read. The key is open to the folder's group, in which
+// the RDP server runs.
+type dirInstaller struct{ dir string }
+
+func (d dirInstaller) Install(certificate, key []byte) error {
+	if err := os.MkdirAll(d.dir, 0o755); err != nil {
+		return err
+	}
+	// The key first: a server that starts between the two fails once, and one with a new certificate over the old
+	// key would fail no less.
+	if err := writeAtomic(filepath.Join(d.dir, mtls.KeyFile), key, 0o640); err != nil {
+		return err
+	}
+	return writeAtomic(filepath.Join(d.dir, mtls.CertFile), certificate, 0o644)
+}

@@ -1,0 +1,200 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/url"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"rendezvous.dev/rendezvous/wire/bus"
+	"rendezvous.dev/rendezvous/wire/identity"
+	"rendezvous.dev/rendezvous/wire/mtls"
+	"rendezvous.dev/rendezvous/wire/refusal"
+)
+
+const (
+	busDialTimeout  = 5 * time.Second
+	busPingInterval = 10 * time.Second
+	// busStable is how long a channel must have lasted for the next one to be tried without growing delays.
+	busStable = 30 * time.Second
+)
+
+// keepChannel keeps one control channel to a broker until ctx ends. NATS's own reconnect is not used: it can't mix TLS
+// and WebSocket addresses, nor change certificates.
+func (a *Agent) keepChannel(ctx context.Context) {
+	retry := backoff{min: a.opts.timing.retryMin, max: a.opts.timing.retryMax}
+	var conn *nats.Conn // in service; may outlive several failed attempts to replace it after a renewal
+	defer func() {
+		if conn != nil {
+			a.setConn(nil)
+			conn.FlushTimeout(time.Second)
+			conn.Close()
+		}
+	}()
+	for ctx.Err() == nil {
+		next, closed, err := a.dialBus(ctx)
+		if err != nil {
+			wait := retry.delay()
+			a.log.Error("no control channel", "error", err, "retryIn", wait.Round(time.Millisecond))
+			sleep(ctx, wait)
+			continue
+		}
+		if conn != nil {
+			// Make before break: both are subscribed for a moment, and a request that arrives twice is taken once.
+			conn.Drain()
+		}
+		conn = next
+		a.setConn(conn)
+		began := time.Now()
+		a.log.Info("control channel", "url", conn.ConnectedUrl())
+		signal(a.changed)
+		select {
+		case <-ctx.Done():
+			return
+		case <-a.renewed:
+			a.log.Info("changing the control channel to the renewed certificate")
+		case <-closed:
+			a.log.Warn("control channel lost", "error", conn.LastError())
+			a.setConn(nil)
+			conn = nil
+			if time.Since(began) > busStable {
+				retry.reset()
+			}
+			sleep(ctx, retry.delay())
+		}
+	}
+}
+
+func (a *Agent) setConn(c *nats.Conn) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.conn = c
+}
+
+// dialBus connects with the membership in force and subscribes. closed is closed when the connection has ended.
+func (a *Agent) dialBus(ctx context.Context) (conn *nats.Conn, closed chan struct{}, err error) {
+	m := a.current()
+	if time.Now().After(m.client.NotAfter) {
+		// No broker would let us in, so there is no renewal; a token is the only way back.
+		if m, err = a.membership(ctx, true); err != nil {
+			return nil, nil, err
+		}
+		a.adopt(m)
+	}
+	creds, err := mtls.NewReloader(m.dir, a.log)
+	if err != nil {
+		return nil, nil, err
+	}
+	var errs []error
+	for _, raw := range busOrder(m.BusURLs) {
+		conn, closed, err = a.dialBusURL(raw, m, creds)
+		if err == nil {
+			return conn, closed, nil
+		}
+		errs = append(errs, fmt.Errorf("%s: %w", raw, err))
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	return nil, nil, errors.Join(errs...)
+}
+
+// busOrder puts plain TLS before WebSocket and keeps the brokers' order otherwise.
+func busOrder(urls []string) []string {
+	urls = slices.Clone(urls)
+	slices.SortStableFunc(urls, func(x, y string) int {
+		web := func(s string) int {
+			if strings.HasPrefix(s, "wss:") {
+				return 1
+			}
+			return 0
+		}
+		return web(x) - web(y)
+	})
+	return urls
+}
+
+func (a *Agent) dialBusURL(raw string, m *member, creds *mtls.Reloader) (*nats.Conn, chan struct{}, error) {
+	u, err := url.Parse(raw)
+	if err != nil || u.Hostname() == "" || (u.Scheme != "tls" && u.Scheme != "wss") {
+		return nil, nil, errors.New("not a tls:// or wss:// URL: look at the Workspace's spec.broker")
+	}
+	closed := make(chan struct{})
+	conf := creds.ClientConfig(u.Hostname(), mtls.AllowRole(m.Namespace, m.Workspace, identity.RoleBroker))
+	conn, err := nats.Connect(raw,
+		nats.Name("agent "+m.Pool+"/"+m.Host), nats.Secure(conf), nats.Timeout(busDialTimeout), nats.NoReconnect(),
+		nats.CustomInboxPrefix(bus.InboxPrefix(m.id())), nats.PingInterval(busPingInterval), nats.MaxPingsOutstanding(2),
+		nats.DrainTimeout(busDialTimeout),
+		nats.ClosedHandler(func(*nats.Conn) { close(closed) }),
+		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { a.log.Error("control channel", "error", err) }),
+	)
+	if err != nil {
+		return nil, nil, err
+	}
+	_, err = conn.Subscribe(bus.HostConnectSubject(m.Pool, m.Host), a.onConnect)
+	if err == nil {
+		_, err = conn.Subscribe(bus.HostConfigSubject(m.Pool, m.Host), a.onConfig)
+	}
+	if err == nil {
+		err = conn.FlushTimeout(busDialTimeout) // the subscriptions stand before the first report says so
+	}
+	if err != nil {
+		conn.Close()
+		return nil, nil, err
+	}
+	return conn, closed, nil
+}
+
+// onConfig takes the brokers' word on limit and drain.
+func (a *Agent) onConfig(msg *nats.Msg) {
+	var c bus.HostConfig
+	if err := json.Unmarshal(msg.Data, &c); err != nil {
+		a.log.Error("unreadable configuration from a broker", "error", err)
+		return
+	}
+	if a.ledger.configure(c) {
+		a.log.Info("configured", "generation", c.Generation, "maxSessions", c.MaxSessions, "draining", c.Draining)
+		signal(a.changed)
+	}
+}
+
+// onConnect accepts or refuses one session and answers at once; the dialling goes on behind.
+func (a *Agent) onConnect(msg *nats.Msg) {
+	began := time.Now()
+	var req bus.HostConnect
+	if err := json.Unmarshal(msg.Data, &req); err != nil {
+		a.reply(msg, refusal.New(refusal.BadRequest, "Session host %s can't read the broker's request: %v. Are broker and agent of matching versions?", a.opts.Host, err))
+		return
+	}
+	refused := checkRequest(req)
+	fresh := false
+	if refused == nil {
+		fresh, refused = a.ledger.reserve(req, a.current().Host, began)
+	}
+	a.reply(msg, refused)
+	a.traceAccept(req, began, refused)
+	if refused != nil {
+		a.log.Info("session refused", "activity", req.ActivityID, "session", req.SessionID, "user", req.User, "code", refused.Code)
+		return
+	}
+	if fresh {
+		signal(a.changed)
+		go a.serveSession(req)
+	}
+}
+
+func (a *Agent) reply(msg *nats.Msg, refused *refusal.Error) {
+	data, err := json.Marshal(bus.HostReply{Err: refused})
+	if err == nil {
+		err = msg.Respond(data)
+	}
+	if err != nil {
+		a.log.Error("broker not answered", "error", err)
+	}
+}

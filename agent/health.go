@@ -1,0 +1,84 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"time"
+)
+
+// socketName is the one thing that an agent listens on, inside its private state folder.
+const socketName = "agent.sock"
+
+// Health is what a running agent says of itself.
+type Health struct {
+	Host      string `json:"host"`
+	Enrolled  bool   `json:"enrolled"`
+	Connected bool   `json:"connected"` // a control channel to a broker stands
+	RDPReady  bool   `json:"rdpReady"`
+	Message   string `json:"message,omitempty"`
+	Sessions  int    `json:"sessions"`
+	Stopping  bool   `json:"stopping"`
+}
+
+// Ready says that the host can be given sessions.
+func (h Health) Ready() bool { return h.Connected && h.RDPReady && !h.Stopping }
+
+func (a *Agent) serveHealth() (*http.Server, error) {
+	path := filepath.Join(a.opts.StateDir, socketName)
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("--state-dir: %w", err)
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("--state-dir: health socket: %w", err)
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		l.Close()
+		return nil, fmt.Errorf("--state-dir: health socket: %w", err)
+	}
+	s := &http.Server{ReadTimeout: 5 * time.Second, Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		json.NewEncoder(w).Encode(a.health())
+	})}
+	go s.Serve(l)
+	return s, nil
+}
+
+func (a *Agent) health() Health {
+	_, stopping := a.ledger.held()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return Health{
+		Host: a.opts.Host, Enrolled: a.member != nil, Connected: a.conn != nil, RDPReady: a.probed.ready,
+		Message: a.probed.why, Sessions: a.ledger.count(), Stopping: stopping,
+	}
+}
+
+// CheckHealth asks the agent that runs with stateDir how it is. An error means that none answers: that, and not an
+// absent broker, is what a liveness probe should restart it for.
+func CheckHealth(ctx context.Context, stateDir string) (Health, error) {
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
+	client := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "unix", filepath.Join(stateDir, socketName))
+	}}}
+	defer client.CloseIdleConnections()
+	var h Health
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://agent/health", nil)
+	if err != nil {
+		return h, err
+	}
+	res, err := client.Do(req)
+	if err != nil {
+		return h, fmt.Errorf("no agent answers in %s: is it running with this --state-dir? %w", stateDir, err)
+	}
+	defer res.Body.Close()
+	return h, json.NewDecoder(res.Body).Decode(&h)
+}

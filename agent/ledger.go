@@ -1,0 +1,181 @@
+package agent
+
+import (
+	"cmp"
+	"context"
+	"net"
+	"slices"
+	"sync"
+	"time"
+
+	"rendezvous.dev/rendezvous/wire/bus"
+	"rendezvous.dev/rendezvous/wire/refusal"
+)
+
+// SessionSource says which sessions a host carries. The ledger is one, honest about what it can see: the connections
+// that this agent carries. One that also knows the sessions of the operating system can stand in its place.
+type SessionSource interface {
+	Sessions() []bus.HostSession
+}
+
+// ledger is this host's own word on whether one session more fits. It is the point of serialisation: whatever two
+// brokers believe at one time, here a place is given once.
+type ledger struct {
+	mu         sync.Mutex
+	configured bool
+	config     bus.HostConfig
+	ready      bool
+	notReady   string // why not
+	stopping   bool
+	sessions   map[string]*carried // by session id
+	idle       chan struct{}       // closed while there is no session
+}
+
+// carried is one session.
+type carried struct {
+	bus.HostSession
+	conns []net.Conn // closed to end the session
+	ended bool
+}
+
+func newLedger() *ledger {
+	idle := make(chan struct{})
+	close(idle)
+	return &ledger{sessions: map[string]*carried{}, notReady: "the agent has only just started", idle: idle}
+}
+
+// configure takes the brokers' word on limit and drain. The last word counts, not the highest generation: a host that
+// was deleted and made again begins at 1, and brokers repeat themselves where a report shows another generation.
+func (l *ledger) configure(c bus.HostConfig) (changed bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	changed = !l.configured || l.config != c
+	l.configured, l.config = true, c
+	return changed
+}
+
+// setReady takes the probe's word.
+func (l *ledger) setReady(ready bool, why string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.ready, l.notReady = ready, why
+}
+
+// stop refuses every session from now on.
+func (l *ledger) stop() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.stopping = true
+}
+
+// reserve gives req a place, or refuses. A session id that has a place already keeps it; fresh is false then.
+func (l *ledger) reserve(req bus.HostConnect, host string, now time.Time) (fresh bool, refused *refusal.Error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if _, ok := l.sessions[req.SessionID]; ok {
+		return false, nil
+	}
+	switch {
+	case l.stopping:
+		refused = refusal.New(refusal.HostDraining, "Session host %s is stopping. Connect again: another host will serve you.", host)
+	case !l.configured:
+		refused = refusal.New(refusal.HostNotReady, "Session host %s has not been told its limits yet. Connect again in a few seconds.", host)
+	case l.config.Draining && l.config.DrainReason != "":
+		refused = refusal.New(refusal.HostDraining, "Session host %s takes no new session: %s.", host, l.config.DrainReason)
+	case l.config.Draining:
+		refused = refusal.New(refusal.HostDraining, "Session host %s takes no new session: it is being drained.", host)
+	case !l.ready:
+		refused = refusal.New(refusal.HostNotReady, "The RDP server on session host %s is not ready: %s. Connect again in a moment; if it stays so, look at that host.", host, l.notReady)
+	case len(l.sessions) >= int(l.config.MaxSessions):
+		refused = refusal.New(refusal.HostFull, "Session host %s carries %d of at most %d sessions. Try again later, or ask for more hosts in its pool.", host, len(l.sessions), l.config.MaxSessions)
+	}
+	if refused != nil {
+		return false, refused.With(req.ActivityID)
+	}
+	if len(l.sessions) == 0 {
+		l.idle = make(chan struct{})
+	}
+	l.sessions[req.SessionID] = &carried{HostSession: bus.HostSession{
+		SessionID: req.SessionID, ActivityID: req.ActivityID, User: req.User, Resource: req.Resource,
+		State: bus.SessionPending, Since: now,
+	}}
+	return true, nil
+}
+
+// activate says that a session's legs are joined. The connections are closed where the session has to end; false
+// says that it has ended already.
+func (l *ledger) activate(id string, now time.Time, conns ...net.Conn) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	s, ok := l.sessions[id]
+	if !ok || s.ended {
+		return false
+	}
+	s.State, s.Since, s.conns = bus.SessionActive, now, conns
+	return true
+}
+
+// release gives a session's place back.
+func (l *ledger) release(id string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if _, ok := l.sessions[id]; !ok {
+		return
+	}
+	delete(l.sessions, id)
+	if len(l.sessions) == 0 {
+		close(l.idle)
+	}
+}
+
+// endAll closes every session's connections. Those still pending end when they would be joined.
+func (l *ledger) endAll() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, s := range l.sessions {
+		s.ended = true
+		for _, c := range s.conns {
+			c.Close()
+		}
+	}
+}
+
+// wait returns when there is no session, or with ctx's error.
+func (l *ledger) wait(ctx context.Context) error {
+	l.mu.Lock()
+	idle := l.idle
+	l.mu.Unlock()
+	select {
+	case <-idle:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (l *ledger) count() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.sessions)
+}
+
+// Sessions lists what this agent carries, oldest first.
+func (l *ledger) Sessions() []bus.HostSession {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var list []bus.HostSession
+	for _, s := range l.sessions {
+		list = append(list, s.HostSession)
+	}
+	slices.SortFunc(list, func(a, b bus.HostSession) int {
+		return cmp.Or(a.Since.Compare(b.Since), cmp.Compare(a.SessionID, b.SessionID))
+	})
+	return list
+}
+
+// held is the configuration in force and whether the agent is stopping.
+func (l *ledger) held() (config bus.HostConfig, stopping bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.config, l.stopping
+}

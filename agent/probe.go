@@ -1,0 +1,167 @@
+package agent
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"slices"
+	"time"
+
+	"rendezvous.dev/rendezvous/wire/brokerapi"
+)
+
+// probeTimeout bounds one probe.
+const probeTimeout = 5 * time.Second
+
+// Security protocols of RDP's negotiation (MS-RDPBCGR 2.2.1.1.1).
+const (
+	protocolTLS    = 1
+	protocolHybrid = 2
+)
+
+// negotiationRequest is an X.224 connection request that asks for TLS or NLA:
+// TPKT (version 3, length 19), X.224 CR (length 14), RDP_NEG_REQ (type 1, length 8, protocols).
+var negotiationRequest = []byte{3, 0, 0, 19, 14, 0xe0, 0, 0, 0, 0, 0, 1, 0, 8, 0, protocolTLS | protocolHybrid, 0, 0, 0}
+
+// negotiationFailures are the codes of RDP_NEG_FAILURE.
+var negotiationFailures = map[uint32]string{
+	1: "it wants TLS", 2: "it does not allow TLS: set security_layer=tls or negotiate",
+	3: "it has no certificate: give it the one that the agent installs", 4: "inconsistent flags",
+	5: "it wants NLA", 6: "it wants TLS with a client certificate",
+}
+
+// probeResult is what one probe found.
+type probeResult struct {
+	ready  bool
+	why    string            // not ready
+	served *x509.Certificate // what the RDP server shows
+}
+
+// probeRDP connects as a client would, up to and with TLS.
+func probeRDP(ctx context.Context, addr string) (*x509.Certificate, error) {
+	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+	defer cancel()
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, "tcp", addr)
+	if err != nil {
+		return nil, fmt.Errorf("nothing answers at %s: %w", addr, err)
+	}
+	defer conn.Close()
+	deadline, _ := ctx.Deadline()
+	conn.SetDeadline(deadline)
+	if _, err := conn.Write(negotiationRequest); err != nil {
+		return nil, err
+	}
+	if err := readConfirm(conn); err != nil {
+		return nil, fmt.Errorf("%s: %w", addr, err)
+	}
+	// Any certificate will do for looking at it; the names are checked by the caller, the chain by real clients.
+	secure := tls.Client(conn, &tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS12})
+	if err := secure.HandshakeContext(ctx); err != nil {
+		return nil, fmt.Errorf("%s: TLS: %w", addr, err)
+	}
+	return secure.ConnectionState().PeerCertificates[0], nil
+}
+
+// readConfirm reads the X.224 connection confirm; nil means that TLS comes next.
+func readConfirm(r io.Reader) error {
+	var b [19]byte
+	if _, err := io.ReadFull(r, b[:11]); err != nil {
+		return fmt.Errorf("it closed the connection in the RDP negotiation: %w", err)
+	}
+	switch {
+	case b[0] != 3 || b[5] != 0xd0:
+		return errors.New("what listens there is no RDP server")
+	case binary.BigEndian.Uint16(b[2:]) == 11:
+		return errors.New("it offers old RDP security only: set security_layer=tls")
+	case binary.BigEndian.Uint16(b[2:]) != 19:
+		return errors.New("what listens there is no RDP server")
+	}
+	if _, err := io.ReadFull(r, b[11:]); err != nil {
+		return fmt.Errorf("it closed the connection in the RDP negotiation: %w", err)
+	}
+	value := binary.LittleEndian.Uint32(b[15:])
+	switch {
+	case b[11] == 3 && negotiationFailures[value] != "":
+		return fmt.Errorf("it refused the RDP negotiation: %s (code %d)", negotiationFailures[value], value)
+	case b[11] == 3:
+		return fmt.Errorf("it refused the RDP negotiation with code %d", value)
+	case b[11] != 2:
+		return errors.New("what listens there is no RDP server")
+	case value == 0:
+		return errors.New("it chose old RDP security, which the gateway could read: set security_layer=tls")
+	}
+	return nil
+}
+
+// servesOurs says why clients would not trust the served certificate, where the pool's issuer gives this host one.
+func servesOurs(m *member, served *x509.Certificate, now time.Time) error {
+	if m == nil || m.rdp == nil {
+		return nil
+	}
+	name := brokerapi.PoolName(m.Namespace, m.Pool)
+	switch {
+	case !slices.Contains(served.DNSNames, name):
+		return fmt.Errorf("it shows a certificate without the name %s: let the RDP server read the one that the agent installs", name)
+	case now.After(served.NotAfter):
+		return fmt.Errorf("its certificate expired at %s: let the RDP server read the one that the agent installs", served.NotAfter.UTC().Format(time.RFC3339))
+	}
+	return nil
+}
+
+// keepProbing asks the RDP server every few seconds. One failure alone does not take a ready host away.
+func (a *Agent) keepProbing(ctx context.Context) {
+	failures := 0
+	for {
+		served, err := probeRDP(ctx, a.opts.RDPAddr)
+		if err == nil {
+			err = servesOurs(a.current(), served, time.Now())
+		}
+		if ctx.Err() != nil {
+			return
+		}
+		a.mu.Lock()
+		was := a.probed
+		a.mu.Unlock()
+		next := probeResult{ready: err == nil, served: served}
+		if err != nil {
+			failures++
+			next.why = err.Error()
+		} else {
+			failures = 0
+		}
+		wait := a.opts.timing.probeReady
+		if err != nil {
+			wait = a.opts.timing.probeUnready
+		}
+		if was.ready && !next.ready && failures < 2 {
+			next = was
+		}
+		if next.served == nil {
+			next.served = was.served
+		}
+		a.mu.Lock()
+		a.probed = next
+		a.mu.Unlock()
+		a.ledger.setReady(next.ready, next.why)
+		if next.ready != was.ready || next.why != was.why || !sameCertificate(next.served, was.served) {
+			a.log.Info("RDP server", "ready", next.ready, "address", a.opts.RDPAddr, "why", next.why)
+			signal(a.changed)
+		}
+		if sleep(ctx, wait) != nil {
+			return
+		}
+	}
+}
+
+func sameCertificate(a, b *x509.Certificate) bool {
+	if a == nil || b == nil {
+		return a == b
+	}
+	return a.Equal(b)
+}

@@ -1,0 +1,56 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"time"
+)
+
+const unitFile = "/etc/systemd/system/" + ServiceName + ".service"
+
+// InstallService makes the agent start at boot, with command and what o says of its folders, and starts it now.
+func InstallService(command []string, o Options) error {
+	for _, dir := range []string{o.StateDir, o.RDPCertDir} {
+		if dir == "" {
+			continue
+		}
+		if err := os.MkdirAll(dir, 0o700); err != nil { // the unit can't name a folder that is absent
+			return err
+		}
+	}
+	unit := systemdUnit(command, []string{o.StateDir, o.RDPCertDir}, int(o.Drain/time.Second))
+	if err := writeAtomic(unitFile, []byte(unit), 0o644); err != nil {
+		return fmt.Errorf("systemd unit: %w: run this as root", err)
+	}
+	if err := systemctl("daemon-reload"); err != nil {
+		return err
+	}
+	if err := systemctl("enable", ServiceName); err != nil {
+		return err
+	}
+	return systemctl("restart", ServiceName)
+}
+
+// UninstallService stops the agent and removes its unit. The state folder stays.
+func UninstallService() error {
+	if err := systemctl("disable", "--now", ServiceName); err != nil {
+		return err
+	}
+	if err := os.Remove(unitFile); err != nil {
+		return fmt.Errorf("systemd unit: %w: run this as root", err)
+	}
+	return systemctl("daemon-reload")
+}
+
+func systemctl(args ...string) error {
+	if out, err := exec.Command("systemctl", args...).CombinedOutput(); err != nil {
+		return fmt.Errorf("systemctl %s: %w: %s", args[0], err, out)
+	}
+	return nil
+}
+
+// RunAsService says whether the service manager started this process in a way that needs an answer of its own; on
+// Linux it never does.
+func RunAsService(func(context.Context) error) (handled bool, err error) { return false, nil }

@@ -1,0 +1,19 @@
+//go:build !linux && !windows
+
+package agent
+
+import (
+	"context"
+	"errors"
+)
+
+var errNoService = errors.New("installing a service is known for Linux (systemd) and Windows only: start `agent run` from this system's own service manager")
+
+// InstallService is not known on this system.
+func InstallService([]string, Options) error { return errNoService }
+
+// UninstallService is not known on this system.
+func UninstallService() error { return errNoService }
+
+// RunAsService is only for systems whose service manager wants an answer.
+func RunAsService(func(context.Context) error) (handled bool, err error) { return false, nil }

@@ -1,0 +1,259 @@
+// Command agent makes the machine that it runs on a session host. Package agent has the workings; here are its flags.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"runtime/debug"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"rendezvous.dev/rendezvous/agent"
+)
+
+// version is set by the linker; a plain build says what it knows.
+var version = ""
+
+func main() {
+	if err := command().Execute(); err != nil {
+		fmt.Fprintln(os.Stderr, "error:", err)
+		os.Exit(1)
+	}
+}
+
+func command() *cobra.Command {
+	root := &cobra.Command{
+		Use:           "agent",
+		Short:         "Make this machine a Rendezvous session host",
+		Long:          "The agent enrols this machine in a host pool, keeps a control channel to the workspace's brokers, and dials a gateway\nfor each session. It listens on no network address. Each flag may also be given as RDV_AGENT_<FLAG>, in capitals with\nunderscores.",
+		SilenceUsage:  true,
+		SilenceErrors: true,
+	}
+	root.AddCommand(runCommand(), enrollCommand(), healthcheckCommand(), serviceCommand(), versionCommand())
+	return root
+}
+
+// flags are those of `run`, which `enroll` and `service install` share.
+type flags struct {
+	agent.Options
+	drainSeconds int
+	logLevel     string
+	logFile      string
+}
+
+func (f *flags) add(c *cobra.Command) {
+	fs := c.Flags()
+	fs.StringVar(&f.Broker, "broker", "", "https URL of the workspace's broker")
+	fs.StringVar(&f.CAFile, "ca-file", "", "PEM file that verifies the broker; an empty file or none means the machine's own roots")
+	fs.StringVar(&f.TokenFile, "token-file", "", "file with the registration token")
+	fs.StringVar(&f.Host, "host", "", "session host's name (default: the machine's name)")
+	fs.StringVar(&f.StateDir, "state-dir", defaultStateDir(), "folder for keys and certificates")
+	fs.StringVar(&f.RDPAddr, "rdp-addr", "127.0.0.1:3389", "RDP server's loopback address")
+	fs.StringVar(&f.RDPCertDir, "rdp-cert-dir", "", "folder that gets tls.crt and tls.key for the RDP server (default: on Windows the RDP listener is set, elsewhere none)")
+	fs.IntVar(&f.drainSeconds, "drain-seconds", 30, "how long a stopping agent waits for its sessions to end")
+	fs.StringVar(&f.logLevel, "log-level", "info", "debug, info, warn or error")
+	fs.StringVar(&f.logFile, "log-file", "", "file to append the log to, for services whose standard error is lost (default: standard error)")
+	c.PreRunE = func(*cobra.Command, []string) error { return fromEnv(fs) }
+}
+
+// fromEnv sets each flag that the command line left alone from its environment variable.
+func fromEnv(fs *pflag.FlagSet) error {
+	var errs []error
+	fs.VisitAll(func(f *pflag.Flag) {
+		name := "RDV_AGENT_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
+		if v, ok := os.LookupEnv(name); ok && !f.Changed {
+			if err := fs.Set(f.Name, v); err != nil {
+				errs = append(errs, fmt.Errorf("%s: %w", name, err))
+			}
+		}
+	})
+	return errors.Join(errs...)
+}
+
+// options finishes the options and starts the log.
+func (f *flags) options() (agent.Options, error) {
+	var level slog.Level
+	if err := level.UnmarshalText([]byte(f.logLevel)); err != nil {
+		return agent.Options{}, fmt.Errorf("--log-level: %w", err)
+	}
+	out := os.Stderr
+	if f.logFile != "" {
+		var err error
+		if out, err = os.OpenFile(f.logFile, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600); err != nil {
+			return agent.Options{}, fmt.Errorf("--log-file: %w", err)
+		}
+	}
+	slog.SetDefault(slog.New(slog.NewJSONHandler(out, &slog.HandlerOptions{Level: level})))
+	o := f.Options
+	o.Drain, o.Version, o.Log = time.Duration(f.drainSeconds)*time.Second, versionString(), slog.Default()
+	return o, nil
+}
+
+func runCommand() *cobra.Command {
+	f := &flags{}
+	c := &cobra.Command{
+		Use: "run", Short: "Serve as a session host until stopped", Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			o, err := f.options()
+			if err != nil {
+				return err
+			}
+			a, err := agent.New(o)
+			if err != nil {
+				return err
+			}
+			if handled, err := agent.RunAsService(a.Run); handled || err != nil {
+				return err
+			}
+			ctx, stop := signal.NotifyContext(c.Context(), os.Interrupt, syscall.SIGTERM)
+			defer stop()
+			// A second signal ends the drain at once.
+			context.AfterFunc(ctx, stop)
+			return a.Run(ctx)
+		},
+	}
+	f.add(c)
+	return c
+}
+
+func enrollCommand() *cobra.Command {
+	f := &flags{}
+	c := &cobra.Command{
+		Use: "enroll", Short: "Enrol this machine once and exit; does nothing where it is enrolled", Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			o, err := f.options()
+			if err != nil {
+				return err
+			}
+			a, err := agent.New(o)
+			if err != nil {
+				return err
+			}
+			ctx, stop := signal.NotifyContext(c.Context(), os.Interrupt, syscall.SIGTERM)
+			defer stop()
+			pool, err := a.Enroll(ctx)
+			if err != nil {
+				return err
+			}
+			fmt.Fprintf(c.OutOrStdout(), "enrolled in host pool %s\n", pool)
+			return nil
+		},
+	}
+	f.add(c)
+	return c
+}
+
+func healthcheckCommand() *cobra.Command {
+	var stateDir string
+	var ready bool
+	c := &cobra.Command{
+		Use: "healthcheck", Short: "Ask the running agent how it is; fails where none answers", Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			h, err := agent.CheckHealth(c.Context(), stateDir)
+			if err != nil {
+				return err
+			}
+			fmt.Fprintf(c.OutOrStdout(), "host=%s enrolled=%t connected=%t rdpReady=%t sessions=%d stopping=%t %s\n",
+				h.Host, h.Enrolled, h.Connected, h.RDPReady, h.Sessions, h.Stopping, h.Message)
+			if ready && !h.Ready() {
+				return fmt.Errorf("session host %s can't take sessions now", h.Host)
+			}
+			return nil
+		},
+	}
+	c.Flags().StringVar(&stateDir, "state-dir", defaultStateDir(), "state folder of the running agent")
+	c.Flags().BoolVar(&ready, "ready", false, "also fail where the host can't take sessions now")
+	c.PreRunE = func(*cobra.Command, []string) error { return fromEnv(c.Flags()) }
+	return c
+}
+
+func serviceCommand() *cobra.Command {
+	c := &cobra.Command{Use: "service", Short: "Install or remove the agent as a service of this machine"}
+	f := &flags{}
+	install := &cobra.Command{
+		Use: "install", Short: "Start the agent now and at each boot, with the flags given here", Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			o, err := f.options()
+			if err != nil {
+				return err
+			}
+			if _, err := agent.New(o); err != nil { // the flags are checked here, not in a log
+				return err
+			}
+			command, err := serviceCommandLine(c.Flags())
+			if err != nil {
+				return err
+			}
+			return agent.InstallService(command, o)
+		},
+	}
+	f.add(install)
+	uninstall := &cobra.Command{
+		Use: "uninstall", Short: "Stop the agent and remove the service; the state folder stays", Args: cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error { return agent.UninstallService() },
+	}
+	c.AddCommand(install, uninstall)
+	return c
+}
+
+// pathFlags are files and folders: a service starts elsewhere, so they are made absolute.
+var pathFlags = map[string]bool{"ca-file": true, "token-file": true, "state-dir": true, "rdp-cert-dir": true, "log-file": true}
+
+// serviceCommandLine is `agent run` with the flags that were given.
+func serviceCommandLine(fs *pflag.FlagSet) ([]string, error) {
+	exe, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	command := []string{exe, "run"}
+	fs.Visit(func(f *pflag.Flag) {
+		value := f.Value.String()
+		if pathFlags[f.Name] && value != "" {
+			if abs, absErr := filepath.Abs(value); absErr == nil {
+				value = abs
+			}
+		}
+		command = append(command, "--"+f.Name+"="+value)
+	})
+	return command, nil
+}
+
+func versionCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "version", Short: "Print the agent's version", Args: cobra.NoArgs,
+		Run: func(c *cobra.Command, _ []string) { fmt.Fprintln(c.OutOrStdout(), versionString()) },
+	}
+}
+
+func versionString() string {
+	if version != "" {
+		return version
+	}
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	for _, s := range info.Settings {
+		if s.Key == "vcs.revision" {
+			return s.Value[:min(12, len(s.Value))]
+		}
+	}
+	return info.Main.Version
+}
+
+func defaultStateDir() string {
+	if runtime.GOOS == "windows" {
+		return filepath.Join(os.Getenv("ProgramData"), "rendezvous-agent")
+	}
+	return "/var/lib/rendezvous-agent"
+}
