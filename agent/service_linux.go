@@ -12,12 +12,13 @@ const unitFile = "/etc/systemd/system/" + ServiceName + ".service"
 
 // InstallService makes the agent start at boot, with command and what o says of its folders, and starts it now.
 func InstallService(command []string, o Options) error {
-	for _, dir := range []string{o.StateDir, o.RDPCertDir} {
-		if dir == "" {
-			continue
-		}
-		if err := os.MkdirAll(dir, 0o700); err != nil { // the unit can't name a folder that is absent
-			return err
+	// The unit can't name a folder that is absent.
+	if err := (store{o.StateDir}).prepare(); err != nil {
+		return err
+	}
+	if o.RDPCertDir != "" {
+		if err := os.MkdirAll(o.RDPCertDir, 0o755); err != nil {
+			return fmt.Errorf("--rdp-cert-dir: %w", err)
 		}
 	}
 	unit := systemdUnit(command, []string{o.StateDir, o.RDPCertDir}, int(o.Drain/time.Second))
