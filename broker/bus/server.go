@@ -1,0 +1,305 @@
+// Package bus is the control channel's server: NATS, embedded in the broker and clustered over its replicas. Agents and
+// gateways come in over TLS or over WebSocket, brokers over routes; each by mutual TLS, each held to what the identity
+// in its certificate may say and hear (wire/bus.PermissionsFor). There is no other credential and nothing is stored.
+package bus
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/url"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
+
+	wirebus "rendezvous.dev/rendezvous/wire/bus"
+	"rendezvous.dev/rendezvous/wire/config"
+	"rendezvous.dev/rendezvous/wire/identity"
+	"rendezvous.dev/rendezvous/wire/mtls"
+)
+
+const (
+	// maxPayload bounds one message. The largest is a report of 1,000 sessions.
+	maxPayload = 512 << 10
+	// maxSubscriptions of one connection; an agent or gateway has three.
+	maxSubscriptions = 128
+	handshakeTimeout = 10 * time.Second
+	// A peer that says nothing is dropped after pingEvery*(maxPingsOut+1).
+	pingEvery   = 20 * time.Second
+	maxPingsOut = 2
+	// lameDuck is over how long a stopping broker sends its agents to the others, after lameDuckGrace.
+	lameDuck      = 10 * time.Second
+	lameDuckGrace = 500 * time.Millisecond
+	startTimeout  = 10 * time.Second
+	// replyTTL is how long a receiver may take to answer a request.
+	replyTTL = 2 * time.Minute
+)
+
+// Options of a Server. TLS, Namespace, Workspace and Name are required.
+type Options struct {
+	Namespace, Workspace string
+	// Name is this replica's, unique in the cluster.
+	Name string
+	// TLS holds the broker's bus identity and the CA of its peers. Renewals take effect for new connections.
+	TLS *mtls.Reloader
+	// Host to listen on; all IPv4 addresses if empty.
+	Host string
+	// Ports; 0 is the standard port, -1 a free one.
+	Port, WebSocketPort, RoutePort int
+	// Peers gives the route addresses (host:port) of the other replicas. Nil is a broker alone.
+	Peers func(context.Context) ([]string, error)
+	// PeersEvery is how often Peers is asked, 5 s if 0.
+	PeersEvery time.Duration
+	// Presence is told when an agent or gateway connects to or leaves this replica. conn is unique in its life. It is
+	// called in order and must not block.
+	Presence func(id identity.ID, conn uint64, connected bool)
+	Log      *slog.Logger
+}
+
+// Server is one replica of the bus.
+type Server struct {
+	o    Options
+	auth *authenticator
+	nats *server.Server
+	stop context.CancelFunc
+	wg   sync.WaitGroup
+
+	// Owned by followPeers once it runs.
+	opts *server.Options
+}
+
+// Start starts the server and returns once it listens.
+func Start(ctx context.Context, o Options) (*Server, error) {
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	if o.Presence == nil {
+		o.Presence = func(identity.ID, uint64, bool) {}
+	}
+	if o.Host == "" {
+		o.Host = "0.0.0.0"
+	}
+	if o.PeersEvery == 0 {
+		o.PeersEvery = 5 * time.Second
+	}
+	s := &Server{o: o, auth: newAuthenticator(o)}
+	s.opts = s.options()
+	var err error
+	if s.nats, err = server.NewServer(s.opts); err != nil {
+		return nil, fmt.Errorf("bus: %w", err)
+	}
+	s.nats.SetLoggerV2(logger{o.Log}, false, false, false)
+	s.nats.Start()
+	if !s.nats.ReadyForConnections(startTimeout) {
+		s.nats.Shutdown()
+		return nil, errors.New("bus: the server did not come up; see the log for the port that it could not take")
+	}
+	s.auth.system = s.nats.SystemAccount()
+	ctx, s.stop = context.WithCancel(ctx)
+	if err := s.watchPresence(); err != nil {
+		s.Close()
+		return nil, err
+	}
+	if o.Peers != nil {
+		s.wg.Go(func() { s.followPeers(ctx) })
+	}
+	return s, nil
+}
+
+func (s *Server) options() *server.Options {
+	agents := s.o.TLS.MutualServerConfig(s.auth.admit)
+	return &server.Options{
+		ServerName: s.o.Name,
+		Host:       s.o.Host, Port: port(s.o.Port, config.PortBus),
+		Websocket: server.WebsocketOpts{
+			Host: s.o.Host, Port: port(s.o.WebSocketPort, config.PortBusWebSocket),
+			TLSConfig: agents, HandshakeTimeout: handshakeTimeout,
+		},
+		Cluster: server.ClusterOpts{
+			Name: s.o.Namespace + "/" + s.o.Workspace,
+			Host: s.o.Host, Port: port(s.o.RoutePort, config.PortBusRoutes),
+			TLSConfig: s.routeTLS(), TLSTimeout: handshakeTimeout.Seconds(),
+			// Clients know us by our Service; pod addresses would fail their check of our name.
+			NoAdvertise: true,
+		},
+		TLSConfig: agents, TLSTimeout: handshakeTimeout.Seconds(), AuthTimeout: handshakeTimeout.Seconds() + 1,
+		CustomClientAuthentication: s.auth,
+		MaxPayload:                 maxPayload, MaxSubs: maxSubscriptions,
+		PingInterval: pingEvery, MaxPingsOut: maxPingsOut,
+		LameDuckDuration: lameDuck, LameDuckGracePeriod: lameDuckGrace,
+		NoSigs: true,
+	}
+}
+
+// routeTLS verifies the other broker the same way whichever side dialled: a route carries every workspace message, so
+// only role broker may hold one. The one certificate serves both directions, so it must be good for both.
+func (s *Server) routeTLS() *tls.Config {
+	allow := mtls.AllowRole(s.o.Namespace, s.o.Workspace, identity.RoleBroker)
+	accept, dial := s.o.TLS.MutualServerConfig(allow), s.o.TLS.ClientConfig("", allow)
+	asServer, asClient := accept.VerifyConnection, dial.VerifyConnection
+	accept.GetClientCertificate = dial.GetClientCertificate
+	accept.InsecureSkipVerify = true // Go's own check would use the system's roots; VerifyConnection does it all.
+	accept.VerifyConnection = func(cs tls.ConnectionState) error {
+		if err := asServer(cs); err != nil {
+			return err
+		}
+		return asClient(cs)
+	}
+	return accept
+}
+
+func port(p, standard int) int {
+	if p == 0 {
+		return standard
+	}
+	return p
+}
+
+// Connect gives the broker's own connection: in this process, with every permission. opts are added to those it needs.
+func (s *Server) Connect(opts ...nats.Option) (*nats.Conn, error) {
+	return s.connect(s.auth.ownToken, append(opts, nats.Name("broker "+s.o.Name),
+		nats.CustomInboxPrefix(wirebus.InboxPrefix(identity.Broker(s.o.Namespace, s.o.Workspace))))...)
+}
+
+func (s *Server) connect(token string, opts ...nats.Option) (*nats.Conn, error) {
+	opts = append(opts, nats.InProcessServer(s.nats), nats.Token(token), nats.NoReconnect())
+	nc, err := nats.Connect("", opts...)
+	if err != nil {
+		return nil, fmt.Errorf("bus: in-process connection: %w", err)
+	}
+	return nc, nil
+}
+
+// watchPresence hears of every connection's end from the server's own account; its beginning is authentication.
+func (s *Server) watchPresence() error {
+	nc, err := s.connect(s.auth.watchToken)
+	if err != nil {
+		return err
+	}
+	_, err = nc.Subscribe("$SYS.ACCOUNT.*.DISCONNECT", func(m *nats.Msg) {
+		var e server.DisconnectEventMsg
+		if json.Unmarshal(m.Data, &e) == nil && e.Server.ID == s.nats.ID() {
+			s.auth.gone(e.Client.ID)
+		}
+	})
+	if err != nil {
+		return fmt.Errorf("bus: %w", err)
+	}
+	return nc.Flush()
+}
+
+// followPeers keeps routes to the replicas that there are. (NATS could resolve a name itself, but would give up for good
+// where it finds only its own address, as the first of two starting replicas does.)
+func (s *Server) followPeers(ctx context.Context) {
+	var known []string
+	tick := time.NewTicker(s.o.PeersEvery)
+	defer tick.Stop()
+	for {
+		peers, err := s.o.Peers(ctx)
+		slices.Sort(peers)
+		switch {
+		case err != nil:
+			if ctx.Err() == nil {
+				s.o.Log.Warn("can't find the other brokers; keeping the routes there are", "error", err)
+			}
+		case !slices.Equal(peers, known):
+			next := *s.opts
+			next.Routes = nil
+			for _, p := range peers {
+				next.Routes = append(next.Routes, &url.URL{Scheme: "nats-route", Host: p})
+			}
+			if err := s.nats.ReloadOptions(&next); err != nil {
+				s.o.Log.Error("can't change routes", "error", err)
+				break
+			}
+			s.opts, known = &next, peers
+			s.o.Log.Info("routes", "peers", peers)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}
+
+// ResolvePeers makes Options.Peers from a headless Service's name: its addresses without self.
+func ResolvePeers(host string, port int, self string) func(context.Context) ([]string, error) {
+	return func(ctx context.Context) ([]string, error) {
+		addrs, err := net.DefaultResolver.LookupHost(ctx, host)
+		var dnsErr *net.DNSError
+		if errors.As(err, &dnsErr) && dnsErr.IsNotFound {
+			return nil, nil // no replica is published yet, not even this one
+		}
+		if err != nil {
+			return nil, err
+		}
+		var peers []string
+		for _, a := range addrs {
+			if a != self {
+				peers = append(peers, net.JoinHostPort(a, strconv.Itoa(port)))
+			}
+		}
+		return peers, nil
+	}
+}
+
+// Routes counts the other replicas that this one is joined to.
+func (s *Server) Routes() int { return len(s.nats.ActivePeers()) }
+
+// Clients counts the agents and gateways on this replica.
+func (s *Server) Clients() int { return s.auth.count() }
+
+// Addr, WebSocketAddr and RouteAddr are the listeners'.
+func (s *Server) Addr() net.Addr          { return s.nats.Addr() }
+func (s *Server) WebSocketAddr() net.Addr { return s.portAddr(s.nats.PortsInfo(startTimeout).WebSocket) }
+func (s *Server) RouteAddr() net.Addr     { return s.nats.ClusterAddr() }
+
+func (s *Server) portAddr(urls []string) net.Addr {
+	if len(urls) == 0 {
+		return nil
+	}
+	u, err := url.Parse(urls[0])
+	if err != nil {
+		return nil
+	}
+	a, err := net.ResolveTCPAddr("tcp", u.Host)
+	if err != nil {
+		return nil
+	}
+	return a
+}
+
+// Shutdown sends clients to the other replicas, a few at a time so that they don't arrive all at once, then stops. When
+// ctx ends first, it stops at once.
+func (s *Server) Shutdown(ctx context.Context) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		s.nats.LameDuckShutdown()
+	}()
+	select {
+	case <-done:
+	case <-ctx.Done():
+	}
+	s.Close()
+}
+
+// Close stops at once.
+func (s *Server) Close() {
+	s.stop()
+	s.nats.Shutdown()
+	s.nats.WaitForShutdown()
+	s.wg.Wait()
+}
+
+func randomToken() string { return rand.Text() + rand.Text() }
