@@ -16,7 +16,7 @@ require (
 	k8s.io/apimachinery v0.37.2
 	k8s.io/client-go v0.37.2
 	rendezvous.dev/rendezvous v0.0.0-00010101000000-000000000000
-	rendezvous.dev/rendezvous/hack/cluster v0.0.0-00010101000000-000000000000
+	rendezvous.dev/rendezvous/hack/cluster v0.0.0
 	sigs.k8s.io/controller-runtime v0.25.2
 )
 
@@ -68,6 +68,7 @@ require (
 	k8s.io/klog/v2 v2.140.0 // indirect
 	k8s.io/kube-openapi v0.0.0-20260721132016-d427ff9ee9ad // indirect
 	k8s.io/utils v0.0.0-20260707023825-cf1189d6abe3 // indirect
+	rendezvous.dev/rendezvous/hack/desktop v0.0.0-00010101000000-000000000000
 	sigs.k8s.io/json v0.0.0-20250730193827-2d320260d730 // indirect
 	sigs.k8s.io/randfill v1.0.0 // indirect
 	sigs.k8s.io/structured-merge-diff/v6 v6.4.2 // indirect

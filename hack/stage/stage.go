@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"image/color"
 	"io"
 	"os"
 	"os/exec"
@@ -278,4 +279,18 @@ func (s *Stage) WaitReady(ctx context.Context, limit time.Duration) error {
 		case <-time.After(time.Second):
 		}
 	}
+}
+
+// DesktopColor is the colour that a pool's sample desktop paints: the env RDV_DESKTOP_COLOR of its template.
+func (s *Stage) DesktopColor(ctx context.Context, pool string) (color.RGBA, error) {
+	out, err := s.Kubectl(ctx, "", "-n", Namespace, "get", "hostpool", pool, "-o",
+		`jsonpath={.spec.template.spec.containers[?(@.name=="desktop")].env[?(@.name=="RDV_DESKTOP_COLOR")].value}`)
+	if err != nil {
+		return color.RGBA{}, err
+	}
+	c := color.RGBA{A: 255}
+	if _, err := fmt.Sscanf(strings.TrimSpace(out), "#%02x%02x%02x", &c.R, &c.G, &c.B); err != nil {
+		return c, fmt.Errorf("stage: HostPool %s has no RDV_DESKTOP_COLOR of the form #rrggbb: %q", pool, out)
+	}
+	return c, nil
 }

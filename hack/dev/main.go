@@ -1,0 +1,101 @@
+// Command dev is what the Makefile's demo and images targets run.
+//
+//	dev demo    the main job, start to picture
+//	dev images  build the images and load them into the embedded cluster
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"rendezvous.dev/rendezvous/hack/desktop/rdpkit"
+	"rendezvous.dev/rendezvous/hack/stage"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	root, err := filepath.Abs("..") // the Makefile runs us in hack/
+	if err == nil {
+		switch {
+		case len(os.Args) == 2 && os.Args[1] == "demo":
+			err = demo(ctx, root)
+		case len(os.Args) == 2 && os.Args[1] == "images":
+			err = stage.Images(ctx, root, stage.NewProgress(os.Stderr))
+		default:
+			err = fmt.Errorf("usage: dev demo|images")
+		}
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "error:", err)
+		stop()
+		os.Exit(1)
+	}
+}
+
+// demo brings the stage about, signs alice in, connects her RDP client and takes the picture.
+func demo(ctx context.Context, root string) error {
+	say := stage.NewProgress(os.Stderr)
+	s, err := stage.Up(ctx, root, say)
+	if err != nil {
+		return err
+	}
+	roots, err := rdpkit.Ensure(ctx, slog.New(slog.DiscardHandler))
+	if err != nil {
+		return err
+	}
+	say.Say("alice: a machine of her own, with FreeRDP and rdv")
+	alice, err := s.NewUser(ctx, roots)
+	if err != nil {
+		return err
+	}
+	defer alice.Close()
+	say.Say("alice: rdv login %s (the sign-in is Dex's)", stage.WorkspaceURL)
+	if err := alice.Login(ctx, "alice@example.test", "alice-demo"); err != nil {
+		return err
+	}
+	list, err := alice.Rdv(ctx, "list")
+	if err != nil {
+		return err
+	}
+	fmt.Print(list)
+	say.Say("alice: rdv connect linux-desktop")
+	d, err := alice.Connect(ctx, "linux-desktop", "tsgu")
+	if err != nil {
+		return err
+	}
+	defer d.Stop()
+	want, err := s.DesktopColor(ctx, "linux")
+	if err != nil {
+		return err
+	}
+	pctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	picture, err := alice.WaitForColor(pctx, want, 0.3)
+	if err != nil {
+		return fmt.Errorf("the desktop did not appear: %w\n%s\n`rdv explain %s` on the stage says how far it got", err, d.Output(), d.ActivityID)
+	}
+	file := filepath.Join(root, "demo.png")
+	if err := picture.Save(file); err != nil {
+		return err
+	}
+	say.Say("the desktop is there")
+	explain, err := alice.Rdv(ctx, "explain", d.ActivityID)
+	if err != nil {
+		return err
+	}
+	fmt.Print(explain)
+	all, err := s.Kubectl(ctx, "", "get", "rdv", "-n", stage.Namespace)
+	if err != nil {
+		return err
+	}
+	fmt.Printf("\n$ kubectl get rdv -n %s\n%s\n", stage.Namespace, all)
+	fmt.Printf("The picture is %s. Look around with KUBECONFIG=%s; `make cluster-down` removes it all.\n", file, s.Kubeconfig)
+	return nil
+}
