@@ -9,7 +9,9 @@ import (
 // logger hands the server's log lines to slog. The text is the server's own and varies, so it is a value.
 type logger struct{ log *slog.Logger }
 
-func (l logger) Noticef(format string, v ...any) { l.log.Debug("bus server", "detail", fmt.Sprintf(format, v...)) }
+func (l logger) Noticef(format string, v ...any) {
+	l.log.Debug("bus server", "detail", fmt.Sprintf(format, v...))
+}
 
 func (l logger) Warnf(format string, v ...any) {
 	// The server warns that routes skip Go's default verification. routeTLS does its own, of role and workspace too.
@@ -20,7 +22,11 @@ func (l logger) Warnf(format string, v ...any) {
 }
 
 // Fatalf reports what the server can't start for. Start sees it by the server not becoming ready.
-func (l logger) Fatalf(format string, v ...any) { l.log.Error("bus server", "error", fmt.Sprintf(format, v...)) }
-func (l logger) Errorf(format string, v ...any) { l.log.Warn("bus server", "error", fmt.Sprintf(format, v...)) }
+func (l logger) Fatalf(format string, v ...any) {
+	l.log.Error("bus server", "error", fmt.Sprintf(format, v...))
+}
+func (l logger) Errorf(format string, v ...any) {
+	l.log.Warn("bus server", "error", fmt.Sprintf(format, v...))
+}
 func (l logger) Debugf(format string, v ...any) {}
 func (l logger) Tracef(format string, v ...any) {}

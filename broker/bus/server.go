@@ -260,9 +260,11 @@ func (s *Server) Routes() int { return len(s.nats.ActivePeers()) }
 func (s *Server) Clients() int { return s.auth.count() }
 
 // Addr, WebSocketAddr and RouteAddr are the listeners'.
-func (s *Server) Addr() net.Addr          { return s.nats.Addr() }
-func (s *Server) WebSocketAddr() net.Addr { return s.portAddr(s.nats.PortsInfo(startTimeout).WebSocket) }
-func (s *Server) RouteAddr() net.Addr     { return s.nats.ClusterAddr() }
+func (s *Server) Addr() net.Addr { return s.nats.Addr() }
+func (s *Server) WebSocketAddr() net.Addr {
+	return s.portAddr(s.nats.PortsInfo(startTimeout).WebSocket)
+}
+func (s *Server) RouteAddr() net.Addr { return s.nats.ClusterAddr() }
 
 func (s *Server) portAddr(urls []string) net.Addr {
 	if len(urls) == 0 {

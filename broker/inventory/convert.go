@@ -1,0 +1,188 @@
+package inventory
+
+import (
+	"cmp"
+	"slices"
+	"strings"
+	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
+
+	"rendezvous.dev/rendezvous/api/v1alpha1"
+	"rendezvous.dev/rendezvous/broker/model"
+	"rendezvous.dev/rendezvous/wire/config"
+)
+
+// Defaults of the API, as its field comments state them.
+const (
+	defaultTicketLifetime = 8 * time.Hour
+	defaultHeartbeat      = 30 * time.Second
+	defaultConnect        = 5 * time.Second
+	defaultRDPDuration    = 30 * 24 * time.Hour
+	defaultPooledMax      = 16
+	defaultPersonalMax    = 1
+	defaultGatewayPort    = 443
+)
+
+var defaultScopes = []string{"openid", "profile", "email", "groups", "offline_access"}
+
+// objects is one reading of the caches.
+type objects struct {
+	workspace *v1alpha1.Workspace
+	pools     []v1alpha1.HostPool
+	hosts     []v1alpha1.SessionHost
+	gateways  []v1alpha1.Gateway
+}
+
+// snapshot turns objects into the broker's own types: what belongs to the workspace, defaults applied. Pure.
+func snapshot(o objects) *model.Snapshot {
+	s := &model.Snapshot{Pools: map[string]*model.Pool{}, Hosts: map[string]*model.Host{}}
+	if o.workspace == nil {
+		return s
+	}
+	s.Workspace = workspace(o.workspace)
+	for i := range o.pools {
+		if p := &o.pools[i]; p.Spec.WorkspaceRef.Name == o.workspace.Name && p.DeletionTimestamp == nil {
+			s.Pools[p.Name] = pool(p)
+		}
+	}
+	for i := range o.hosts {
+		if h := &o.hosts[i]; s.Pools[h.Spec.HostPoolRef.Name] != nil && h.DeletionTimestamp == nil {
+			s.Hosts[h.Name] = host(h)
+		}
+	}
+	selector := labels.Everything()
+	if o.workspace.Spec.GatewaySelector != nil {
+		var err error
+		if selector, err = metav1.LabelSelectorAsSelector(o.workspace.Spec.GatewaySelector); err != nil {
+			selector = labels.Nothing() // the operator's condition says why
+		}
+	}
+	for i := range o.gateways {
+		if g := &o.gateways[i]; selector.Matches(labels.Set(g.Labels)) && g.DeletionTimestamp == nil {
+			s.Gateways = append(s.Gateways, gateway(g))
+		}
+	}
+	slices.SortFunc(s.Gateways, func(a, b *model.Gateway) int { return strings.Compare(a.Name, b.Name) })
+	return s
+}
+
+func workspace(w *v1alpha1.Workspace) *model.Workspace {
+	oidc := w.Spec.Identity.OIDC
+	m := &model.Workspace{
+		Name: w.Name, DisplayName: cmp.Or(w.Spec.DisplayName, w.Name), Hostname: w.Spec.Hostname,
+		OIDC: model.OIDC{
+			IssuerURL: oidc.IssuerURL, ClientID: oidc.ClientID, Audiences: slices.Clone(oidc.Audiences),
+			UsernameClaim: cmp.Or(oidc.UsernameClaim, "email"), GroupsClaim: cmp.Or(oidc.GroupsClaim, "groups"),
+			Scopes: slices.Clone(oidc.Scopes),
+		},
+		TicketLifetime: seconds(w.Spec.Tickets.LifetimeSeconds, defaultTicketLifetime),
+	}
+	if len(m.OIDC.Audiences) == 0 {
+		m.OIDC.Audiences = []string{oidc.ClientID}
+	}
+	if len(m.OIDC.Scopes) == 0 {
+		m.OIDC.Scopes = defaultScopes
+	}
+	for _, r := range w.Spec.Resources {
+		m.Resources = append(m.Resources, resource(r))
+	}
+	return m
+}
+
+func resource(r v1alpha1.Resource) model.Resource {
+	m := model.Resource{
+		Name: r.Name, DisplayName: cmp.Or(r.DisplayName, r.Name), Type: string(r.Type), Pool: r.HostPoolRef.Name,
+		Users: slices.Clone(r.Access.Users), Groups: slices.Clone(r.Access.Groups), Icon: slices.Clone(r.Icon),
+		Redirection: model.Redirection{
+			Clipboard: r.Redirection.Clipboard != v1alpha1.Disabled, Audio: r.Redirection.Audio != v1alpha1.Disabled,
+			Microphone: r.Redirection.Microphone == v1alpha1.Enabled, Drives: r.Redirection.Drives == v1alpha1.Enabled,
+			Printers: r.Redirection.Printers == v1alpha1.Enabled, SmartCards: r.Redirection.SmartCards == v1alpha1.Enabled,
+			Ports: r.Redirection.Ports == v1alpha1.Enabled,
+		},
+	}
+	if r.Program != nil {
+		m.Program, m.Arguments = r.Program.Path, r.Program.Arguments
+	}
+	return m
+}
+
+func pool(p *v1alpha1.HostPool) *model.Pool {
+	m := &model.Pool{
+		Name: p.Name, UID: string(p.UID), Generation: p.Generation,
+		Personal: p.Spec.Type == v1alpha1.Personal, MaxSessions: defaultPooledMax,
+		DepthFirst:       p.Spec.LoadBalancing == v1alpha1.DepthFirst,
+		HeartbeatTimeout: seconds(p.Spec.Health.HeartbeatTimeoutSeconds, defaultHeartbeat),
+		ConnectTimeout:   seconds(p.Spec.Health.ConnectTimeoutSeconds, defaultConnect),
+		Properties:       slices.Clone(p.Spec.CustomRDPProperties),
+		Registration:     registration(p.Status.Registration),
+	}
+	if m.Personal {
+		m.MaxSessions = defaultPersonalMax
+		m.Automatic = p.Spec.Assignment != v1alpha1.Direct
+	}
+	if p.Spec.MaxSessionsPerHost != nil {
+		m.MaxSessions = *p.Spec.MaxSessionsPerHost
+	}
+	if rc := p.Spec.RDPCertificate; rc != nil {
+		m.RDPIssuer = &config.Issuer{Name: rc.IssuerRef.Name, Kind: cmp.Or(rc.IssuerRef.Kind, "Issuer"), Group: cmp.Or(rc.IssuerRef.Group, "cert-manager.io")}
+		m.RDPDuration = seconds(rc.DurationSeconds, defaultRDPDuration)
+	}
+	return m
+}
+
+func host(h *v1alpha1.SessionHost) *model.Host {
+	m := &model.Host{
+		Name: h.Name, Pool: h.Spec.HostPoolRef.Name, Generation: h.Generation, AssignedUser: h.Spec.AssignedUser,
+		Registration: registration(h.Status.Registration),
+	}
+	if d := h.Spec.Drain; d != nil {
+		m.Drain = &model.Drain{Reason: d.Reason, Until: moment(d.Until)}
+	}
+	if e := h.Status.Enrolment; e != nil {
+		m.EnrolledWith = e.TokenHash
+	}
+	if a := h.Status.Agent; a != nil {
+		m.Agent = &model.AgentStatus{
+			Connected: a.Connected, LastHeartbeat: moment(a.LastHeartbeat), Version: a.Version, OS: a.OS, RDPReady: a.RDPReady,
+			Message: a.Message, Sessions: a.Sessions, DrainAcknowledged: a.DrainAcknowledged,
+			CertificateFingerprint: a.CertificateFingerprint, CertificateExpires: moment(a.CertificateExpires),
+		}
+	}
+	return m
+}
+
+func gateway(g *v1alpha1.Gateway) *model.Gateway {
+	m := &model.Gateway{
+		Name: g.Name, Region: g.Spec.Region, Hostname: g.Spec.Hostname, Port: defaultGatewayPort,
+		CABundle: g.Status.CABundle, Sessions: g.Status.Sessions,
+	}
+	if g.Spec.Port != nil {
+		m.Port = *g.Spec.Port
+	}
+	for _, c := range g.Status.Conditions {
+		if c.Type == v1alpha1.ConditionReady {
+			m.Ready = c.Status == metav1.ConditionTrue
+		}
+	}
+	return m
+}
+
+func registration(r v1alpha1.RegistrationStatus) model.Registration {
+	return model.Registration{TokenHash: r.TokenHash, Expires: moment(r.Expires)}
+}
+
+func seconds(v *int32, standard time.Duration) time.Duration {
+	if v == nil {
+		return standard
+	}
+	return time.Duration(*v) * time.Second
+}
+
+func moment(t *metav1.Time) time.Time {
+	if t == nil {
+		return time.Time{}
+	}
+	return t.Time
+}

@@ -1,0 +1,237 @@
+// Package model is what the broker knows of the declared world, as plain Go values: no Kubernetes type gets past
+// broker/inventory, which fills these in and carries out the writes.
+//
+// A Snapshot and all that it points to is never changed once it is handed out.
+package model
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+	"time"
+
+	"rendezvous.dev/rendezvous/wire/config"
+)
+
+// Snapshot is the declared world at one moment.
+type Snapshot struct {
+	// Workspace is nil while the object does not exist.
+	Workspace *Workspace
+	Pools     map[string]*Pool
+	Hosts     map[string]*Host
+	// Gateways are those that the workspace's selector picks, by name.
+	Gateways []*Gateway
+}
+
+// PoolHosts gives the hosts of one pool, by name.
+func (s *Snapshot) PoolHosts(pool string) []*Host {
+	var hosts []*Host
+	for _, h := range s.Hosts {
+		if h.Pool == pool {
+			hosts = append(hosts, h)
+		}
+	}
+	slices.SortFunc(hosts, func(a, b *Host) int { return strings.Compare(a.Name, b.Name) })
+	return hosts
+}
+
+// Gateway finds a gateway of the workspace, nil if there is none of that name.
+func (s *Snapshot) Gateway(name string) *Gateway {
+	for _, g := range s.Gateways {
+		if g.Name == name {
+			return g
+		}
+	}
+	return nil
+}
+
+// Workspace with its defaults applied.
+type Workspace struct {
+	Name           string
+	DisplayName    string
+	Hostname       string
+	OIDC           OIDC
+	Resources      []Resource
+	TicketLifetime time.Duration
+}
+
+// Resource finds a resource, nil if there is none of that name.
+func (w *Workspace) Resource(name string) *Resource {
+	for i := range w.Resources {
+		if w.Resources[i].Name == name {
+			return &w.Resources[i]
+		}
+	}
+	return nil
+}
+
+// GrantedGroups are those of the user's groups that any grant of the workspace names, in order, each once.
+func (w *Workspace) GrantedGroups(groups []string) []string {
+	var named []string
+	for _, r := range w.Resources {
+		for _, g := range r.Groups {
+			if slices.Contains(groups, g) {
+				named = append(named, g)
+			}
+		}
+	}
+	slices.Sort(named)
+	return slices.Compact(named)
+}
+
+// OIDC says who may sign users in.
+type OIDC struct {
+	IssuerURL     string
+	ClientID      string
+	Audiences     []string
+	UsernameClaim string
+	GroupsClaim   string
+	Scopes        []string
+}
+
+// Resource types.
+const (
+	Desktop   = "Desktop"
+	RemoteApp = "RemoteApp"
+)
+
+// Resource is one desktop or app.
+type Resource struct {
+	Name        string
+	DisplayName string
+	Type        string
+	Pool        string
+	// Program and Arguments are a RemoteApp's.
+	Program, Arguments string
+	Users, Groups      []string
+	Redirection        Redirection
+	Icon               []byte // PNG
+}
+
+// Grants says whether a user, of these groups, may use the resource.
+func (r *Resource) Grants(user string, groups []string) bool {
+	return slices.Contains(r.Users, user) || slices.ContainsFunc(r.Groups, func(g string) bool { return slices.Contains(groups, g) })
+}
+
+// Redirection says what of the user's machine a session may reach.
+type Redirection struct {
+	Clipboard, Audio, Microphone, Drives, Printers, SmartCards, Ports bool
+}
+
+// Pool with its defaults applied.
+type Pool struct {
+	Name, UID        string
+	Generation       int64
+	Personal         bool
+	DepthFirst       bool // Pooled only
+	Automatic        bool // Personal only
+	MaxSessions      int32
+	HeartbeatTimeout time.Duration
+	ConnectTimeout   time.Duration
+	// RDPIssuer signs the hosts' RDP certificates; nil where hosts keep their own.
+	RDPIssuer    *config.Issuer
+	RDPDuration  time.Duration
+	Properties   []string
+	Registration Registration
+}
+
+// Registration tells of a registration token.
+type Registration struct {
+	TokenHash string // SHA-256 in hex, empty where there is no token
+	Expires   time.Time
+}
+
+// Host is one session host as declared, and what its status says.
+type Host struct {
+	Name, Pool   string
+	Generation   int64
+	AssignedUser string
+	Drain        *Drain
+	Registration Registration
+	// EnrolledWith is the hash of the token that enrolled the host, empty where it isn't enrolled.
+	EnrolledWith string
+	// Agent is nil where no agent has ever reported.
+	Agent *AgentStatus
+}
+
+// Drain keeps new sessions off a host until Until, if that is set.
+type Drain struct {
+	Reason string
+	Until  time.Time
+}
+
+// Draining says whether new sessions are to be kept off the host at now.
+func (h *Host) Draining(now time.Time) bool {
+	return h.Drain != nil && (h.Drain.Until.IsZero() || now.Before(h.Drain.Until))
+}
+
+// AgentStatus is what is written of an agent's reports.
+type AgentStatus struct {
+	Connected              bool
+	LastHeartbeat          time.Time
+	Version, OS            string
+	RDPReady               bool
+	Message                string
+	Sessions               int32
+	DrainAcknowledged      bool
+	CertificateFingerprint string
+	CertificateExpires     time.Time
+}
+
+// Gateway is one gateway that the workspace uses.
+type Gateway struct {
+	Name, Region string
+	Hostname     string
+	Port         int32
+	// CABundle (PEM) verifies the gateway's public certificate; empty means public roots.
+	CABundle string
+	Ready    bool
+	// Sessions is what the status says.
+	Sessions int32
+}
+
+// Source gives the newest snapshot. It never blocks and never gives nil.
+type Source interface{ Snapshot() *Snapshot }
+
+// Errors of a Writer that callers act on.
+var (
+	// ErrConflict says that the object changed meanwhile.
+	ErrConflict = errors.New("the object was changed by somebody else meanwhile")
+	// ErrExists says that an object of that name exists.
+	ErrExists = errors.New("the object exists")
+	// ErrNotFound says that it doesn't.
+	ErrNotFound = errors.New("no such object")
+	// ErrDenied says that an issuer refused to sign.
+	ErrDenied = errors.New("the issuer refused")
+)
+
+// CertificateRequest asks an issuer for a certificate.
+type CertificateRequest struct {
+	// Host is what the certificate is for; it becomes part of the request object's name.
+	Host     string
+	CSR      []byte // PEM
+	Issuer   config.Issuer
+	Duration time.Duration
+	// Server adds the server usage to the client usage, or stands alone without Client.
+	Client, Server bool
+}
+
+// Writer carries out the few writes of the broker. A context bounds each.
+type Writer interface {
+	// CreateHost makes the SessionHost of a machine that enrols with its pool's token; ErrExists where there is one.
+	CreateHost(ctx context.Context, pool *Pool, host string) error
+	// GetHost reads a host from the API server itself, with a version for MarkEnrolled; ErrNotFound where there is none.
+	GetHost(ctx context.Context, host string) (h *Host, version string, err error)
+	// MarkEnrolled records the token that a host enrolled with, provided that the host is still at version; otherwise ErrConflict.
+	MarkEnrolled(ctx context.Context, host, version, tokenHash string, at time.Time) error
+	// WriteAgent records an agent's state.
+	WriteAgent(ctx context.Context, host string, status AgentStatus) error
+	// Assign gives an unassigned host to a user for good. It returns whose host it is afterwards: somebody else's, where
+	// another broker was faster.
+	Assign(ctx context.Context, host, user string) (owner string, err error)
+	// WriteGatewaySessions records how many sessions go through a gateway.
+	WriteGatewaySessions(ctx context.Context, gateway string, sessions int32) error
+	// Sign has an issuer sign, and waits for it. It returns the chain and the issuer's CA, in PEM. ErrDenied is final.
+	Sign(ctx context.Context, r CertificateRequest) (chain, ca []byte, err error)
+}

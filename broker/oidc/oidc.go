@@ -1,0 +1,334 @@
+// Package oidc validates the bearer tokens that users bring from the workspace's identity provider: signature by the
+// provider's published keys, issuer, audience, times, and the claims that name the user and the user's groups.
+//
+// The provider need not answer while a token is checked: its keys are kept, read again now and then, and used for up to
+// MaxStale after the provider was last heard. A change of issuer or CA takes effect with the next token.
+package oidc
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"os"
+	"slices"
+	"sync"
+	"time"
+
+	gooidc "github.com/coreos/go-oidc/v3/oidc"
+	"github.com/go-jose/go-jose/v4"
+
+	"rendezvous.dev/rendezvous/broker/model"
+	"rendezvous.dev/rendezvous/wire/refusal"
+)
+
+const (
+	// MaxStale is how long keys serve after the provider was last heard. A key that the provider withdrew meanwhile is
+	// trusted for so long at most.
+	MaxStale = 24 * time.Hour
+	// refreshAfter is the age at which keys are read again.
+	refreshAfter = 15 * time.Minute
+	// retryAfter holds off the next attempt, also where a token names a key that the provider doesn't have.
+	retryAfter   = 5 * time.Second
+	fetchTimeout = 10 * time.Second
+	maxDocument  = 1 << 20
+	// maxToken bounds a token before anything parses it.
+	maxToken    = 16 << 10
+	maxUsername = 256
+)
+
+// algorithms that a provider may sign with: those with public keys only.
+var algorithms = []jose.SignatureAlgorithm{
+	jose.RS256, jose.RS384, jose.RS512, jose.PS256, jose.PS384, jose.PS512, jose.ES256, jose.ES384, jose.ES512, jose.EdDSA,
+}
+
+// User is whom a token names.
+type User struct {
+	Name   string
+	Groups []string
+}
+
+// Options of a Validator.
+type Options struct {
+	// Config gives the provider as the Workspace declares it now; false while there is no Workspace.
+	Config func() (model.OIDC, bool)
+	// CAFile holds the CA of the provider (PEM). Where it doesn't exist, the system's roots verify the provider.
+	CAFile string
+	Log    *slog.Logger
+	Now    func() time.Time // time.Now if nil
+}
+
+// Validator checks tokens. Safe for concurrent use.
+type Validator struct {
+	o Options
+
+	fetching sync.Mutex // held while the provider is asked, so that one asks for all
+
+	mu   sync.Mutex
+	keys keyring
+}
+
+// keyring is what is known of one provider.
+type keyring struct {
+	issuer string
+	ca     string
+	keys   []jose.JSONWebKey
+	heard  time.Time // when the keys were read
+	tried  time.Time // when they were last asked for
+	err    error     // of that attempt
+}
+
+// New makes a Validator. It asks nobody yet.
+func New(o Options) *Validator {
+	if o.Now == nil {
+		o.Now = time.Now
+	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	return &Validator{o: o}
+}
+
+// Run reads the keys ahead of need until ctx ends.
+func (v *Validator) Run(ctx context.Context) {
+	tick := time.NewTicker(30 * time.Second)
+	defer tick.Stop()
+	for {
+		if cfg, ok := v.o.Config(); ok && cfg.IssuerURL != "" {
+			v.current(ctx, cfg.IssuerURL, func(k *keyring) bool { return v.o.Now().Sub(k.heard) > refreshAfter })
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}
+
+// Heard says when the provider last answered, zero for never, and why its last attempt failed.
+func (v *Validator) Heard() (time.Time, error) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.keys.heard, v.keys.err
+}
+
+// CA gives the provider's CA (PEM), empty where the system's roots serve.
+func (v *Validator) CA() string {
+	data, err := os.ReadFile(v.o.CAFile)
+	if err != nil {
+		return ""
+	}
+	return string(bytes.TrimSpace(data))
+}
+
+// Validate checks a token. Its errors are *refusal.Error.
+func (v *Validator) Validate(ctx context.Context, raw string) (User, error) {
+	cfg, ok := v.o.Config()
+	if !ok {
+		return User{}, refusal.New(refusal.IdentityAway, "The workspace does not exist (any more), so nobody can sign in to it.")
+	}
+	if raw == "" {
+		return User{}, refusal.New(refusal.TokenMissing, "The request carries no token: sign in at %s first (`rdv login`).", cfg.IssuerURL)
+	}
+	if len(raw) > maxToken {
+		return User{}, invalid(cfg, "it is longer than %d bytes", maxToken)
+	}
+	keys := &keySet{v: v, issuer: cfg.IssuerURL}
+	verifier := gooidc.NewVerifier(cfg.IssuerURL, keys, &gooidc.Config{
+		// These are checked below, each with its own refusal.
+		SkipIssuerCheck: true, SkipClientIDCheck: true, SkipExpiryCheck: true,
+		SupportedSigningAlgs: names(algorithms),
+	})
+	t, err := verifier.Verify(ctx, raw)
+	if err != nil {
+		if keys.away != nil {
+			return User{}, keys.away
+		}
+		return User{}, invalid(cfg, "its form or signature is not right")
+	}
+	if t.Issuer != cfg.IssuerURL {
+		return User{}, invalid(cfg, "%q issued it", t.Issuer)
+	}
+	if !slices.ContainsFunc(t.Audience, func(a string) bool { return slices.Contains(cfg.Audiences, a) }) {
+		return User{}, refusal.New(refusal.TokenWrongAudience, "The token is for %q, and this workspace takes tokens for %q: sign in with that client.", t.Audience, cfg.Audiences)
+	}
+	now := v.o.Now()
+	if !now.Before(t.Expiry) {
+		return User{}, refusal.New(refusal.TokenExpired, "The token expired at %s: sign in again (`rdv login`).", t.Expiry.UTC().Format(time.RFC3339))
+	}
+	return user(t, cfg, now)
+}
+
+func user(t *gooidc.IDToken, cfg model.OIDC, now time.Time) (User, error) {
+	var claims map[string]json.RawMessage
+	if err := t.Claims(&claims); err != nil {
+		return User{}, invalid(cfg, "its claims can't be read")
+	}
+	var notBefore float64
+	if raw, ok := claims["nbf"]; ok && json.Unmarshal(raw, &notBefore) == nil && now.Add(time.Minute).Before(time.Unix(int64(notBefore), 0)) {
+		return User{}, invalid(cfg, "it is not valid yet; compare the clocks")
+	}
+	var u User
+	if json.Unmarshal(claims[cfg.UsernameClaim], &u.Name) != nil || u.Name == "" || len(u.Name) > maxUsername {
+		return User{}, invalid(cfg, "it has no claim %q, which names the user", cfg.UsernameClaim)
+	}
+	// An address that the provider did not verify could be anybody's.
+	if raw, ok := claims["email_verified"]; ok && cfg.UsernameClaim == "email" {
+		var verified bool
+		if json.Unmarshal(raw, &verified) != nil || !verified {
+			return User{}, invalid(cfg, "the provider has not verified the address %q", u.Name)
+		}
+	}
+	if raw, ok := claims[cfg.GroupsClaim]; ok {
+		var one string
+		if json.Unmarshal(raw, &u.Groups) != nil && json.Unmarshal(raw, &one) == nil && one != "" {
+			u.Groups = []string{one}
+		}
+	}
+	return u, nil
+}
+
+// keySet verifies signatures with the current keys of one issuer.
+type keySet struct {
+	v      *Validator
+	issuer string
+	// away is set where there are no keys to verify with. (The verifier hides the errors of its key set.)
+	away error
+}
+
+// VerifySignature implements gooidc.KeySet.
+func (s *keySet) VerifySignature(ctx context.Context, token string) ([]byte, error) {
+	jws, err := jose.ParseSigned(token, algorithms)
+	if err != nil {
+		return nil, err
+	}
+	now := s.v.o.Now()
+	verify := func(k *keyring) (payload []byte, ok bool) {
+		for i := range k.keys {
+			key := &k.keys[i]
+			if id := jws.Signatures[0].Header.KeyID; id != "" && key.KeyID != "" && id != key.KeyID {
+				continue
+			}
+			if payload, err := jws.Verify(key); err == nil {
+				return payload, true
+			}
+		}
+		return nil, false
+	}
+	k := s.v.current(ctx, s.issuer, func(k *keyring) bool {
+		_, ok := verify(k)
+		return !ok || now.Sub(k.heard) > MaxStale
+	})
+	if len(k.keys) == 0 || now.Sub(k.heard) > MaxStale {
+		s.away = refusal.New(refusal.IdentityAway, "The identity provider %s can't be reached, so nobody's token can be checked: %v. Try again in a moment; an administrator finds more in the Workspace's condition IdentityReady.", s.issuer, k.err)
+		return nil, s.away
+	}
+	payload, ok := verify(&k)
+	if !ok {
+		return nil, errors.New("no key of the provider verifies it")
+	}
+	return payload, nil
+}
+
+// current gives the keys of an issuer, read anew where stale says so and the last attempt is not too recent.
+func (v *Validator) current(ctx context.Context, issuer string, stale func(*keyring) bool) keyring {
+	ca := v.CA()
+	look := func() (keyring, bool) {
+		v.mu.Lock()
+		defer v.mu.Unlock()
+		if v.keys.issuer != issuer || v.keys.ca != ca {
+			v.keys = keyring{issuer: issuer, ca: ca}
+		}
+		return v.keys, stale(&v.keys) && v.o.Now().Sub(v.keys.tried) >= retryAfter
+	}
+	k, want := look()
+	if !want {
+		return k
+	}
+	v.fetching.Lock()
+	defer v.fetching.Unlock()
+	if k, want = look(); !want { // another request has asked meanwhile
+		return k
+	}
+	// Others wait for this answer too, so it does not end with the request that happened to ask.
+	fetchCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), fetchTimeout)
+	defer cancel()
+	keys, err := fetch(fetchCtx, issuer, ca)
+	now := v.o.Now()
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.keys.issuer != issuer || v.keys.ca != ca {
+		return v.keys
+	}
+	v.keys.tried, v.keys.err = now, err
+	if err != nil {
+		v.o.Log.Warn("the identity provider does not answer", "issuer", issuer, "error", err, "lastHeard", v.keys.heard)
+	} else {
+		v.keys.keys, v.keys.heard = keys, now
+	}
+	return v.keys
+}
+
+// fetch reads the provider's discovery document and the keys that it names.
+func fetch(ctx context.Context, issuer, ca string) ([]jose.JSONWebKey, error) {
+	tc := &tls.Config{MinVersion: tls.VersionTLS12}
+	if ca != "" {
+		tc.RootCAs = x509.NewCertPool()
+		if !tc.RootCAs.AppendCertsFromPEM([]byte(ca)) {
+			return nil, errors.New("the CA bundle for the identity provider holds no certificate")
+		}
+	}
+	// One connection per look, minutes apart: none is worth keeping.
+	client := &http.Client{Timeout: fetchTimeout, Transport: &http.Transport{
+		Proxy: http.ProxyFromEnvironment, TLSClientConfig: tc, DisableKeepAlives: true,
+	}}
+	p, err := gooidc.NewProvider(gooidc.ClientContext(ctx, client), issuer)
+	if err != nil {
+		return nil, err
+	}
+	var doc struct {
+		JWKS string `json:"jwks_uri"`
+	}
+	if err := p.Claims(&doc); err != nil {
+		return nil, err
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, doc.JWKS, nil)
+	if err != nil {
+		return nil, err
+	}
+	res, err := client.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer res.Body.Close()
+	if res.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("%s answers %s", doc.JWKS, res.Status)
+	}
+	var set jose.JSONWebKeySet
+	if err := json.NewDecoder(io.LimitReader(res.Body, maxDocument)).Decode(&set); err != nil {
+		return nil, fmt.Errorf("%s: %w", doc.JWKS, err)
+	}
+	keys := slices.DeleteFunc(set.Keys, func(k jose.JSONWebKey) bool { return k.Use == "enc" || !k.IsPublic() || !k.Valid() })
+	if len(keys) == 0 {
+		return nil, fmt.Errorf("%s lists no key to verify signatures with", doc.JWKS)
+	}
+	return keys, nil
+}
+
+func invalid(cfg model.OIDC, why string, args ...any) error {
+	return refusal.New(refusal.TokenInvalid, "The token was refused: %s. Sign in at %s again (`rdv login`).", fmt.Sprintf(why, args...), cfg.IssuerURL)
+}
+
+func names(algs []jose.SignatureAlgorithm) []string {
+	s := make([]string, len(algs))
+	for i, a := range algs {
+		s[i] = string(a)
+	}
+	return s
+}
