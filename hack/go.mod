@@ -9,6 +9,7 @@ replace (
 )
 
 require (
+	github.com/nats-io/nats.go v1.55.0
 	golang.org/x/crypto v0.58.0
 	golang.org/x/net v0.62.0
 	golang.org/x/sync v0.24.0
@@ -18,6 +19,13 @@ require (
 	rendezvous.dev/rendezvous v0.0.0-00010101000000-000000000000
 	rendezvous.dev/rendezvous/hack/cluster v0.0.0
 	sigs.k8s.io/controller-runtime v0.25.2
+)
+
+require (
+	github.com/go-jose/go-jose/v4 v4.1.8 // indirect
+	github.com/klauspost/compress v1.20.3 // indirect
+	github.com/nats-io/nkeys v0.4.16 // indirect
+	github.com/nats-io/nuid v1.0.1 // indirect
 )
 
 require (

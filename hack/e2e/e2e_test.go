@@ -357,3 +357,13 @@ func dial(ctx context.Context, ip string, port int) (net.Conn, error) {
 func meta(name string) metav1.ObjectMeta {
 	return metav1.ObjectMeta{Namespace: stage.Namespace, Name: name}
 }
+
+// busDialer resolves the sample's names for NATS.
+type busDialer struct{}
+
+func (busDialer) Dial(network, address string) (net.Conn, error) {
+	return stage.Dialer().Dial(network, address)
+}
+
+// SkipTLSHandshake leaves TLS to NATS.
+func (busDialer) SkipTLSHandshake() bool { return false }
