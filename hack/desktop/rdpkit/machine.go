@@ -22,7 +22,8 @@ var RDPAddr = netip.MustParseAddrPort("127.0.0.1:3389")
 // MachineOptions describe a session host outside any cluster.
 type MachineOptions struct {
 	BoxOptions
-	// User and Password may log in; both "demo" when empty.
+	// User and Password may log in; both "demo" when empty. User may be several names with blanks between. One user has
+	// one session on a machine: a second connection takes it over from the first.
 	User, Password string
 	// Color of the session's root window, #rrggbb.
 	Color string

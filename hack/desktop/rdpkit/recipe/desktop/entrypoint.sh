@@ -1,11 +1,11 @@
 #!/bin/sh
 # Serves RDP on 127.0.0.1:3389 until told to stop, the same way in a container and on a plain machine.
 #
-#   RDV_DESKTOP_USER, RDV_DESKTOP_PASSWORD  who may log in (demo, demo)
+#   RDV_DESKTOP_USER, RDV_DESKTOP_PASSWORD  who may log in (demo, demo); several names with blanks between share the password.
+#                                           One user has one session: a second connection takes it over from the first.
 #   RDV_DESKTOP_COLOR                       colour of the session's root window, #rrggbb
 #   RDV_RDP_CERT_DIR                        where the agent puts tls.crt and tls.key (/run/rdp-cert)
 set -eu
-user=${RDV_DESKTOP_USER:-demo}
 certs=${RDV_RDP_CERT_DIR:-/run/rdp-cert}
 installed=/run/xrdp-tls
 
@@ -38,8 +38,10 @@ case ${RDV_DESKTOP_COLOR:-} in
 '#'??????) mkdir -p /etc/rdv-desktop && echo "$RDV_DESKTOP_COLOR" >/etc/rdv-desktop/colour ;;
 *) die "RDV_DESKTOP_COLOR=$RDV_DESKTOP_COLOR is not of the form #rrggbb" ;;
 esac
-id "$user" >/dev/null 2>&1 || useradd --create-home --shell /bin/bash "$user"
-echo "$user:${RDV_DESKTOP_PASSWORD:-demo}" | chpasswd
+for user in ${RDV_DESKTOP_USER:-demo}; do
+	id "$user" >/dev/null 2>&1 || useradd --create-home --shell /bin/bash "$user"
+	echo "$user:${RDV_DESKTOP_PASSWORD:-demo}" | chpasswd
+done
 unset RDV_DESKTOP_PASSWORD
 
 # Left-overs of an earlier run in the same root would stop the next one.
