@@ -1,0 +1,231 @@
+package relay
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"net/http"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"rendezvous.dev/rendezvous/wire/admission"
+	"rendezvous.dev/rendezvous/wire/refusal"
+	"rendezvous.dev/rendezvous/wire/trace"
+	"rendezvous.dev/rendezvous/wire/wsframe"
+)
+
+// Transports, as told to the gateway container.
+const (
+	transportTSGU = "tsgu-websocket"
+	transportRaw  = "raw-websocket"
+)
+
+// errClientGone says that the client left while it was being served: there is nobody to answer.
+var errClientGone = errors.New("relay: the client has left")
+
+// attempt is one client's way from its request to its session. Its methods are called in this order: authenticate,
+// connect, begin; close always.
+type attempt struct {
+	r         *Relay
+	v         *visitor
+	transport string
+	activity  string
+	sessionID string
+	requested time.Time
+	secured   time.Duration // from accept to request
+
+	// Set by authenticate.
+	ticket        string // dropped by connect
+	workspace     string
+	user          string
+	resource      string
+	target        string
+	redirectFlags uint32
+	asked         time.Time     // when admission began
+	asking        time.Duration // time spent on it so far
+
+	// Set by connect.
+	host  string
+	agent *arrival
+
+	session *session // set by begin
+}
+
+// newAttempt reserves a place for a client, or refuses.
+func (r *Relay) newAttempt(v *visitor, transport, activity string) (*attempt, *refusal.Error) {
+	a := &attempt{r: r, v: v, transport: transport, activity: activity, sessionID: newGUID(), requested: time.Now()}
+	a.secured = a.requested.Sub(v.accepted)
+	if e := r.reserve(); e != nil {
+		return nil, a.refused(e)
+	}
+	v.vouch()
+	return a, nil
+}
+
+// close gives the place back where no session came of it.
+func (a *attempt) close() {
+	if a.session != nil {
+		return
+	}
+	a.r.release(nil)
+	if a.agent != nil {
+		a.agent.leg.tcp.Close()
+	}
+}
+
+// refused stamps, counts and logs a refusal.
+func (a *attempt) refused(e *refusal.Error) *refusal.Error {
+	a.r.metrics.Admissions.WithLabelValues(a.transport, string(e.Code)).Inc()
+	a.r.log.Info("client refused", "activity", a.activity, "peer", a.v.tcp.RemoteAddr().String(), "transport", a.transport,
+		"workspace", a.workspace, "user", a.user, "code", e.Code, "error", e.Message)
+	return e.With(a.activity)
+}
+
+// step reports one step of the connection sequence.
+func (a *attempt) step(n int, at time.Time, d time.Duration, detail string, code refusal.Code) {
+	a.r.reports.step(a.activity, a.workspace, n, at, d, detail, code)
+}
+
+// authenticate has the gateway container check the ticket alone.
+func (a *attempt) authenticate(ticket string) *refusal.Error {
+	a.asked = time.Now()
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	resp, err := a.r.admission.Authenticate(ctx, &admission.AuthenticateRequest{
+		ActivityId: a.activity, Ticket: ticket, ClientAddr: a.v.tcp.RemoteAddr().String()})
+	a.asking = time.Since(a.asked)
+	if err != nil {
+		return a.refused(admissionFailed(err))
+	}
+	if id := parseGUID(resp.ActivityId); id != "" {
+		a.activity = id
+	}
+	a.workspace, a.user, a.resource = resp.Workspace, resp.User, resp.Resource
+	a.target, a.redirectFlags = resp.Target, resp.RedirectFlags
+	a.step(trace.StepDialGateway, a.v.accepted, a.secured, a.transport+" from "+a.v.tcp.RemoteAddr().String(), "")
+	if resp.Error != nil {
+		e := &refusal.Error{Code: refusal.Code(resp.Error.Code), Message: resp.Error.Message}
+		a.step(trace.StepAdmit, a.asked, a.asking, e.Message, e.Code)
+		return a.refused(e)
+	}
+	a.ticket = ticket
+	return nil
+}
+
+// connect has the session orchestrated and waits for the agent's leg. Its error is a *refusal.Error or errClientGone.
+func (a *attempt) connect(target string) error {
+	wait := time.Duration(a.r.config.Load().JoinTimeoutSeconds) * time.Second
+	timed, cancel := context.WithTimeout(context.Background(), wait)
+	defer cancel()
+	ctx, leave := context.WithCancelCause(timed)
+	defer leave(nil)
+
+	a.v.SetDeadline(time.Time{})
+	unwatch := a.v.watch(func() { leave(errClientGone) })
+	err := a.orchestrate(ctx, target, wait)
+	unwatch()
+	if context.Cause(ctx) == errClientGone {
+		a.r.metrics.Admissions.WithLabelValues(a.transport, "client-gone").Inc()
+		a.r.log.Info("the client left before its host came", "activity", a.activity, "user", a.user)
+		return errClientGone
+	}
+	return err
+}
+
+func (a *attempt) orchestrate(ctx context.Context, target string, wait time.Duration) error {
+	secret := make([]byte, 32)
+	rand.Read(secret)
+	w := a.r.joins.add(secret, a.activity)
+	defer func() {
+		if a.agent == nil {
+			a.r.joins.cancel(w)
+		}
+	}()
+
+	began := time.Now()
+	deadline, _ := ctx.Deadline()
+	resp, err := a.r.admission.Connect(ctx, &admission.ConnectRequest{
+		ActivityId: a.activity, Ticket: a.ticket, Target: target, ClientAddr: a.v.tcp.RemoteAddr().String(), SessionId: a.sessionID,
+		Instance: a.r.instance, JoinSecret: secret, Transport: a.transport, Deadline: timestamppb.New(deadline)})
+	clear(secret)
+	a.ticket = ""
+	promised := time.Now()
+	a.asking += promised.Sub(began)
+	if err == nil && resp.Error == nil {
+		a.host = resp.Host
+		a.step(trace.StepAdmit, a.asked, a.asking, "host "+a.host, "")
+		return a.awaitAgent(ctx, w, promised, wait)
+	}
+	if context.Cause(ctx) == errClientGone {
+		return errClientGone
+	}
+	e := admissionFailed(err)
+	if err == nil {
+		e = &refusal.Error{Code: refusal.Code(resp.Error.Code), Message: resp.Error.Message}
+	}
+	a.step(trace.StepAdmit, a.asked, a.asking, e.Message, e.Code)
+	return a.refused(e)
+}
+
+// awaitAgent waits for the leg that the host has promised. The agent may have been quicker than the promise.
+func (a *attempt) awaitAgent(ctx context.Context, w *joinWait, promised time.Time, wait time.Duration) error {
+	var e *refusal.Error
+	select {
+	case a.agent = <-w.leg:
+		if a.agent != nil {
+			a.step(trace.StepReverse, a.agent.accepted, a.agent.arrived.Sub(a.agent.accepted), "host "+a.host+" from "+a.agent.leg.tcp.RemoteAddr().String(), "")
+			return nil
+		}
+		w.deliver(nil) // for cancel
+		e = refusal.New(refusal.HostTimeout, "The connection of host %s broke as it arrived at the gateway: connect again.", a.host)
+	case <-ctx.Done():
+		if context.Cause(ctx) == errClientGone {
+			return errClientGone
+		}
+		e = refusal.New(refusal.HostTimeout, "Host %s accepted the session, but its agent did not dial this gateway within %s: check the host's way out to %s, then connect again.",
+			a.host, wait, a.r.config.Load().Hostname)
+	}
+	a.step(trace.StepReverse, promised, time.Since(promised), e.Message, e.Code)
+	return a.refused(e)
+}
+
+// begin makes the session of the attempt.
+func (a *attempt) begin(c *client) *session {
+	a.agent.leg.SetDeadline(time.Time{})
+	a.v.SetDeadline(time.Time{})
+	s := &session{
+		r: a.r, id: a.sessionID, activity: a.activity, workspace: a.workspace, user: a.user, resource: a.resource,
+		hostName: a.host, transport: a.transport, started: time.Now(), requested: a.requested, arrived: a.agent.arrived,
+		client: c, host: a.agent.leg, idleTimeout: time.Duration(a.r.config.Load().IdleTimeoutSeconds) * time.Second,
+	}
+	a.session = s
+	a.r.disown(a.v.tcp)
+	a.r.metrics.Admissions.WithLabelValues(a.transport, "ok").Inc()
+	a.r.release(s)
+	return s
+}
+
+// admissionFailed is the refusal where the gateway container gave no answer.
+func admissionFailed(err error) *refusal.Error {
+	if status.Code(err) == codes.DeadlineExceeded {
+		return refusal.New(refusal.BrokerAway, "The broker did not answer in time: try again; if it lasts, ask your administrator to look at the Workspace's broker.")
+	}
+	return refusal.New(refusal.AdmissionAway, "The gateway container beside this relay does not answer: try again in a few seconds; sessions that run go on.")
+}
+
+// upgradeWebSocket checks the request's WebSocket headers and makes the 101.
+func upgradeWebSocket(req *request, activity string) (*answer, *refusal.Error) {
+	accept, err := wsframe.AcceptKey(req.get("Sec-WebSocket-Key"))
+	if !req.has("Upgrade", "websocket") || !req.has("Connection", "Upgrade") || req.get("Sec-WebSocket-Version") != "13" || err != nil {
+		return nil, refusal.New(refusal.Protocol, "The request is no WebSocket upgrade of version 13 (RFC 6455): a proxy on the way may have taken its headers off; let it pass WebSocket through.").With(activity)
+	}
+	ok := &answer{status: http.StatusSwitchingProtocols, activity: activity, header: []headerField{
+		{"Upgrade", "websocket"}, {"Connection", "Upgrade"}, {"Sec-WebSocket-Accept", accept}}}
+	if req.has("Sec-WebSocket-Protocol", "binary") {
+		ok.header = append(ok.header, headerField{"Sec-WebSocket-Protocol", "binary"})
+	}
+	return ok, nil
+}

@@ -1,0 +1,257 @@
+package relay
+
+import (
+	"crypto/tls"
+	"encoding/base64"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"time"
+
+	"rendezvous.dev/rendezvous/wire/refusal"
+)
+
+// Paths of the public listener, lower-case: clients vary the case of the first.
+const (
+	pathTSGU    = "/remotedesktopgateway"
+	pathConnect = "/rendezvous/v1/connect"
+	pathPing    = "/rendezvous/v1/ping"
+	pathJoin    = "/rendezvous/v1/join"
+	pathRPC     = "/rpc/"
+)
+
+const (
+	// maxRequests bounds the pings on one connection.
+	maxRequests = 64
+	// joinProtocol is what an agent upgrades to.
+	joinProtocol   = "rendezvous-join/1"
+	headerInstance = "Rendezvous-Instance"
+)
+
+// errForeign ends a TLS handshake that belongs to another pod.
+var errForeign = errors.New("relay: the connection is for another instance")
+
+// visitor is one accepted connection until it is a session, an agent's leg or gone.
+type visitor struct {
+	*leg
+	r        *Relay
+	accepted time.Time
+	known    bool // no longer counted among the strangers
+	handed   bool // somebody else closes it
+}
+
+// vouch takes the visitor off the strangers' count: a ticket, a join secret or a reservation stands for it now.
+func (v *visitor) vouch() {
+	if !v.known {
+		v.known = true
+		v.r.strangers.Add(-1)
+	}
+}
+
+// accept takes connections until l closes. Failures (no descriptors left) back off from 5 ms to 1 s.
+func (r *Relay) accept(l net.Listener) error {
+	const first, last = 5 * time.Millisecond, time.Second
+	delay := first
+	for {
+		nc, err := l.Accept()
+		if errors.Is(err, net.ErrClosed) {
+			return nil
+		}
+		if err != nil {
+			r.log.Warn("accept failed", "error", err, "again", delay.String())
+			time.Sleep(delay)
+			delay = min(2*delay, last)
+			continue
+		}
+		delay = first
+		tc, ok := nc.(*net.TCPConn)
+		if !ok {
+			nc.Close()
+			return errors.New("relay: the listener is not TCP")
+		}
+		if r.strangers.Add(1) > r.config.Load().MaxPending {
+			r.strangers.Add(-1)
+			r.metrics.handshakeFailed("limit")
+			tc.SetLinger(0)
+			tc.Close()
+			continue
+		}
+		r.legs.Go(func() { r.serve(tc) })
+	}
+}
+
+// serve is one connection's goroutine.
+func (r *Relay) serve(tc *net.TCPConn) {
+	v := &visitor{r: r, accepted: time.Now()}
+	defer v.vouch()
+	c, err := newConn(tc)
+	if err != nil {
+		tc.Close()
+		return
+	}
+	r.adopt(c)
+	defer r.disown(c)
+	defer func() {
+		if !v.handed {
+			c.Close()
+		}
+	}()
+
+	timeout := time.Duration(r.config.Load().HandshakeTimeoutSeconds) * time.Second
+	c.SetDeadline(time.Now().Add(timeout))
+	v.leg = &leg{Conn: tls.Server(c, r.tls), tcp: c}
+	if err := v.Handshake(); err != nil {
+		if c.foreign != "" {
+			r.spliceTo(v, c)
+			return
+		}
+		r.metrics.handshakeFailed("tls")
+		r.log.Debug("TLS handshake failed", "peer", c.RemoteAddr().String(), "error", err)
+		return
+	}
+
+	for range maxRequests {
+		c.SetDeadline(time.Now().Add(timeout))
+		buf := getBuffer()
+		req, err := readHead(v.leg, buf[:maxHead])
+		clear(buf[:maxHead]) // a ticket may have been in it
+		putBuffer(buf)
+		if err != nil {
+			var bad *badHead
+			if errors.As(err, &bad) {
+				r.metrics.handshakeFailed("head")
+				v.refuse(bad.status, refusal.New(refusal.BadRequest, "%s Use an RDP client or rdv against this address.", bad.reason).With(newGUID()))
+			}
+			return
+		}
+		if done := r.route(v, req); done || req.close || req.body() {
+			return
+		}
+	}
+}
+
+// onHello is called by TLS once the client has said which name it wants.
+func (r *Relay) onHello(h *tls.ClientHelloInfo) (*tls.Config, error) {
+	c := h.Conn.(*conn)
+	c.peeking = false
+	host := r.config.Load().Hostname
+	instance, ok := strings.CutSuffix(strings.ToLower(h.ServerName), ".join."+strings.ToLower(host))
+	if ok && host != "" && instance != r.instance {
+		c.foreign, c.mute = instance, true
+		return nil, errForeign
+	}
+	c.hello = nil
+	return nil, nil
+}
+
+// route answers one request; done says that the connection was used up.
+func (r *Relay) route(v *visitor, req *request) (done bool) {
+	path := strings.ToLower(strings.TrimSuffix(req.path, "/"))
+	activity := activityOf(req)
+	no := func(status int, code refusal.Code, format string, args ...any) bool {
+		v.refuse(status, refusal.New(code, format, args...).With(activity))
+		return true
+	}
+	switch {
+	case path == pathTSGU && req.method == "RDG_OUT_DATA" && req.has("Upgrade", "websocket"):
+		r.serveTSGU(v, req, activity)
+		return true
+	case path == pathTSGU && (req.method == "RDG_OUT_DATA" || req.method == "RDG_IN_DATA"):
+		return no(http.StatusNotImplemented, refusal.Protocol, "This gateway speaks MS-TSGU over WebSocket, not over two HTTP channels: allow WebSocket in the client and in proxies on the way (FreeRDP: no `no-websockets`).")
+	case path == pathTSGU:
+		return no(http.StatusMethodNotAllowed, refusal.Protocol, "Method %s is not of MS-TSGU: point an RDP client at this gateway.", req.method)
+	case path == pathConnect && req.method == http.MethodGet:
+		r.serveRaw(v, req, activity)
+		return true
+	case path == pathJoin && req.method == http.MethodGet:
+		r.serveJoin(v, req, activity)
+		return true
+	case path == pathPing && (req.method == http.MethodGet || req.method == http.MethodHead):
+		return (&answer{status: http.StatusNoContent, activity: activity, close: req.close}).write(v) != nil
+	case strings.HasPrefix(path+"/", pathRPC):
+		return no(http.StatusNotFound, refusal.Protocol, "RPC over HTTP is not spoken here: use MS-TSGU over WebSocket (gateway transport `http` in FreeRDP).")
+	}
+	return no(http.StatusNotFound, refusal.BadRequest, "There is nothing at this path: a gateway serves RDP clients at /remoteDesktopGateway/ and rdv at %s.", pathConnect)
+}
+
+// activityOf is the activity id of a request: the client's own where it gives one, else a new one.
+func activityOf(req *request) string {
+	for _, given := range []string{req.get("Activity-Id"), req.get("RDG-Correlation-Id"), req.param("CorId")} {
+		if id := parseGUID(given); id != "" {
+			return id
+		}
+	}
+	return newGUID()
+}
+
+// bearer is the request's bearer token, from its header or, for clients that can't set one, from its query.
+func bearer(req *request) string {
+	if scheme, token, ok := strings.Cut(req.get("Authorization"), " "); ok && strings.EqualFold(scheme, "Bearer") {
+		return strings.TrimSpace(token)
+	}
+	return req.param("access_token")
+}
+
+// refuse answers with a refusal, logs it, and closes without losing the answer.
+func (v *visitor) refuse(status int, e *refusal.Error) {
+	v.r.log.Info("request refused", "activity", e.ActivityID, "peer", v.tcp.RemoteAddr().String(), "status", status, "code", e.Code, "error", e.Message)
+	v.SetWriteDeadline(time.Now().Add(lingerTime))
+	if refuse(v.leg, status, e) == nil {
+		v.linger()
+	}
+}
+
+// lingerTime bounds how long a last word may take to reach the other side.
+const lingerTime = 2 * time.Second
+
+// linger ends a connection such that what was written last arrives: closing with unread input would have the kernel
+// reset the connection, and the other side lose it.
+func (l *leg) linger() {
+	l.SetDeadline(time.Now().Add(lingerTime))
+	l.CloseWrite()
+	l.tcp.CloseWrite()
+	l.tcp.polling = false
+	io.Copy(io.Discard, io.LimitReader(l.tcp.TCPConn, 1<<20))
+	l.tcp.Close()
+}
+
+// serveJoin takes an agent's leg: one secret, one use, one host leg.
+func (r *Relay) serveJoin(v *visitor, req *request, activity string) {
+	arrived := time.Now()
+	if !req.has("Upgrade", joinProtocol) {
+		v.refuse(http.StatusBadRequest, refusal.New(refusal.Protocol, "A join request upgrades to %s: update the agent.", joinProtocol).With(activity))
+		return
+	}
+	if i := req.get(headerInstance); i != r.instance {
+		v.refuse(http.StatusMisdirectedRequest, refusal.New(refusal.UnknownInstance,
+			"The join request for gateway instance %q reached %q: the agent's TLS server name must be INSTANCE.join.%s.", i, r.instance, r.config.Load().Hostname).With(activity))
+		return
+	}
+	secret, err := base64.RawURLEncoding.DecodeString(bearer(req))
+	req.forget()
+	var w *joinWait
+	if err == nil {
+		w = r.joins.claim(secret)
+	}
+	clear(secret)
+	if w == nil {
+		r.metrics.Joins.WithLabelValues("refused").Inc()
+		v.refuse(httpStatus(refusal.JoinUnknown), refusal.New(refusal.JoinUnknown,
+			"The join secret is not known here: it was used before, its client has left, or its time has passed. The user connects again to get a new one.").With(activity))
+		return
+	}
+	v.vouch()
+	ok := &answer{status: http.StatusSwitchingProtocols, activity: w.activity,
+		header: []headerField{{"Upgrade", joinProtocol}, {"Connection", "Upgrade"}}}
+	if err := ok.write(v); err != nil {
+		r.log.Info("the agent's leg broke as it joined", "activity", w.activity, "error", err)
+		w.deliver(nil)
+		return
+	}
+	r.metrics.Joins.WithLabelValues("ok").Inc()
+	v.SetDeadline(time.Time{})
+	v.handed = true
+	w.deliver(&arrival{leg: v.leg, accepted: v.accepted, arrived: arrived})
+}

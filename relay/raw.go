@@ -1,0 +1,45 @@
+package relay
+
+import (
+	"errors"
+	"net/http"
+	"time"
+
+	"rendezvous.dev/rendezvous/wire/refusal"
+	"rendezvous.dev/rendezvous/wire/wsframe"
+)
+
+// serveRaw is RDP bytes in WebSocket frames, with the ticket as bearer token. The 101 is not sent before both legs are
+// there, so that every refusal is an HTTP answer.
+func (r *Relay) serveRaw(v *visitor, req *request, activity string) {
+	ok, e := upgradeWebSocket(req, activity)
+	if e != nil {
+		v.refuse(http.StatusBadRequest, e)
+		return
+	}
+	ticket := bearer(req)
+	req.forget()
+	a, e := r.newAttempt(v, transportRaw, activity)
+	if e != nil {
+		v.refuse(httpStatus(e.Code), e)
+		return
+	}
+	defer a.close()
+	if e := a.authenticate(ticket); e != nil {
+		v.refuse(httpStatus(e.Code), e)
+		return
+	}
+	if err := a.connect(""); err != nil {
+		var e *refusal.Error
+		if errors.As(err, &e) {
+			v.refuse(httpStatus(e.Code), e)
+		}
+		return
+	}
+	ok.activity = a.activity
+	v.SetWriteDeadline(time.Now().Add(lingerTime))
+	if ok.write(v) != nil {
+		return
+	}
+	a.begin(&client{leg: v.leg, ws: wsframe.Decoder{Masked: true}}).run()
+}

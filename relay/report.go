@@ -1,0 +1,183 @@
+package relay
+
+import (
+	"context"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"rendezvous.dev/rendezvous/wire/admission"
+	"rendezvous.dev/rendezvous/wire/refusal"
+	"rendezvous.dev/rendezvous/wire/trace"
+)
+
+// maxReports bounds what waits for a gateway container that is away. What is lost of sessions, the next snapshot makes
+// good; what is lost of timelines stays lost.
+const maxReports = 2048
+
+// reporter tells the gateway container what happens, on one stream that it dials again whenever it breaks. Nothing waits for it.
+type reporter struct {
+	r     *Relay
+	queue chan *admission.RelayReport
+	lost  chan struct{} // of one: a session's report was dropped, a snapshot is due
+
+	mu       sync.Mutex
+	deadline *timestamppb.Timestamp // set while draining
+}
+
+func newReporter(r *Relay) *reporter {
+	return &reporter{r: r, queue: make(chan *admission.RelayReport, maxReports), lost: make(chan struct{}, 1)}
+}
+
+func (p *reporter) started(s *session) {
+	p.put(&admission.RelayReport{Report: &admission.RelayReport_Started{Started: s.report()}}, true)
+}
+
+func (p *reporter) ended(s *session, reason string) {
+	p.put(&admission.RelayReport{Report: &admission.RelayReport_Ended{Ended: &admission.Ended{Session: s.report(), Reason: reason}}}, true)
+}
+
+func (p *reporter) draining(deadline time.Time) {
+	p.mu.Lock()
+	p.deadline = timestamppb.New(deadline)
+	p.mu.Unlock()
+	p.put(p.drainReport(), true)
+}
+
+func (p *reporter) drainReport() *admission.RelayReport {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.deadline == nil {
+		return nil
+	}
+	return &admission.RelayReport{Report: &admission.RelayReport_Draining{Draining: &admission.Draining{Deadline: p.deadline}}}
+}
+
+func (p *reporter) step(activity, workspace string, n int, at time.Time, d time.Duration, detail string, code refusal.Code) {
+	p.put(&admission.RelayReport{Report: &admission.RelayReport_Step{Step: &admission.Step{ActivityId: activity, Workspace: workspace,
+		Step: uint32(n), Name: trace.Titles[n], At: timestamppb.New(at), DurationMicros: d.Microseconds(), Detail: detail, Error: string(code)}}}, false)
+}
+
+func (p *reporter) put(m *admission.RelayReport, matters bool) {
+	select {
+	case p.queue <- m:
+	default:
+		if matters {
+			select {
+			case p.lost <- struct{}{}:
+			default:
+			}
+		}
+	}
+}
+
+// run keeps a stream up until ctx is done, and then sends what is left.
+func (p *reporter) run(ctx context.Context) {
+	const first, last = 100 * time.Millisecond, 2 * time.Second
+	delay := first
+	for {
+		began := time.Now()
+		err := p.stream(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		if time.Since(began) > last {
+			delay = first
+		}
+		p.r.log.Warn("no stream to the gateway container", "error", err, "again", delay.String())
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(delay + rand.N(delay)):
+		}
+		delay = min(2*delay, last)
+	}
+}
+
+// stream opens one stream, sends a snapshot, then what is queued, and obeys commands, until the stream breaks or stop is done.
+func (p *reporter) stream(stop context.Context) error {
+	ctx, cancel := context.WithCancel(context.WithoutCancel(stop))
+	defer cancel()
+	stream, err := p.r.admission.Report(ctx)
+	if err != nil {
+		return err
+	}
+	if err := p.snapshot(stream); err != nil {
+		return err
+	}
+	received := make(chan error, 1)
+	go func() { received <- p.obey(stream) }()
+	for {
+		select {
+		case err := <-received:
+			return err
+		case <-p.lost:
+			if err := p.snapshot(stream); err != nil {
+				return err
+			}
+		case m := <-p.queue:
+			if err := stream.Send(m); err != nil {
+				return err
+			}
+		case <-stop.Done():
+			return p.finish(stream, received)
+		}
+	}
+}
+
+// finish sends what is queued and waits a moment for it to arrive.
+func (p *reporter) finish(stream grpc.BidiStreamingClient[admission.RelayReport, admission.RelayCommand], received <-chan error) error {
+	for {
+		select {
+		case m := <-p.queue:
+			if err := stream.Send(m); err != nil {
+				return err
+			}
+			continue
+		default:
+		}
+		break
+	}
+	if err := stream.CloseSend(); err != nil {
+		return err
+	}
+	select {
+	case err := <-received:
+		return err
+	case <-time.After(time.Second):
+		return nil
+	}
+}
+
+func (p *reporter) snapshot(stream grpc.BidiStreamingClient[admission.RelayReport, admission.RelayCommand]) error {
+	snap := &admission.Snapshot{Instance: p.r.instance}
+	for _, s := range p.r.live() {
+		snap.Sessions = append(snap.Sessions, s.report())
+	}
+	if err := stream.Send(&admission.RelayReport{Report: &admission.RelayReport_Snapshot{Snapshot: snap}}); err != nil {
+		return err
+	}
+	if m := p.drainReport(); m != nil {
+		return stream.Send(m)
+	}
+	return nil
+}
+
+func (p *reporter) obey(stream grpc.BidiStreamingClient[admission.RelayReport, admission.RelayCommand]) error {
+	for {
+		m, err := stream.Recv()
+		if err != nil {
+			return err
+		}
+		if e := m.GetEnd(); e != nil {
+			reason := e.Reason
+			if reason == "" {
+				reason = "An administrator ended the session."
+			}
+			go p.r.End(e.SessionId, refusal.EndedByAdmin, reason)
+		}
+	}
+}
