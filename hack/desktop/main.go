@@ -61,7 +61,8 @@ func run(ctx context.Context, args []string) error {
 		defer cancel()
 		return selftest(ctx, log, picture)
 	}
-	return errors.New("unknown command\n" + usage)
+	fmt.Fprint(os.Stderr, usage)
+	return errors.New("unknown command")
 }
 
 func copyFile(from, to string) error {

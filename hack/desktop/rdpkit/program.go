@@ -3,7 +3,11 @@ package rdpkit
 import (
 	"context"
 	"fmt"
+	"os"
 	"os/exec"
+	"strconv"
+	"strings"
+	"syscall"
 	"time"
 )
 
@@ -51,6 +55,21 @@ func (p *Program) ExitCode(ctx context.Context) (int, error) {
 		return -1, p.err
 	}
 	return p.cmd.ProcessState.ExitCode(), nil
+}
+
+// Signal sends sig to the program.
+func (p *Program) Signal(sig syscall.Signal) error {
+	// The process that this one started is nsenter, which waits for the program and hands its exit status on.
+	pid := p.cmd.Process.Pid
+	children, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid))
+	if err != nil {
+		return fmt.Errorf("signalling %s: %w", p.name, err)
+	}
+	child, err := strconv.Atoi(strings.TrimSpace(string(children)))
+	if err != nil {
+		return fmt.Errorf("signalling %s: it doesn't run", p.name)
+	}
+	return syscall.Kill(child, sig)
 }
 
 // Stop kills the program, if it still runs, and waits for its end.
