@@ -61,6 +61,9 @@ func run(ctx context.Context, args []string) error {
 		})
 	case name == "down" && len(args) == 0:
 		return exclusively(ctx, func() error {
+			if err := claim(c.dir); err != nil { // the addresses to remove would be the other's
+				return err
+			}
 			if err := c.teardown(ctx); err != nil {
 				return err
 			}
