@@ -153,19 +153,21 @@ func argsFrom(cmd *exec.Cmd, dir string, args []string) (feed func() error, err 
 }
 
 // clientEnv lets the RDP client trust the CA that the user gave at login: OpenSSL, which FreeRDP uses, reads
-// SSL_CERT_FILE besides the machine's own folder of CAs. A setting of the user's own stays.
+// SSL_CERT_FILE besides the machine's own folder of CAs. What the variable names already stays trusted.
 func clientEnv(env []string, dir, ca string) []string {
 	if ca == "" {
 		return env
 	}
+	const name = "SSL_CERT_FILE="
 	for _, v := range env {
-		if strings.HasPrefix(v, "SSL_CERT_FILE=") {
-			return env
+		if old, ok := strings.CutPrefix(v, name); ok {
+			data, _ := os.ReadFile(old)
+			ca = string(data) + "\n" + ca
 		}
 	}
 	file := filepath.Join(dir, "ca.pem")
 	if err := os.WriteFile(file, []byte(ca), 0o600); err != nil {
 		return env
 	}
-	return append(env, "SSL_CERT_FILE="+file)
+	return append(env, name+file) // the last one counts
 }
