@@ -101,7 +101,7 @@ func (c *cluster) applyAddons(ctx context.Context, a addons) error {
 			return err
 		}
 	}
-	if _, err := c.kubectl(ctx, "", "wait", "--for=condition=Established", "--timeout=60s", "crd", "--all"); err != nil {
+	if _, err := c.kubectl(ctx, a.CRDs, "wait", "--for=condition=Established", "--timeout=60s", "-f", "-"); err != nil {
 		return err
 	}
 	if err := c.apply(ctx, a.Issued); err != nil {

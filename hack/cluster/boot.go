@@ -16,7 +16,8 @@ import (
 const (
 	lockInterval     = 200 * time.Millisecond
 	componentTimeout = 2 * time.Minute // for one program to become healthy
-	addonTimeout     = 4 * time.Minute // for one addon to become available
+	addonTimeout     = 4 * time.Minute // for all addons to become available
+	repairTimeout    = time.Minute     // for addons that were available once; a fresh boot is quicker than more patience
 )
 
 // programs are the names that the heavy binary goes by in the state directory.
@@ -117,6 +118,9 @@ func (c *cluster) boot(ctx context.Context, addons addons) error {
 
 // repair starts what has died and applies addons that have changed.
 func (c *cluster) repair(ctx context.Context, addons addons, sameAddons bool) error {
+	if !isDir("/sys/class/net/" + podDevice) {
+		return fmt.Errorf("the pods' bridge %s is gone", podDevice)
+	}
 	if err := c.networkUp(ctx); err != nil {
 		return err
 	}
@@ -143,6 +147,8 @@ func (c *cluster) repair(ctx context.Context, addons addons, sameAddons bool) er
 		}
 		return c.applyAddons(ctx, addons)
 	}
+	ctx, cancel := context.WithTimeout(ctx, repairTimeout)
+	defer cancel()
 	return c.awaitAddons(ctx)
 }
 

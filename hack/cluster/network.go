@@ -7,19 +7,24 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 )
 
 // nftTable holds this cluster's own packet rules; kube-proxy has tables of its own.
 const nftTable = "rendezvous-cluster"
 
-// sysctls are the kernel switches that the cluster needs; their former values
-// are kept, and put back by down.
-var sysctls = map[string]string{
-	"/proc/sys/net/ipv4/ip_forward": "1",
+// sysctls are the kernel's settings that must be at least so high; their former
+// values are kept, and put back by down.
+var sysctls = map[string]int{
+	"/proc/sys/net/ipv4/ip_forward": 1,
 	// Pods on one bridge that meet through a Service's address: the answers must
 	// pass the address rewriting too.
-	"/proc/sys/net/bridge/bridge-nf-call-iptables": "1",
+	"/proc/sys/net/bridge/bridge-nf-call-iptables": 1,
+	// Programs that watch their certificates take one each; the default of 128 is soon used up.
+	"/proc/sys/fs/inotify/max_user_instances": 1024,
 }
 
 // networkUp makes the node's device and address, the route to Services, and the
@@ -44,7 +49,11 @@ func (c *cluster) networkUp(ctx context.Context) error {
 			return err
 		}
 	}
-	_, err := commandInput(ctx, strings.NewReader(nftRules(physicalDevices())), "nft", "-f", "-")
+	routes, err := os.ReadFile("/proc/net/route")
+	if err != nil {
+		return err
+	}
+	_, err = commandInput(ctx, strings.NewReader(nftRules(outsideDevices(string(routes)))), "nft", "-f", "-")
 	return err
 }
 
@@ -69,16 +78,21 @@ func nftRules(outside []string) string {
 	return b.String()
 }
 
-// physicalDevices lists the network devices with hardware behind them.
-func physicalDevices() []string {
-	entries, _ := os.ReadDir("/sys/class/net")
+// outsideDevices lists the network devices that lead off this machine: those with
+// hardware behind them, and those of default routes (in a container, a cable).
+func outsideDevices(routes string) []string {
 	var names []string
-	for _, entry := range entries {
-		if isDir("/sys/class/net/" + entry.Name() + "/device") {
-			names = append(names, entry.Name())
+	for line := range strings.Lines(routes) { // of /proc/net/route: device, destination, …
+		if fields := strings.Fields(line); len(fields) > 1 && fields[1] == "00000000" {
+			names = append(names, fields[0])
 		}
 	}
-	return names
+	devices, _ := filepath.Glob("/sys/class/net/*/device")
+	for _, device := range devices {
+		names = append(names, filepath.Base(filepath.Dir(device)))
+	}
+	slices.Sort(names)
+	return slices.Compact(names)
 }
 
 func (c *cluster) setSysctls() error {
@@ -89,18 +103,26 @@ func (c *cluster) setSysctls() error {
 			return fmt.Errorf("%s: %w", file, err)
 		}
 	}
+	raise := map[string]int{}
 	for name, want := range sysctls {
 		value, err := os.ReadFile(name)
 		if errors.Is(err, fs.ErrNotExist) {
-			continue // this kernel has no such switch
+			continue // this kernel has no such setting
 		}
 		if err != nil {
 			return err
 		}
-		if now := strings.TrimSpace(string(value)); now != want {
-			if _, noted := former[name]; !noted {
-				former[name] = now
-			}
+		text := strings.TrimSpace(string(value))
+		now, err := strconv.Atoi(text)
+		if err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+		if now >= want {
+			continue
+		}
+		raise[name] = want
+		if _, noted := former[name]; !noted {
+			former[name] = text
 		}
 	}
 	data, err := json.Marshal(former)
@@ -110,8 +132,8 @@ func (c *cluster) setSysctls() error {
 	if err := writeFile(file, data, 0o644); err != nil { // before the change, so that a crash can't lose it
 		return err
 	}
-	for name, want := range sysctls {
-		if err := os.WriteFile(name, []byte(want), 0o644); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	for name, want := range raise {
+		if err := os.WriteFile(name, []byte(strconv.Itoa(want)), 0o644); err != nil {
 			return err
 		}
 	}

@@ -41,7 +41,17 @@ func (c *cluster) teardown(ctx context.Context) error {
 		return err
 	}
 	removeLogLinks(c.path("pod-logs"))
+	for _, dir := range strays {
+		os.Remove(dir) // only if empty
+	}
 	return c.removeState()
+}
+
+// strays are files and directories outside the state directory that programs make whatever
+// they are told.
+var strays = []string{
+	"/var/lib/kubelet/device-plugins/kubelet.sock", "/var/lib/kubelet/device-plugins", "/var/lib/kubelet", "/var/log/containers",
+	"/var/lib/cni/results", "/var/lib/cni", "/run/containerd/s", "/run/containerd",
 }
 
 // checkOurs guards the removal of the state directory against a wrong RDV_CLUSTER_DIR.

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"crypto/subtle"
 	"crypto/tls"
+	"fmt"
 	"log/slog"
 	"strings"
 
@@ -56,7 +57,7 @@ func (d directory) Refresh(_ context.Context, s connector.Scopes, old connector.
 	if u, known := d.find(func(u user) bool { return u.ID == old.UserID }); known {
 		return u.identity(s), nil
 	}
-	return old, nil
+	return old, fmt.Errorf("user %q is not in the directory any more", old.UserID)
 }
 
 func (d directory) find(match func(user) bool) (user, bool) {
