@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"net/http"
 	"os"
@@ -179,7 +180,7 @@ func (c *cluster) await(ctx context.Context, comp component) error {
 		return comp.health(ctx)
 	})
 	if died {
-		err = fmt.Errorf("it ended")
+		err = errors.New("it ended")
 	}
 	if err != nil {
 		return fmt.Errorf("%s is not healthy: %w; the end of %s:\n%s", comp.name, err, c.log(comp.name), logTail(c.log(comp.name)))

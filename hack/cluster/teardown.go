@@ -241,9 +241,12 @@ func (c *cluster) networkDown(ctx context.Context) error {
 	for _, match := range [][]string{{"-s", podCIDR}, {"-d", podCIDR}, {"-d", serviceCIDR}} {
 		_, _ = command(ctx, "conntrack", append([]string{"-D"}, match...)...) // it fails when nothing matches
 	}
-	cached, _ := filepath.Glob("/var/lib/cni/results/rdv-pods-*")
+	// The network plugins' cache; each file names its namespace's mount, which is below the state directory.
+	cached, _ := filepath.Glob("/var/lib/cni/results/*")
 	for _, file := range cached {
-		os.Remove(file)
+		if data, err := os.ReadFile(file); err == nil && strings.Contains(string(data), c.dir+"/") {
+			os.Remove(file)
+		}
 	}
 	c.restoreSysctls()
 	return errors.Join(failed...)

@@ -35,7 +35,7 @@ type config struct {
 
 func main() {
 	file := flag.String("config", "/etc/dex/config.json", "configuration file")
-	cert := flag.String("tls-cert", "/etc/dex/tls/tls.crt", "certificate of the HTTPS listener; read at each handshake's start")
+	cert := flag.String("tls-cert", "/etc/dex/tls/tls.crt", "certificate of the HTTPS listener; read anew at each handshake")
 	key := flag.String("tls-key", "/etc/dex/tls/tls.key", "its key")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
