@@ -43,6 +43,7 @@ const (
 	ReasonCertificatePend   = "CertificatePending"
 	ReasonCertificateFailed = "CertificateFailed"
 	ReasonDiscoveryFailed   = "DiscoveryFailed"
+	ReasonTokenExpired      = "TokenExpired"
 	ReasonPodsNotReady      = "PodsNotReady"
 	ReasonPodInvalid        = "PodInvalid"
 	ReasonConflict          = "NameTaken"

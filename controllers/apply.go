@@ -1,0 +1,270 @@
+package controllers
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+
+	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	policyv1 "k8s.io/api/policy/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/types"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/client/apiutil"
+
+	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
+)
+
+// FieldManager is the operator's name in managedFields.
+const FieldManager = "rendezvous-operator"
+
+// RefusedError says that a child can't be had as the spec asks, and that trying again changes nothing: a person must act.
+type RefusedError struct {
+	Reason  string // ReasonConflict or ReasonRejected
+	Message string
+}
+
+func (e *RefusedError) Error() string { return e.Message }
+
+// Applier is the one place where the operator writes children. It is safe for concurrent use.
+type Applier struct {
+	Client client.Client
+	// Live reads past the cache, where a stale answer would do harm.
+	Live client.Reader
+
+	// applied remembers, per object, what was applied last and the version that came of it: while neither changes there
+	// is nothing to ask the API server.
+	applied sync.Map // objectKey -> appliedState
+}
+
+type objectKey struct {
+	schema.GroupKind
+	types.NamespacedName
+}
+
+type appliedState struct {
+	intent          [sha256.Size]byte
+	resourceVersion string
+}
+
+// Apply makes the object as wanted, with owner as its controller. It never touches an object of that name that has
+// another controller, or none: that is a *RefusedError, and so is what the API server finds invalid.
+func (a *Applier) Apply(ctx context.Context, owner, want client.Object) error {
+	scheme := a.Client.Scheme()
+	gvk, err := apiutil.GVKForObject(want, scheme)
+	if err != nil {
+		return err
+	}
+	key := objectKey{gvk.GroupKind(), client.ObjectKeyFromObject(want)}
+	what := fmt.Sprintf("%s %q", gvk.Kind, want.GetName())
+
+	live, err := a.get(ctx, want, gvk)
+	if err != nil {
+		return fmt.Errorf("get %s: %w", what, err)
+	}
+	if live != nil && !metav1.IsControlledBy(live, owner) {
+		return &RefusedError{rdv.ReasonConflict, fmt.Sprintf("%s exists and belongs to %s: remove it, or name this object otherwise", what, ownerOf(live))}
+	}
+	intent, err := intentOf(want, owner, gvk, scheme)
+	if err != nil {
+		return fmt.Errorf("apply %s: %w", what, err)
+	}
+	text, err := json.Marshal(intent.Object)
+	if err != nil {
+		return fmt.Errorf("apply %s: %w", what, err)
+	}
+	hash := sha256.Sum256(text)
+	if live != nil {
+		if last, ok := a.applied.Load(key); ok && last == (appliedState{hash, live.GetResourceVersion()}) {
+			return nil
+		}
+	}
+	err = a.Client.Apply(ctx, client.ApplyConfigurationFromUnstructured(intent), client.FieldOwner(FieldManager), client.ForceOwnership)
+	switch {
+	case apierrors.IsInvalid(err), apierrors.IsBadRequest(err), apierrors.IsForbidden(err) && !isTerminatingNamespace(err):
+		a.applied.Delete(key)
+		return &RefusedError{rdv.ReasonRejected, fmt.Sprintf("%s was refused: %s", what, apiMessage(err))}
+	case err != nil:
+		a.applied.Delete(key)
+		return fmt.Errorf("apply %s: %w", what, err)
+	}
+	a.applied.Store(key, appliedState{hash, intent.GetResourceVersion()})
+	return nil
+}
+
+// get is the object as it is, or nil. What the cache doesn't know is looked up once more past it, for a first apply must
+// not take over what somebody else has just made.
+func (a *Applier) get(ctx context.Context, want client.Object, gvk schema.GroupVersionKind) (client.Object, error) {
+	live := likeness(want, gvk)
+	key := client.ObjectKeyFromObject(want)
+	err := a.Client.Get(ctx, key, live)
+	if apierrors.IsNotFound(err) {
+		live = likeness(want, gvk)
+		err = a.Live.Get(ctx, key, live)
+	}
+	if apierrors.IsNotFound(err) {
+		return nil, nil
+	}
+	return live, err
+}
+
+// likeness is an empty object to read into: metadata alone for the kinds of which we watch no more, so that their
+// content, Secrets' above all, is never held in memory.
+func likeness(obj client.Object, gvk schema.GroupVersionKind) client.Object {
+	switch obj.(type) {
+	case *corev1.Secret, *corev1.ConfigMap, *corev1.ServiceAccount, *rbacv1.Role, *rbacv1.RoleBinding,
+		*policyv1.PodDisruptionBudget, *networkingv1.NetworkPolicy:
+		return metadataOf(gvk)
+	}
+	return obj.DeepCopyObject().(client.Object)
+}
+
+func metadataOf(gvk schema.GroupVersionKind) *metav1.PartialObjectMetadata {
+	m := &metav1.PartialObjectMetadata{}
+	m.SetGroupVersionKind(gvk)
+	return m
+}
+
+// intentOf is the whole of what we want to own in the object, and nothing that merely has a zero value in Go.
+func intentOf(want, owner client.Object, gvk schema.GroupVersionKind, scheme *runtime.Scheme) (*unstructured.Unstructured, error) {
+	ownerGVK, err := apiutil.GVKForObject(owner, scheme)
+	if err != nil {
+		return nil, err
+	}
+	content, err := runtime.DefaultUnstructuredConverter.ToUnstructured(want)
+	if err != nil {
+		return nil, err
+	}
+	u := &unstructured.Unstructured{Object: content}
+	u.SetGroupVersionKind(gvk)
+	u.SetOwnerReferences([]metav1.OwnerReference{*metav1.NewControllerRef(owner, ownerGVK)})
+	unstructured.RemoveNestedField(content, "status")
+	dropEmpty(content)
+	return u, nil
+}
+
+// dropEmpty removes nulls and the empty structs that Go types without omitempty leave behind, but no empty lists and no
+// empty selectors, which mean something.
+func dropEmpty(content map[string]any) {
+	for _, path := range [][]string{
+		{"metadata", "creationTimestamp"},
+		{"spec", "template", "metadata", "creationTimestamp"},
+	} {
+		if v, found, _ := unstructured.NestedFieldNoCopy(content, path...); found && v == nil {
+			unstructured.RemoveNestedField(content, path...)
+		}
+	}
+}
+
+// Delete removes an object as it was seen: one that was replaced or has changed since is left to the pass that its change
+// brings.
+func (a *Applier) Delete(ctx context.Context, obj client.Object) error {
+	err := a.Client.Delete(ctx, obj, client.Preconditions{UID: new(obj.GetUID()), ResourceVersion: new(obj.GetResourceVersion())})
+	if err != nil && !apierrors.IsNotFound(err) && !apierrors.IsConflict(err) {
+		return fmt.Errorf("delete %T %q: %w", obj, obj.GetName(), err)
+	}
+	return nil
+}
+
+// Prune deletes the owner's children of one kind that are no longer wanted. It looks at those with the given labels, and
+// touches only what refers to the owner by UID.
+func (a *Applier) Prune(ctx context.Context, owner client.Object, gvk schema.GroupVersionKind, labels client.MatchingLabels, wanted map[string]bool) error {
+	list := &metav1.PartialObjectMetadataList{}
+	list.SetGroupVersionKind(gvk.GroupVersion().WithKind(gvk.Kind + "List"))
+	if err := a.Client.List(ctx, list, client.InNamespace(owner.GetNamespace()), labels); err != nil {
+		return fmt.Errorf("list %s: %w", gvk.Kind, err)
+	}
+	var errs []error
+	for i := range list.Items {
+		item := &list.Items[i]
+		if wanted[item.Name] || !refersTo(item, owner.GetUID()) || !item.DeletionTimestamp.IsZero() {
+			continue
+		}
+		item.SetGroupVersionKind(gvk)
+		errs = append(errs, a.Delete(ctx, item))
+	}
+	return errors.Join(errs...)
+}
+
+// Adopt gives owner a say in the end of a Secret that cert-manager made for it: cert-manager, by default, leaves its
+// Secrets behind. The owner isn't made controller, since cert-manager may be told to be.
+func (a *Applier) Adopt(ctx context.Context, owner client.Object, secret *metav1.PartialObjectMetadata) error {
+	if refersTo(secret, owner.GetUID()) {
+		return nil
+	}
+	ownerGVK, err := apiutil.GVKForObject(owner, a.Client.Scheme())
+	if err != nil {
+		return err
+	}
+	ref := metav1.NewControllerRef(owner, ownerGVK)
+	ref.Controller, ref.BlockOwnerDeletion = nil, nil
+	u := &unstructured.Unstructured{}
+	u.SetGroupVersionKind(corev1.SchemeGroupVersion.WithKind("Secret"))
+	u.SetNamespace(secret.Namespace)
+	u.SetName(secret.Name)
+	u.SetUID(secret.UID) // if it is another one by now, nothing happens
+	u.SetOwnerReferences([]metav1.OwnerReference{*ref})
+	err = a.Client.Apply(ctx, client.ApplyConfigurationFromUnstructured(u), client.FieldOwner(FieldManager), client.ForceOwnership)
+	if err != nil {
+		return fmt.Errorf("adopt Secret %q: %w", secret.Name, err)
+	}
+	return nil
+}
+
+// ApplyStatus writes the operator's part of an object's status: the fields in status, and no others.
+func (a *Applier) ApplyStatus(ctx context.Context, obj client.Object, status map[string]any) error {
+	gvk, err := apiutil.GVKForObject(obj, a.Client.Scheme())
+	if err != nil {
+		return err
+	}
+	u := &unstructured.Unstructured{Object: map[string]any{"status": status}}
+	u.SetGroupVersionKind(gvk)
+	u.SetNamespace(obj.GetNamespace())
+	u.SetName(obj.GetName())
+	u.SetUID(obj.GetUID())
+	err = a.Client.Status().Apply(ctx, client.ApplyConfigurationFromUnstructured(u), client.FieldOwner(FieldManager), client.ForceOwnership)
+	if err != nil && !apierrors.IsNotFound(err) {
+		return fmt.Errorf("status of %s %q: %w", gvk.Kind, obj.GetName(), err)
+	}
+	return nil
+}
+
+func refersTo(obj metav1.Object, uid types.UID) bool {
+	for _, ref := range obj.GetOwnerReferences() {
+		if ref.UID == uid {
+			return true
+		}
+	}
+	return false
+}
+
+// ownerOf says to whom an object belongs.
+func ownerOf(obj metav1.Object) string {
+	if ref := metav1.GetControllerOf(obj); ref != nil {
+		return fmt.Sprintf("%s %q", ref.Kind, ref.Name)
+	}
+	return "nobody that this operator knows"
+}
+
+// apiMessage is the API server's own words, on one line.
+func apiMessage(err error) string {
+	message := err.Error()
+	if status := apierrors.APIStatus(nil); errors.As(err, &status) {
+		message = status.Status().Message
+	}
+	return strings.Join(strings.Fields(message), " ")
+}
+
+func isTerminatingNamespace(err error) bool {
+	return apierrors.HasStatusCause(err, corev1.NamespaceTerminatingCause)
+}

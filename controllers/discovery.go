@@ -1,0 +1,201 @@
+package controllers
+
+import (
+	"context"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"sigs.k8s.io/controller-runtime/pkg/event"
+
+	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
+)
+
+const (
+	discoveryTimeout   = 5 * time.Second
+	discoveryRetry     = 20 * time.Second
+	discoveryRefresh   = 10 * time.Minute
+	discoveryAtOnce    = 4
+	discoveryMaxAnswer = 1 << 20
+)
+
+// Discovery asks identity providers for their discovery documents, aside from the reconcilers: Check answers at once
+// with what is known, and an answer that comes in later wakes the Workspace that waits for it.
+type Discovery struct {
+	// Fetch asks one provider. Defaults to an HTTPS request. Tests set it.
+	Fetch func(ctx context.Context, issuerURL, caBundle string) error
+	// Now defaults to time.Now.
+	Now func() time.Time
+
+	events chan event.TypedGenericEvent[*rdv.Workspace]
+	slots  chan struct{}
+
+	mu      sync.Mutex
+	entries map[types.NamespacedName]*discoveryEntry
+}
+
+type discoveryEntry struct {
+	of      [sha256.Size]byte // issuer URL and CA bundle
+	asking  bool
+	known   bool
+	err     error
+	checked time.Time
+}
+
+// DiscoveryResult is what is known of a provider.
+type DiscoveryResult struct {
+	Known bool
+	Err   error
+	// Next is when to call Check again.
+	Next time.Duration
+}
+
+// NewDiscovery makes a Discovery with its defaults.
+func NewDiscovery() *Discovery {
+	return &Discovery{
+		Fetch:   fetchDiscovery,
+		Now:     time.Now,
+		events:  make(chan event.TypedGenericEvent[*rdv.Workspace], 64),
+		slots:   make(chan struct{}, discoveryAtOnce),
+		entries: map[types.NamespacedName]*discoveryEntry{},
+	}
+}
+
+// Check says what is known of a workspace's provider, and has it asked where that is too old. Before the first answer to
+// a question nothing is known.
+func (d *Discovery) Check(workspace types.NamespacedName, issuerURL, caBundle string) DiscoveryResult {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	question := sha256.Sum256([]byte(issuerURL + "\x00" + caBundle))
+	entry := d.entries[workspace]
+	if entry == nil || entry.of != question {
+		entry = &discoveryEntry{of: question}
+		d.entries[workspace] = entry
+	}
+	life := discoveryRefresh
+	if entry.err != nil {
+		life = discoveryRetry
+	}
+	left := life - d.Now().Sub(entry.checked)
+	if !entry.known || left <= 0 {
+		if !entry.asking {
+			entry.asking = true
+			go d.ask(workspace, entry, issuerURL, caBundle)
+		}
+		left = discoveryRetry
+	}
+	return DiscoveryResult{Known: entry.known, Err: entry.err, Next: left}
+}
+
+// Forget drops what is known for a workspace that is gone.
+func (d *Discovery) Forget(workspace types.NamespacedName) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.entries, workspace)
+}
+
+func (d *Discovery) ask(workspace types.NamespacedName, entry *discoveryEntry, issuerURL, caBundle string) {
+	d.slots <- struct{}{}
+	ctx, cancel := context.WithTimeout(context.Background(), discoveryTimeout)
+	err := d.Fetch(ctx, issuerURL, caBundle)
+	cancel()
+	<-d.slots
+
+	d.mu.Lock()
+	changed := !entry.known || fmt.Sprint(entry.err) != fmt.Sprint(err)
+	entry.asking, entry.known, entry.err, entry.checked = false, true, err, d.Now()
+	current := d.entries[workspace] == entry
+	d.mu.Unlock()
+	if changed && current {
+		d.events <- event.TypedGenericEvent[*rdv.Workspace]{Object: &rdv.Workspace{
+			ObjectMeta: metav1.ObjectMeta{Namespace: workspace.Namespace, Name: workspace.Name},
+		}}
+	}
+}
+
+// fetchDiscovery gets a provider's discovery document and holds it against the issuer's name (OpenID Connect Discovery
+// 1.0, section 4.3). Its errors hold nothing that changes from try to try, since they become conditions.
+func fetchDiscovery(ctx context.Context, issuerURL, caBundle string) error {
+	tlsConfig := &tls.Config{MinVersion: tls.VersionTLS12}
+	if strings.TrimSpace(caBundle) != "" {
+		tlsConfig.RootCAs = x509.NewCertPool()
+		if !tlsConfig.RootCAs.AppendCertsFromPEM([]byte(caBundle)) {
+			return errors.New("the CA bundle holds no PEM certificate")
+		}
+	}
+	transport := &http.Transport{TLSClientConfig: tlsConfig, Proxy: http.ProxyFromEnvironment, DisableKeepAlives: true}
+	defer transport.CloseIdleConnections()
+	address := strings.TrimSuffix(issuerURL, "/") + "/.well-known/openid-configuration"
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, address, nil)
+	if err != nil {
+		return err
+	}
+	resp, err := (&http.Client{Transport: transport}).Do(req)
+	if err != nil {
+		return errors.New(stableReason(ctx, err))
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("%s answers %s", address, resp.Status)
+	}
+	var document struct {
+		Issuer  string `json:"issuer"`
+		JWKSURI string `json:"jwks_uri"`
+	}
+	if err := json.NewDecoder(io.LimitReader(resp.Body, discoveryMaxAnswer)).Decode(&document); err != nil {
+		return fmt.Errorf("%s is no discovery document: it is not JSON", address)
+	}
+	switch {
+	case document.Issuer != issuerURL:
+		return fmt.Errorf("%s names the issuer %q: write it exactly so", address, document.Issuer)
+	case document.JWKSURI == "":
+		return fmt.Errorf("%s names no keys (jwks_uri)", address)
+	}
+	return nil
+}
+
+// stableReason says why a request failed without the ports and addresses that differ from try to try.
+func stableReason(ctx context.Context, err error) string {
+	var unknownCA x509.UnknownAuthorityError
+	var wrongName x509.HostnameError
+	var invalid x509.CertificateInvalidError
+	var dns *net.DNSError
+	switch {
+	case errors.As(err, &unknownCA):
+		return "its certificate is signed by a CA that is not trusted: set spec.identity.oidc.caBundle or caBundleRef"
+	case errors.As(err, &wrongName):
+		return "its certificate is for another name"
+	case errors.As(err, &invalid):
+		return "its certificate is not valid: " + invalid.Error()
+	case errors.As(err, &dns):
+		return fmt.Sprintf("the name %q can't be resolved", dns.Name)
+	case ctx.Err() != nil:
+		return fmt.Sprintf("no answer within %s", discoveryTimeout)
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return "the connection is refused"
+	}
+	return "the request failed: " + lastCause(err)
+}
+
+// lastCause is the innermost error, which carries no addresses.
+func lastCause(err error) string {
+	for {
+		inner := errors.Unwrap(err)
+		if inner == nil {
+			return err.Error()
+		}
+		err = inner
+	}
+}

@@ -1,0 +1,53 @@
+package controllers
+
+import (
+	"context"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
+	"rendezvous.dev/rendezvous/controllers/render"
+)
+
+func (r *gatewayReconciler) writeStatus(ctx context.Context, s *gatewayScope) error {
+	gw := s.gw
+	want, fixed := render.GatewayReplicas(gw)
+	if !fixed {
+		want = 1 // until the autoscaler has written its number into the Deployment
+	}
+	status := rdv.GatewayStatus{
+		ObservedGeneration: gw.Generation,
+		Address:            serviceAddress(s.service),
+		Pods:               podCount(s.deployment, want),
+		CABundle:           s.caBundle,
+	}
+	if s.tls != nil {
+		status.CertificateExpires = s.tls.Status.NotAfter
+	}
+	for _, ws := range s.served {
+		status.Workspaces = append(status.Workspaces, ws.Name)
+	}
+	status.Conditions = summarise(gw.Status.Conditions, gw.Generation, "serves at "+gw.Spec.Hostname, []metav1.Condition{
+		s.refs.condition(rdv.ConditionReferencesResolved, "all references resolve"),
+		s.certificates.condition(rdv.ConditionCertificatesReady, "all certificates are issued"),
+		availableCondition("gateway", s.deployment, want, true),
+	}, nil)
+	return r.writeChangedStatus(ctx, gw, &gw.Status, &status, "sessions")
+}
+
+// serviceAddress is where a Service is reached: at its load balancer, or else inside the cluster.
+func serviceAddress(s *corev1.Service) string {
+	if s == nil {
+		return ""
+	}
+	for _, ingress := range s.Status.LoadBalancer.Ingress {
+		if ingress.Hostname != "" {
+			return ingress.Hostname
+		}
+		if ingress.IP != "" {
+			return ingress.IP
+		}
+	}
+	return s.Spec.ClusterIP
+}

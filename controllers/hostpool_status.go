@@ -1,0 +1,79 @@
+package controllers
+
+import (
+	"context"
+	"fmt"
+	"strings"
+
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
+	"rendezvous.dev/rendezvous/controllers/render"
+)
+
+func (r *hostPoolReconciler) writeStatus(ctx context.Context, s *hostPoolScope) error {
+	pool := s.pool
+	status := rdv.HostPoolStatus{
+		ObservedGeneration: pool.Generation,
+		Hosts:              int32(len(s.hosts)),
+		Registration:       registrationStatus(s.registration, ""),
+	}
+	if s.registration.Hash != "" {
+		status.Registration.SecretName = render.RegistrationSecretName(pool.Name)
+	}
+	for i := range s.hosts {
+		host := &s.hosts[i]
+		status.Sessions += sessionsOf(host)
+		if takesSessions(host) {
+			status.ReadyHosts++
+		}
+	}
+	var others []metav1.Condition
+	if len(s.waiting) > 0 {
+		others = append(others, isTrue(rdv.ConditionReconciling, rdv.ReasonProgressing,
+			fmt.Sprintf("too many hosts; these go once no session is on them and nobody is assigned: %s", strings.Join(s.waiting, ", "))))
+	}
+	ready := fmt.Sprintf("%d of %d hosts take sessions", status.ReadyHosts, status.Hosts)
+	deciding := []metav1.Condition{s.refs.condition(rdv.ConditionReferencesResolved, "all references resolve")}
+	if registration := r.registrationCondition(s); s.expired {
+		// Whoever chose Manual meant this to happen, and hosts that are members go on: Ready does not suffer.
+		others = append(others, registration)
+	} else {
+		deciding = append(deciding, registration)
+	}
+	deciding = append(deciding, r.availableCondition(s, status))
+	status.Conditions = summarise(pool.Status.Conditions, pool.Generation, ready, deciding, others)
+	return r.writeChangedStatus(ctx, pool, &pool.Status, &status)
+}
+
+// takesSessions says whether a host is ready and not drained.
+func takesSessions(host *rdv.SessionHost) bool {
+	return meta.IsStatusConditionTrue(host.Status.Conditions, rdv.ConditionReady) &&
+		!meta.IsStatusConditionTrue(host.Status.Conditions, rdv.ConditionDraining)
+}
+
+func (r *hostPoolReconciler) registrationCondition(s *hostPoolScope) metav1.Condition {
+	const condition = rdv.ConditionRegistrationReady
+	secret := render.RegistrationSecretName(s.pool.Name)
+	switch {
+	case s.expired:
+		return isFalse(condition, rdv.ReasonTokenExpired, fmt.Sprintf("the token in Secret %q has expired, as rotation is Manual: change the annotation %s to get another", secret, rdv.AnnotationRotate))
+	case s.registration.Hash == "":
+		return isFalse(condition, rdv.ReasonPending, "no registration token is made yet")
+	}
+	return isTrue(condition, rdv.ReasonReady, fmt.Sprintf("machines enrol with the token in Secret %q", secret))
+}
+
+func (r *hostPoolReconciler) availableCondition(s *hostPoolScope, status rdv.HostPoolStatus) metav1.Condition {
+	const condition = rdv.ConditionAvailable
+	switch {
+	case status.ReadyHosts > 0:
+		return isTrue(condition, rdv.ReasonReady, fmt.Sprintf("%d of %d hosts take sessions", status.ReadyHosts, status.Hosts))
+	case status.Hosts == 0 && s.pool.Spec.Template != nil && wantedHosts(s.pool) == 0:
+		return isTrue(condition, rdv.ReasonNoHosts, "spec.replicas is 0: no host is wanted")
+	case status.Hosts == 0 && s.pool.Spec.Template == nil:
+		return isFalse(condition, rdv.ReasonNoHosts, fmt.Sprintf("no session host has enrolled: start the agent on a machine with the token in Secret %q", render.RegistrationSecretName(s.pool.Name)))
+	}
+	return isFalse(condition, rdv.ReasonNoHosts, fmt.Sprintf("0 of %d hosts take sessions: see kubectl get sessionhosts", status.Hosts))
+}

@@ -1,0 +1,318 @@
+// Package render builds the objects that the operator keeps: one pure function per object, from what people declared
+// and from nothing else. It has no client, no context and no clock, so that each object can be compared with a golden
+// file. Defaults live here.
+package render
+
+import (
+	"fmt"
+	"maps"
+	"unicode/utf8"
+
+	certmanager "github.com/cert-manager/cert-manager/pkg/apis/certmanager/v1"
+	cmmeta "github.com/cert-manager/cert-manager/pkg/apis/meta/v1"
+	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/intstr"
+
+	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
+	"rendezvous.dev/rendezvous/wire/config"
+)
+
+// Options are what the operator itself was started with.
+type Options struct {
+	// Images of the release; a spec may name others.
+	BrokerImage, GatewayImage, RelayImage, AgentImage string
+	// ClusterDomain ends the cluster's DNS names. Empty means cluster.local.
+	ClusterDomain string
+}
+
+// serviceHost is the full DNS name of a Service in the cluster.
+func (o Options) serviceHost(namespace, service string) string {
+	domain := o.ClusterDomain
+	if domain == "" {
+		domain = "cluster.local"
+	}
+	return fmt.Sprintf("%s.%s.svc.%s", service, namespace, domain)
+}
+
+// serviceNames are all the DNS names under which pods may dial a Service.
+func (o Options) serviceNames(namespace, service string) []string {
+	return []string{service, service + "." + namespace, service + "." + namespace + ".svc", o.serviceHost(namespace, service)}
+}
+
+// Components, in the label rendezvous.dev/component.
+const (
+	componentBroker      = "broker"
+	componentGateway     = "gateway"
+	componentSessionHost = "sessionhost"
+)
+
+// nonRoot is the user that our images run as.
+const nonRoot int64 = 65532
+
+// labels of everything that the operator makes for the object that ownerLabel names.
+func labels(ownerLabel, owner, component string) map[string]string {
+	l := map[string]string{
+		rdv.LabelManagedBy:       rdv.ManagedBy,
+		"app.kubernetes.io/name": "rendezvous",
+		ownerLabel:               owner,
+	}
+	if component != "" {
+		l[rdv.LabelComponent] = component
+		l["app.kubernetes.io/component"] = component
+	}
+	return l
+}
+
+// selector of the pods of one owner and component: no more labels than tell them apart, for a selector can't change.
+func selector(ownerLabel, owner, component string) map[string]string {
+	return map[string]string{ownerLabel: owner, rdv.LabelComponent: component}
+}
+
+func meta(namespace, name string, labels map[string]string) metav1.ObjectMeta {
+	return metav1.ObjectMeta{Namespace: namespace, Name: name, Labels: labels}
+}
+
+func typeMeta(apiVersion, kind string) metav1.TypeMeta {
+	return metav1.TypeMeta{APIVersion: apiVersion, Kind: kind}
+}
+
+// or is v, or the default where v is nil.
+func or[T any](v *T, fallback T) T {
+	if v == nil {
+		return fallback
+	}
+	return *v
+}
+
+func orString(v, fallback string) string {
+	if v == "" {
+		return fallback
+	}
+	return v
+}
+
+// atMost cuts s to n bytes, at a rune's edge.
+func atMost(s string, n int) string {
+	if len(s) <= n {
+		return s
+	}
+	for n > 0 && !utf8.RuneStart(s[n]) {
+		n--
+	}
+	return s[:n]
+}
+
+// issuerRef spells cert-manager's defaults out, so that it compares equal to what the API server holds.
+func issuerRef(ref rdv.IssuerReference) cmmeta.IssuerReference {
+	return cmmeta.IssuerReference{
+		Name:  ref.Name,
+		Kind:  orString(ref.Kind, certmanager.IssuerKind),
+		Group: orString(ref.Group, certmanager.SchemeGroupVersion.Group),
+	}
+}
+
+// certificate is the frame of every Certificate: its Secret has its name, and its labels so that it can be found again.
+func certificate(namespace, name string, labels map[string]string, spec certmanager.CertificateSpec) *certmanager.Certificate {
+	spec.SecretName = name
+	secretLabels := maps.Clone(labels)
+	spec.SecretTemplate = &certmanager.CertificateSecretTemplate{Labels: secretLabels}
+	return &certmanager.Certificate{
+		TypeMeta:   typeMeta(certmanager.SchemeGroupVersion.String(), certmanager.CertificateKind),
+		ObjectMeta: meta(namespace, name, labels),
+		Spec:       spec,
+	}
+}
+
+func ecdsaKey() *certmanager.CertificatePrivateKey {
+	return &certmanager.CertificatePrivateKey{
+		Algorithm:      certmanager.ECDSAKeyAlgorithm,
+		Size:           256,
+		RotationPolicy: certmanager.RotationPolicyAlways,
+	}
+}
+
+// service is the frame of every Service that people can expose.
+func service(namespace, name string, labels, selector map[string]string, exposed rdv.Service, ports ...corev1.ServicePort) *corev1.Service {
+	s := &corev1.Service{
+		TypeMeta:   typeMeta("v1", "Service"),
+		ObjectMeta: meta(namespace, name, labels),
+		Spec: corev1.ServiceSpec{
+			Type:              exposed.Type,
+			Selector:          selector,
+			Ports:             ports,
+			LoadBalancerClass: exposed.LoadBalancerClass,
+		},
+	}
+	if s.Spec.Type == "" {
+		s.Spec.Type = corev1.ServiceTypeClusterIP
+	}
+	s.Annotations = exposed.Annotations
+	return s
+}
+
+// headless is a Service for finding each pod, ready or not: peers meet before they serve, and a pod that drains still
+// takes the join of a session that it holds.
+func headless(namespace, name string, labels, selector map[string]string, ports ...corev1.ServicePort) *corev1.Service {
+	return &corev1.Service{
+		TypeMeta:   typeMeta("v1", "Service"),
+		ObjectMeta: meta(namespace, name, labels),
+		Spec: corev1.ServiceSpec{
+			Type:                     corev1.ServiceTypeClusterIP,
+			ClusterIP:                corev1.ClusterIPNone,
+			PublishNotReadyAddresses: true,
+			Selector:                 selector,
+			Ports:                    ports,
+		},
+	}
+}
+
+func servicePort(name string, port int32, target string) corev1.ServicePort {
+	return corev1.ServicePort{Name: name, Port: port, TargetPort: intstr.FromString(target), Protocol: corev1.ProtocolTCP}
+}
+
+func containerPort(name string, port int32) corev1.ContainerPort {
+	return corev1.ContainerPort{Name: name, ContainerPort: port, Protocol: corev1.ProtocolTCP}
+}
+
+// hardenedPod is the security context of our own pods.
+func hardenedPod() *corev1.PodSecurityContext {
+	return &corev1.PodSecurityContext{
+		RunAsNonRoot:   new(true),
+		RunAsUser:      new(nonRoot),
+		RunAsGroup:     new(nonRoot),
+		FSGroup:        new(nonRoot),
+		SeccompProfile: &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
+	}
+}
+
+// hardenedContainer is the security context of our own containers.
+func hardenedContainer() *corev1.SecurityContext {
+	return &corev1.SecurityContext{
+		AllowPrivilegeEscalation: new(false),
+		ReadOnlyRootFilesystem:   new(true),
+		RunAsNonRoot:             new(true),
+		RunAsUser:                new(nonRoot),
+		RunAsGroup:               new(nonRoot),
+		Capabilities:             &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}},
+		SeccompProfile:           &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
+	}
+}
+
+// spread keeps pods apart where the cluster has room for it, and does not hold them back where it has not.
+func spread(selector map[string]string) []corev1.TopologySpreadConstraint {
+	over := func(key string) corev1.TopologySpreadConstraint {
+		return corev1.TopologySpreadConstraint{
+			MaxSkew:           1,
+			TopologyKey:       key,
+			WhenUnsatisfiable: corev1.ScheduleAnyway,
+			LabelSelector:     &metav1.LabelSelector{MatchLabels: selector},
+		}
+	}
+	return []corev1.TopologySpreadConstraint{over(corev1.LabelHostname), over(corev1.LabelTopologyZone)}
+}
+
+// downwardEnv is an environment variable from a field of the pod.
+func downwardEnv(name, path string) corev1.EnvVar {
+	return corev1.EnvVar{Name: name, ValueFrom: &corev1.EnvVarSource{FieldRef: &corev1.ObjectFieldSelector{APIVersion: "v1", FieldPath: path}}}
+}
+
+func podName() corev1.EnvVar      { return downwardEnv("POD_NAME", "metadata.name") }
+func podNamespace() corev1.EnvVar { return downwardEnv("POD_NAMESPACE", "metadata.namespace") }
+func podIP() corev1.EnvVar        { return downwardEnv("POD_IP", "status.podIP") }
+
+// probe asks path on the named port every period seconds; failures of them in a row count.
+func probe(path, port string, period, failures int32) *corev1.Probe {
+	return &corev1.Probe{
+		ProbeHandler:     corev1.ProbeHandler{HTTPGet: &corev1.HTTPGetAction{Path: path, Port: intstr.FromString(port), Scheme: corev1.URISchemeHTTP}},
+		PeriodSeconds:    period,
+		TimeoutSeconds:   3,
+		FailureThreshold: failures,
+	}
+}
+
+// resourcesOr are the spec's resources, or the default ones where it names none.
+func resourcesOr(given corev1.ResourceRequirements, cpu, memory, memoryLimit string) corev1.ResourceRequirements {
+	if len(given.Requests) > 0 || len(given.Limits) > 0 || len(given.Claims) > 0 {
+		return given
+	}
+	return corev1.ResourceRequirements{
+		Requests: corev1.ResourceList{
+			corev1.ResourceCPU:    resource.MustParse(cpu),
+			corev1.ResourceMemory: resource.MustParse(memory),
+		},
+		Limits: corev1.ResourceList{corev1.ResourceMemory: resource.MustParse(memoryLimit)},
+	}
+}
+
+func configMapVolume(name, configMap string) corev1.Volume {
+	return corev1.Volume{Name: name, VolumeSource: corev1.VolumeSource{ConfigMap: &corev1.ConfigMapVolumeSource{
+		LocalObjectReference: corev1.LocalObjectReference{Name: configMap},
+		DefaultMode:          new(int32(0o444)),
+	}}}
+}
+
+// secretVolume shows keys of a Secret, readable for our group alone.
+func secretVolume(name, secret string, keys ...string) corev1.Volume {
+	items := make([]corev1.KeyToPath, len(keys))
+	for i, key := range keys {
+		items[i] = corev1.KeyToPath{Key: key, Path: key}
+	}
+	return corev1.Volume{Name: name, VolumeSource: corev1.VolumeSource{Secret: &corev1.SecretVolumeSource{
+		SecretName:  secret,
+		Items:       items,
+		DefaultMode: new(int32(0o440)),
+	}}}
+}
+
+// memoryVolume is a small folder that never reaches a disk.
+func memoryVolume(name, limit string) corev1.Volume {
+	return corev1.Volume{Name: name, VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{
+		Medium:    corev1.StorageMediumMemory,
+		SizeLimit: new(resource.MustParse(limit)),
+	}}}
+}
+
+func readOnly(volume, path string) corev1.VolumeMount {
+	return corev1.VolumeMount{Name: volume, MountPath: path, ReadOnly: true}
+}
+
+// configMap holds a configuration file, and more keys beside it.
+func configMap(namespace, name string, labels map[string]string, file any, more map[string]string) (*corev1.ConfigMap, error) {
+	text, err := config.Render(file)
+	if err != nil {
+		return nil, fmt.Errorf("render: ConfigMap %q: %w", name, err)
+	}
+	data := map[string]string{"config.json": text}
+	maps.Copy(data, more)
+	return &corev1.ConfigMap{
+		TypeMeta:   typeMeta("v1", "ConfigMap"),
+		ObjectMeta: meta(namespace, name, labels),
+		Data:       data,
+	}, nil
+}
+
+// allow is an ingress rule for TCP ports from the given peers; none means from anywhere.
+func allow(from []networkingv1.NetworkPolicyPeer, ports ...int32) networkingv1.NetworkPolicyIngressRule {
+	return networkingv1.NetworkPolicyIngressRule{From: from, Ports: policyPorts(corev1.ProtocolTCP, ports...)}
+}
+
+func policyPorts(protocol corev1.Protocol, ports ...int32) []networkingv1.NetworkPolicyPort {
+	out := make([]networkingv1.NetworkPolicyPort, len(ports))
+	for i, port := range ports {
+		out[i] = networkingv1.NetworkPolicyPort{Protocol: new(protocol), Port: new(intstr.FromInt32(port))}
+	}
+	return out
+}
+
+// podsOf is the peer made of the pods with these labels in the same namespace.
+func podsOf(selector map[string]string) []networkingv1.NetworkPolicyPeer {
+	return []networkingv1.NetworkPolicyPeer{{PodSelector: &metav1.LabelSelector{MatchLabels: selector}}}
+}
+
+// anyPod is every pod of the cluster: who scrapes metrics is the cluster's affair, but the internet does not.
+func anyPod() []networkingv1.NetworkPolicyPeer {
+	return []networkingv1.NetworkPolicyPeer{{NamespaceSelector: &metav1.LabelSelector{}}}
+}

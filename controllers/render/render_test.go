@@ -1,0 +1,288 @@
+package render
+
+import (
+	"flag"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/yaml"
+
+	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
+)
+
+var update = flag.Bool("update", false, "write the golden files instead of comparing with them")
+
+var options = Options{BrokerImage: "broker:v1", GatewayImage: "gateway:v1", RelayImage: "relay:v1", AgentImage: "agent:v1"}
+
+func workspace(change ...func(*rdv.Workspace)) *rdv.Workspace {
+	ws := &rdv.Workspace{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "desk", Name: "demo"},
+		Spec: rdv.WorkspaceSpec{
+			DisplayName:  "Demo desktops",
+			Hostname:     "broker.example.test",
+			Identity:     rdv.Identity{OIDC: rdv.OIDC{IssuerURL: "https://id.example.test", ClientID: "rdv"}},
+			Signing:      rdv.Signing{IssuerRef: rdv.IssuerReference{Kind: "ClusterIssuer", Name: "company"}},
+			Certificates: rdv.WorkspaceCertificates{IssuerRef: rdv.IssuerReference{Kind: "ClusterIssuer", Name: "company"}},
+		},
+	}
+	for _, c := range change {
+		c(ws)
+	}
+	return ws
+}
+
+func gateway(change ...func(*rdv.Gateway)) *rdv.Gateway {
+	gw := &rdv.Gateway{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "desk", Name: "gateway-a"},
+		Spec: rdv.GatewaySpec{
+			Region:       "here",
+			Hostname:     "gateway-a.example.test",
+			Certificates: rdv.GatewayCertificates{IssuerRef: rdv.IssuerReference{Kind: "ClusterIssuer", Name: "company"}},
+		},
+	}
+	for _, c := range change {
+		c(gw)
+	}
+	return gw
+}
+
+func pool(template string) *rdv.HostPool {
+	p := &rdv.HostPool{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "desk", Name: "linux"},
+		Spec:       rdv.HostPoolSpec{WorkspaceRef: rdv.LocalReference{Name: "demo"}, Type: rdv.Pooled},
+	}
+	if template != "" {
+		p.Spec.Template = &runtime.RawExtension{Raw: []byte(template)}
+	}
+	return p
+}
+
+func host() *rdv.SessionHost {
+	return &rdv.SessionHost{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "desk", Name: "linux-0"},
+		Spec:       rdv.SessionHostSpec{HostPoolRef: rdv.LocalReference{Name: "linux"}},
+	}
+}
+
+const desktopTemplate = `{"metadata":{"labels":{"team":"a"},"annotations":{"note":"x"}},
+	"spec":{"containers":[{"name":"desktop","image":"desktop:v1"}],"nodeSelector":{"kubernetes.io/os":"linux"}}}`
+
+// must takes the error away from a builder that can't fail on a valid spec.
+func must[T client.Object](t *testing.T) func(T, error) client.Object {
+	return func(obj T, err error) client.Object {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return obj
+	}
+}
+
+// TestGolden compares every object with its file in testdata. After a change that is meant: go test ./controllers/render -update
+func TestGolden(t *testing.T) {
+	ws := workspace()
+	exposed := workspace(func(ws *rdv.Workspace) {
+		ws.Spec.Broker.Replicas = new(int32(3))
+		ws.Spec.Broker.Image = "mirror.example.test/broker:v1"
+		ws.Spec.Broker.Resources = corev1.ResourceRequirements{}
+		ws.Spec.Broker.Service = rdv.Service{Type: corev1.ServiceTypeLoadBalancer, Annotations: map[string]string{"dns": "broker.example.test"}, LoadBalancerClass: new("internal")}
+		ws.Spec.Broker.Bus = rdv.BusExposure{Hostname: "bus.example.test", Service: rdv.Service{Type: corev1.ServiceTypeNodePort}}
+		ws.Spec.Certificates.InternalIssuerRef = &rdv.IssuerReference{Name: "vault"}
+		ws.Spec.Signing.CommonName = "Example Corp"
+	})
+	second := workspace(func(ws *rdv.Workspace) { ws.Name = "second" })
+	gw := gateway()
+	scaled := gateway(func(gw *rdv.Gateway) {
+		gw.Spec.Autoscaling = &rdv.Autoscaling{MinReplicas: new(int32(2)), MaxReplicas: 6}
+		gw.Spec.Relay.Drain.DeadlineSeconds = new(int32(60))
+		gw.Spec.Relay.IdleTimeoutSeconds = new(int32(600))
+		gw.Spec.Relay.Limits = rdv.RelayLimits{MaxSessions: new(int32(10)), MaxPending: new(int32(5))}
+		gw.Spec.Relay.Image = "mirror.example.test/relay:v1"
+		gw.Spec.Service.Type = corev1.ServiceTypeLoadBalancer
+	})
+	both := []*rdv.Workspace{ws, second}
+	linux := pool(desktopTemplate)
+	template, err := PodTemplate(linux)
+	if err != nil {
+		t.Fatal(err)
+	}
+	registration := Registration{Token: "rdvreg.desk.linux.-.x", Expires: time.Date(2026, 5, 4, 12, 0, 0, 0, time.UTC), CA: "ca", Broker: "https://broker.example.test"}
+
+	for file, obj := range map[string]client.Object{
+		"workspace-selfsigned-issuer":        InternalSelfSignedIssuer(ws),
+		"workspace-internal-ca":              InternalCACertificate(ws),
+		"workspace-internal-issuer":          InternalCAIssuer(ws),
+		"workspace-feed-certificate":         options.FeedCertificate(ws),
+		"workspace-broker-identity":          options.BrokerIdentityCertificate(ws),
+		"workspace-broker-identity-exposed":  options.BrokerIdentityCertificate(exposed),
+		"workspace-tickets-certificate":      TicketCertificate(ws),
+		"workspace-signing-certificate":      SigningCertificate(ws),
+		"workspace-signing-certificate-name": SigningCertificate(exposed),
+		"workspace-configmap":                must[*corev1.ConfigMap](t)(options.BrokerConfigMap(ws, "")),
+		"workspace-configmap-exposed":        must[*corev1.ConfigMap](t)(options.BrokerConfigMap(exposed, "PEM")),
+		"workspace-serviceaccount":           BrokerServiceAccount(ws),
+		"workspace-role":                     BrokerRole(ws),
+		"workspace-rolebinding":              BrokerRoleBinding(ws),
+		"workspace-deployment":               options.BrokerDeployment(ws),
+		"workspace-deployment-exposed":       options.BrokerDeployment(exposed),
+		"workspace-service":                  BrokerService(ws),
+		"workspace-service-exposed":          BrokerService(exposed),
+		"workspace-bus-service":              BusService(ws),
+		"workspace-bus-service-exposed":      BusService(exposed),
+		"workspace-peers-service":            BrokerPeersService(ws),
+		"workspace-pdb":                      BrokerDisruptionBudget(ws),
+		"workspace-networkpolicy":            BrokerNetworkPolicy(ws),
+
+		"gateway-certificate":       GatewayCertificate(gw),
+		"gateway-identity":          GatewayIdentityCertificate(gw, ws),
+		"gateway-identity-vault":    GatewayIdentityCertificate(gw, exposed),
+		"gateway-relay-configmap":   must[*corev1.ConfigMap](t)(RelayConfigMap(gw)),
+		"gateway-relay-limits":      must[*corev1.ConfigMap](t)(RelayConfigMap(scaled)),
+		"gateway-configmap":         must[*corev1.ConfigMap](t)(options.GatewayConfigMap(gw, both)),
+		"gateway-configmap-none":    must[*corev1.ConfigMap](t)(options.GatewayConfigMap(gw, nil)),
+		"gateway-deployment":        options.GatewayDeployment(gw, both),
+		"gateway-deployment-scaled": options.GatewayDeployment(scaled, nil),
+		"gateway-service":           GatewayService(gw),
+		"gateway-service-exposed":   GatewayService(scaled),
+		"gateway-relays-service":    GatewayRelaysService(gw),
+		"gateway-pdb":               GatewayDisruptionBudget(gw),
+		"gateway-hpa":               GatewayAutoscaler(scaled),
+		"gateway-networkpolicy":     GatewayNetworkPolicy(gw),
+
+		"hostpool-registration":    PoolRegistrationSecret(linux, registration),
+		"hostpool-networkpolicy":   PoolNetworkPolicy(linux),
+		"hostpool-sessionhost":     SessionHost(linux, "linux-0"),
+		"sessionhost-registration": HostRegistrationSecret(host(), registration),
+		"sessionhost-pod":          must[*corev1.Pod](t)(options.Pod(host(), linux, template)),
+	} {
+		t.Run(file, func(t *testing.T) {
+			got, err := yaml.Marshal(obj)
+			if err != nil {
+				t.Fatal(err)
+			}
+			path := filepath.Join("testdata", file+".yaml")
+			if *update {
+				if err := os.WriteFile(path, got, 0o644); err != nil {
+					t.Fatal(err)
+				}
+				return
+			}
+			want, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if string(got) != string(want) {
+				t.Errorf("%s differs; got:\n%s", path, got)
+			}
+		})
+	}
+}
+
+// TestSeparation holds the walls between the containers of a gateway pod: who mounts what.
+func TestSeparation(t *testing.T) {
+	d := options.GatewayDeployment(gateway(), []*rdv.Workspace{workspace()})
+	spec := d.Spec.Template.Spec
+	if a := spec.AutomountServiceAccountToken; a == nil || *a {
+		t.Error("a gateway pod must hold no Kubernetes credential")
+	}
+	mounts := func(c corev1.Container) (names []string) {
+		for _, m := range c.VolumeMounts {
+			names = append(names, m.Name)
+		}
+		return names
+	}
+	relay, gateway := spec.InitContainers[0], spec.Containers[0]
+	if slices.Contains(mounts(relay), "workspaces") {
+		t.Error("the relay must hold no bus credential")
+	}
+	if slices.Contains(mounts(gateway), "tls") {
+		t.Error("the gateway container must not hold the listener's key")
+	}
+	for _, v := range spec.Volumes {
+		if v.Projected == nil {
+			continue
+		}
+		for _, source := range v.Projected.Sources {
+			for _, item := range source.Secret.Items {
+				if source.Secret.Name == WorkspaceTickets("demo") && item.Key != corev1.TLSCertKey {
+					t.Errorf("a gateway pod mounts %s of the ticket signer; only its certificate is allowed", item.Key)
+				}
+			}
+		}
+	}
+}
+
+func TestPodTemplate(t *testing.T) {
+	for name, tc := range map[string]struct{ template, err string }{
+		"good":           {desktopTemplate, ""},
+		"no template":    {"", ""},
+		"typo":           {`{"spec":{"containers":[{"name":"desktop","imgae":"x"}]}}`, `unknown field "spec.containers[0].imgae"`},
+		"wrong type":     {`{"spec":{"containers":"desktop"}}`, "spec.template: "},
+		"no desktop":     {`{"spec":{"containers":[{"name":"main"}]}}`, `none is named "desktop"`},
+		"host network":   {`{"spec":{"hostNetwork":true,"containers":[{"name":"desktop"}]}}`, "hostNetwork: must not be true"},
+		"host port":      {`{"spec":{"containers":[{"name":"desktop","ports":[{"containerPort":3389,"hostPort":3389}]}]}}`, `asks for hostPort 3389`},
+		"agent's name":   {`{"spec":{"containers":[{"name":"desktop"},{"name":"agent"}]}}`, `is named "agent"`},
+		"agent's volume": {`{"spec":{"containers":[{"name":"desktop"}],"volumes":[{"name":"registration"}]}}`, `"registration" is the name of a volume`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := PodTemplate(pool(tc.template))
+			switch {
+			case tc.err == "" && err != nil:
+				t.Errorf("got %v, want none", err)
+			case tc.err != "" && (err == nil || !strings.Contains(err.Error(), tc.err)):
+				t.Errorf("got %v, want one with %q", err, tc.err)
+			}
+		})
+	}
+}
+
+// TestPodOwnWishes shows that what a template says of the pod is kept, but for what would open it.
+func TestPodOwnWishes(t *testing.T) {
+	p := pool(`{"spec":{"automountServiceAccountToken":true,"restartPolicy":"Never","hostname":"pc","securityContext":{"fsGroup":5},
+		"initContainers":[{"name":"prepare"}],"containers":[{"name":"desktop"},{"name":"helper"}]}}`)
+	template, err := PodTemplate(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pod, err := options.Pod(host(), p, template)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if *pod.Spec.AutomountServiceAccountToken || pod.Spec.RestartPolicy != corev1.RestartPolicyAlways {
+		t.Error("the pod must have no service account token, and restart")
+	}
+	if pod.Spec.Hostname != "pc" || *pod.Spec.SecurityContext.FSGroup != 5 {
+		t.Errorf("the template's hostname and fsGroup are lost: %q, %d", pod.Spec.Hostname, *pod.Spec.SecurityContext.FSGroup)
+	}
+	if got := []string{pod.Spec.InitContainers[0].Name, pod.Spec.InitContainers[1].Name}; !slices.Equal(got, []string{"prepare", "agent"}) {
+		t.Errorf("init containers are %v", got)
+	}
+	if len(pod.Spec.Containers[0].VolumeMounts) != 1 || len(pod.Spec.Containers[1].VolumeMounts) != 0 {
+		t.Error("the desktop container, and no other, has the RDP certificate")
+	}
+	again, _ := options.Pod(host(), p, template)
+	if again.Annotations[AnnotationPodHash] != pod.Annotations[AnnotationPodHash] {
+		t.Error("the same template gives another hash")
+	}
+	newer := options
+	newer.AgentImage = "agent:v2"
+	other, _ := newer.Pod(host(), p, template)
+	if other.Annotations[AnnotationPodHash] == pod.Annotations[AnnotationPodHash] {
+		t.Error("another agent gives the same hash")
+	}
+}
+
+func TestSigningNameFits(t *testing.T) {
+	ws := workspace(func(ws *rdv.Workspace) { ws.Spec.DisplayName = strings.Repeat("ü", 100) })
+	if name := SigningCertificate(ws).Spec.CommonName; name != strings.Repeat("ü", 32) {
+		t.Errorf("got %d bytes: %q", len(name), name)
+	}
+}

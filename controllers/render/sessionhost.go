@@ -1,0 +1,248 @@
+package render
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	kjson "sigs.k8s.io/json"
+
+	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
+)
+
+// RegistrationSecretName names the Secret with the token of a HostPool or SessionHost.
+func RegistrationSecretName(owner string) string { return owner + "-registration" }
+
+// Keys of a registration Secret.
+const (
+	KeyToken   = "token"
+	KeyExpires = "expires" // RFC 3339
+	KeyCA      = "ca.crt"  // what verifies the broker's feed and enrolment; may be empty
+	KeyBroker  = "broker"  // https URL
+)
+
+// Paths and names inside a session-host pod.
+const (
+	desktopContainer = "desktop"
+	agentContainer   = "agent"
+	registrationDir  = "/etc/rendezvous/registration"
+	agentCADir       = "/etc/rendezvous/ca"
+	agentStateDir    = "/var/lib/rendezvous-agent"
+	rdpCertDir       = "/run/rdp-cert"
+	rdpAddr          = "127.0.0.1:3389"
+)
+
+// AnnotationPodHash on a session-host pod is the hash of the pod as it was rendered; another one asks for another pod.
+const AnnotationPodHash = "rendezvous.dev/pod-hash"
+
+// Registration is what stands in a registration Secret.
+type Registration struct {
+	Token   string
+	Expires time.Time
+	CA      string
+	Broker  string
+}
+
+// PoolRegistrationSecret holds the token that enrols any number of machines in a pool. It is not immutable: ca.crt follows
+// the workspace's issuer, and hand-made damage to it is repaired.
+func PoolRegistrationSecret(pool *rdv.HostPool, r Registration) *corev1.Secret {
+	l := labels(rdv.LabelHostPool, pool.Name, "")
+	l[rdv.LabelRegistration] = "pool"
+	return registrationSecret(pool.Namespace, pool.Name, l, r)
+}
+
+// HostRegistrationSecret holds the token that enrols one host, once.
+func HostRegistrationSecret(host *rdv.SessionHost, r Registration) *corev1.Secret {
+	l := labels(rdv.LabelSessionHost, host.Name, "")
+	l[rdv.LabelHostPool] = host.Spec.HostPoolRef.Name
+	l[rdv.LabelRegistration] = "host"
+	return registrationSecret(host.Namespace, host.Name, l, r)
+}
+
+func registrationSecret(namespace, owner string, labels map[string]string, r Registration) *corev1.Secret {
+	return &corev1.Secret{
+		TypeMeta:   typeMeta("v1", "Secret"),
+		ObjectMeta: meta(namespace, RegistrationSecretName(owner), labels),
+		Type:       corev1.SecretTypeOpaque,
+		Data: map[string][]byte{
+			KeyToken:   []byte(r.Token),
+			KeyExpires: []byte(r.Expires.UTC().Format(time.RFC3339)),
+			KeyCA:      []byte(r.CA),
+			KeyBroker:  []byte(r.Broker),
+		},
+	}
+}
+
+// SessionHost is a host that a pool makes from its template.
+func SessionHost(pool *rdv.HostPool, name string) *rdv.SessionHost {
+	return &rdv.SessionHost{
+		TypeMeta:   typeMeta(rdv.GroupVersion.String(), "SessionHost"),
+		ObjectMeta: meta(pool.Namespace, name, labels(rdv.LabelHostPool, pool.Name, "")),
+		Spec:       rdv.SessionHostSpec{HostPoolRef: rdv.LocalReference{Name: pool.Name}},
+	}
+}
+
+// PoolNetworkPolicy lets nothing reach the pool's pods: their desktops are reached through the agents, who dial out.
+func PoolNetworkPolicy(pool *rdv.HostPool) *networkingv1.NetworkPolicy {
+	return &networkingv1.NetworkPolicy{
+		TypeMeta:   typeMeta(networkingv1.SchemeGroupVersion.String(), "NetworkPolicy"),
+		ObjectMeta: meta(pool.Namespace, pool.Name+"-hosts", labels(rdv.LabelHostPool, pool.Name, componentSessionHost)),
+		Spec: networkingv1.NetworkPolicySpec{
+			PodSelector: metav1.LabelSelector{MatchLabels: selector(rdv.LabelHostPool, pool.Name, componentSessionHost)},
+			PolicyTypes: []networkingv1.PolicyType{networkingv1.PolicyTypeIngress},
+		},
+	}
+}
+
+// PodTemplate reads a pool's template, strictly, and says what in it can't be honoured. A pool without one has nil.
+func PodTemplate(pool *rdv.HostPool) (*corev1.PodTemplateSpec, error) {
+	if pool.Spec.Template == nil {
+		return nil, nil
+	}
+	template := &corev1.PodTemplateSpec{}
+	strict, err := kjson.UnmarshalStrict(pool.Spec.Template.Raw, template)
+	if err != nil {
+		return nil, fmt.Errorf("spec.template: %w", err)
+	}
+	if len(strict) > 0 {
+		return nil, fmt.Errorf("spec.template: %w", errors.Join(strict...))
+	}
+	if err := checkTemplate(&template.Spec); err != nil {
+		return nil, err
+	}
+	return template, nil
+}
+
+func checkTemplate(spec *corev1.PodSpec) error {
+	if spec.HostNetwork {
+		return errors.New("spec.template.spec.hostNetwork: must not be true, for the node's network is open to the desktop's port; leave it out")
+	}
+	desktop := false
+	for _, c := range append(append([]corev1.Container{}, spec.InitContainers...), spec.Containers...) {
+		if c.Name == agentContainer {
+			return fmt.Errorf("spec.template.spec: a container is named %q, which is the name of the sidecar that the operator adds; rename it", agentContainer)
+		}
+		for _, p := range c.Ports {
+			if p.HostPort != 0 {
+				return fmt.Errorf("spec.template.spec: container %q asks for hostPort %d, but nothing may reach a session host from outside; leave it out", c.Name, p.HostPort)
+			}
+		}
+	}
+	for _, c := range spec.Containers {
+		desktop = desktop || c.Name == desktopContainer
+	}
+	if !desktop {
+		return fmt.Errorf("spec.template.spec.containers: none is named %q; name the one that runs the RDP server so", desktopContainer)
+	}
+	for _, v := range spec.Volumes {
+		switch v.Name {
+		case "rdp-cert", "agent-state", "registration", "agent-ca":
+			return fmt.Errorf("spec.template.spec.volumes: %q is the name of a volume that the operator adds; rename it", v.Name)
+		}
+	}
+	return nil
+}
+
+// Pod is a session host that is a pod: the pool's template, and the agent beside its desktop.
+func (o Options) Pod(host *rdv.SessionHost, pool *rdv.HostPool, template *corev1.PodTemplateSpec) (*corev1.Pod, error) {
+	template = template.DeepCopy()
+	pod := &corev1.Pod{
+		TypeMeta:   typeMeta("v1", "Pod"),
+		ObjectMeta: meta(host.Namespace, host.Name, map[string]string{}),
+		Spec:       template.Spec,
+	}
+	maps.Copy(pod.Labels, template.Labels)
+	maps.Copy(pod.Labels, labels(rdv.LabelHostPool, pool.Name, componentSessionHost))
+	pod.Labels[rdv.LabelSessionHost] = host.Name
+	pod.Annotations = maps.Clone(template.Annotations)
+
+	spec := &pod.Spec
+	spec.RestartPolicy = corev1.RestartPolicyAlways
+	spec.AutomountServiceAccountToken = new(false)
+	if spec.Hostname == "" {
+		spec.Hostname = host.Name
+	}
+	if spec.EnableServiceLinks == nil {
+		spec.EnableServiceLinks = new(false)
+	}
+	if spec.SecurityContext == nil {
+		spec.SecurityContext = &corev1.PodSecurityContext{}
+	}
+	if spec.SecurityContext.FSGroup == nil {
+		// One group for the shared folder, so that a desktop that isn't root reads the key that the agent wrote.
+		spec.SecurityContext.FSGroup = new(nonRoot)
+	}
+	spec.InitContainers = append(spec.InitContainers, o.agentSidecar(host, pool))
+	for i := range spec.Containers {
+		if spec.Containers[i].Name == desktopContainer {
+			spec.Containers[i].VolumeMounts = append(spec.Containers[i].VolumeMounts, readOnly("rdp-cert", rdpCertDir))
+		}
+	}
+	secret := RegistrationSecretName(host.Name)
+	spec.Volumes = append(spec.Volumes,
+		memoryVolume("rdp-cert", "1Mi"),
+		memoryVolume("agent-state", "16Mi"),
+		secretVolume("registration", secret, KeyToken),
+		secretVolume("agent-ca", secret, KeyCA),
+	)
+	hash, err := hashOf(pod)
+	if err != nil {
+		return nil, err
+	}
+	if pod.Annotations == nil {
+		pod.Annotations = map[string]string{}
+	}
+	pod.Annotations[AnnotationPodHash] = hash
+	return pod, nil
+}
+
+func (o Options) agentSidecar(host *rdv.SessionHost, pool *rdv.HostPool) corev1.Container {
+	return corev1.Container{
+		Name:            agentContainer,
+		Image:           orString(pool.Spec.Agent.Image, o.AgentImage),
+		ImagePullPolicy: corev1.PullIfNotPresent,
+		RestartPolicy:   new(corev1.ContainerRestartPolicyAlways),
+		Args: []string{
+			"run",
+			"--broker=" + o.BrokerURL(pool.Namespace, pool.Spec.WorkspaceRef.Name),
+			"--token-file=" + registrationDir + "/" + KeyToken,
+			"--host=" + host.Name,
+			"--state-dir=" + agentStateDir,
+			"--rdp-addr=" + rdpAddr,
+			"--rdp-cert-dir=" + rdpCertDir,
+			"--ca-file=" + agentCADir + "/" + KeyCA,
+		},
+		// Nothing in this pod listens on its address, so the kubelet asks inside it.
+		LivenessProbe: &corev1.Probe{
+			ProbeHandler:     corev1.ProbeHandler{Exec: &corev1.ExecAction{Command: []string{"/agent", "healthcheck", "--state-dir=" + agentStateDir}}},
+			PeriodSeconds:    30,
+			TimeoutSeconds:   5,
+			FailureThreshold: 4,
+		},
+		Resources:       resourcesOr(pool.Spec.Agent.Resources, "10m", "32Mi", "128Mi"),
+		SecurityContext: hardenedContainer(),
+		VolumeMounts: []corev1.VolumeMount{
+			{Name: "rdp-cert", MountPath: rdpCertDir},
+			{Name: "agent-state", MountPath: agentStateDir},
+			readOnly("registration", registrationDir),
+			readOnly("agent-ca", agentCADir),
+		},
+	}
+}
+
+// hashOf tells two pods apart by all that was rendered.
+func hashOf(pod *corev1.Pod) (string, error) {
+	text, err := json.Marshal(pod)
+	if err != nil {
+		return "", fmt.Errorf("render: Pod %q: %w", pod.Name, err)
+	}
+	sum := sha256.Sum256(text)
+	return hex.EncodeToString(sum[:8]), nil
+}

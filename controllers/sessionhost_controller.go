@@ -1,0 +1,259 @@
+package controllers
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/builder"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/handler"
+	"sigs.k8s.io/controller-runtime/pkg/predicate"
+	"sigs.k8s.io/controller-runtime/pkg/reconcile"
+
+	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
+	"rendezvous.dev/rendezvous/controllers/plan"
+	"rendezvous.dev/rendezvous/controllers/render"
+)
+
+// sessionHostReconciler keeps a SessionHost's own registration token and, where its pool made it, its pod. What the host
+// reports is written by the brokers; here it becomes conditions.
+type sessionHostReconciler struct{ base }
+
+// sessionHostScope is one pass over one SessionHost.
+type sessionHostScope struct {
+	pass
+	host *rdv.SessionHost
+
+	// Set by gather.
+	pool     *rdv.HostPool
+	ws       *rdv.Workspace
+	wantPod  *corev1.Pod // nil unless the pool made the host, and its pod can be rendered
+	pod      *corev1.Pod // as it is
+	feedCA   string
+	feedSeen bool // the Workspace's feed certificate is there, with or without a CA
+
+	// Set by decide.
+	podDecision plan.PodDecision
+
+	// Set by applyRegistration.
+	registration plan.Token
+	hasSecret    bool
+}
+
+// +kubebuilder:rbac:groups=rendezvous.dev,resources=sessionhosts/status,verbs=get;patch
+// +kubebuilder:rbac:groups="",resources=pods,verbs=create;delete;get;list;patch;watch
+
+func (r *sessionHostReconciler) setup(mgr ctrl.Manager) error {
+	c := mgr.GetClient()
+	return ctrl.NewControllerManagedBy(mgr).
+		For(&rdv.SessionHost{}).
+		Owns(&corev1.Pod{}).
+		Owns(&corev1.Secret{}, builder.OnlyMetadata).
+		Watches(&rdv.HostPool{}, byField(c, indexHostPool, sessionHosts, name), builder.WithPredicates(predicate.GenerationChangedPredicate{})).
+		Watches(&rdv.Workspace{}, hostsOfWorkspace(c, name), builder.WithPredicates(predicate.GenerationChangedPredicate{})).
+		Watches(&corev1.Secret{}, hostsOfWorkspace(c, feedTLSOf), builder.OnlyMetadata).
+		Complete(r)
+}
+
+// hostsOfWorkspace wakes the SessionHosts of all pools of the Workspace that workspace finds in a changed object.
+func hostsOfWorkspace(c client.Reader, workspace func(client.Object) string) handler.EventHandler {
+	return handler.EnqueueRequestsFromMapFunc(func(ctx context.Context, o client.Object) (requests []reconcile.Request) {
+		ws := workspace(o)
+		if ws == "" {
+			return nil
+		}
+		inHere := client.InNamespace(o.GetNamespace())
+		for _, pool := range requestsFor(ctx, c, hostPools(), inHere, client.MatchingFields{indexWorkspace: ws}) {
+			requests = append(requests, requestsFor(ctx, c, sessionHosts(), inHere, client.MatchingFields{indexHostPool: pool.Name})...)
+		}
+		return requests
+	})
+}
+
+// Reconcile makes one pass over a SessionHost.
+func (r *sessionHostReconciler) Reconcile(ctx context.Context, req ctrl.Request) (ctrl.Result, error) {
+	host, err := getOrNil(ctx, r.Client, req.Namespace, req.Name, &rdv.SessionHost{})
+	if err != nil || host == nil || !host.DeletionTimestamp.IsZero() {
+		return ctrl.Result{}, err
+	}
+	s := &sessionHostScope{host: host, registration: tokenOf("", host.Status.Registration)}
+	if err := r.gather(ctx, s); err != nil {
+		return ctrl.Result{}, err
+	}
+	err = inOrder(ctx, s, r.decide, r.applyRegistration, r.applyPod)
+	err = errors.Join(err, r.writeStatus(ctx, s))
+	return ctrl.Result{RequeueAfter: s.requeue}, err
+}
+
+// gather resolves the pool and its Workspace, and sees the pod.
+func (r *sessionHostReconciler) gather(ctx context.Context, s *sessionHostScope) (err error) {
+	host := s.host
+	if s.pod, err = r.livePod(ctx, host); err != nil {
+		return err
+	}
+	if s.pool, err = getOrNil(ctx, r.Client, host.Namespace, host.Spec.HostPoolRef.Name, &rdv.HostPool{}); err != nil {
+		return err
+	}
+	if s.pool == nil {
+		s.refs.add(rdv.ReasonReferenceNotFound, fmt.Sprintf("spec.hostPoolRef: HostPool %q not found: create it, or delete this SessionHost", host.Spec.HostPoolRef.Name))
+		return nil
+	}
+	workspace := s.pool.Spec.WorkspaceRef.Name
+	if s.ws, err = getOrNil(ctx, r.Client, host.Namespace, workspace, &rdv.Workspace{}); err != nil {
+		return err
+	}
+	if s.ws == nil {
+		s.refs.add(rdv.ReasonReferenceNotFound, fmt.Sprintf("HostPool %q: spec.workspaceRef: Workspace %q not found: create it", s.pool.Name, workspace))
+		return nil
+	}
+	feed, err := getOrNil(ctx, r.Live, host.Namespace, render.WorkspaceTLS(workspace), &corev1.Secret{})
+	if err != nil {
+		return err
+	}
+	if s.feedSeen = feed != nil; s.feedSeen {
+		s.feedCA = string(feed.Data["ca.crt"])
+	}
+	return r.renderPod(s)
+}
+
+// livePod is the host's pod, nil where there is none. The cache's word that there is none is checked, for a pod that was
+// just made must not lose the token that it was made with.
+func (r *sessionHostReconciler) livePod(ctx context.Context, host *rdv.SessionHost) (*corev1.Pod, error) {
+	for _, reader := range []client.Reader{r.Client, r.Live} {
+		pod := &corev1.Pod{}
+		err := reader.Get(ctx, client.ObjectKeyFromObject(host), pod)
+		if err == nil {
+			return pod, nil
+		}
+		if !apierrors.IsNotFound(err) {
+			return nil, fmt.Errorf("get Pod %q: %w", host.Name, err)
+		}
+	}
+	return nil, nil
+}
+
+func (r *sessionHostReconciler) renderPod(s *sessionHostScope) error {
+	if !metav1.IsControlledBy(s.host, s.pool) {
+		return nil
+	}
+	template, err := render.PodTemplate(s.pool)
+	switch {
+	case err != nil:
+		s.refs.add(rdv.ReasonPodInvalid, fmt.Sprintf("HostPool %q: %v", s.pool.Name, err))
+		return nil
+	case template == nil: // the pool is about to remove this host
+		return nil
+	}
+	s.wantPod, err = r.render.Pod(s.host, s.pool, template)
+	return err
+}
+
+// decide says what is to be done about the pod, since a new pod needs an unspent token first.
+func (r *sessionHostReconciler) decide(_ context.Context, s *sessionHostScope) error {
+	if s.wantPod == nil {
+		return nil
+	}
+	seen := plan.Pod{}
+	if pod := s.pod; pod != nil {
+		if !metav1.IsControlledBy(pod, s.host) {
+			s.podDecision = plan.PodDecision{Action: plan.PodKeep} // applying it will say to whom it belongs
+			return nil
+		}
+		seen = plan.Pod{
+			Exists:      true,
+			Terminating: !pod.DeletionTimestamp.IsZero(),
+			Finished:    pod.Status.Phase == corev1.PodFailed || pod.Status.Phase == corev1.PodSucceeded,
+			Created:     pod.CreationTimestamp.Time,
+			Hash:        pod.Annotations[render.AnnotationPodHash],
+		}
+	}
+	s.podDecision = plan.DecidePod(seen, s.wantPod.Annotations[render.AnnotationPodHash], sessionsOf(s.host), r.now())
+	s.wakeAfter(s.podDecision.Next)
+	return nil
+}
+
+// applyRegistration keeps the host's own token. A machine has one until it is enrolled; a pod keeps its spent one, which it
+// mounts, and gets another before it is made anew.
+func (r *sessionHostReconciler) applyRegistration(ctx context.Context, s *sessionHostScope) error {
+	host := s.host
+	if s.pool == nil || s.ws == nil {
+		return nil
+	}
+	seen, err := r.seenToken(ctx, host, func(o client.Object) rdv.RegistrationStatus { return o.(*rdv.SessionHost).Status.Registration })
+	if err != nil {
+		return err
+	}
+	policy, prefix, now := tokenPolicy(s.pool, host), plan.TokenPrefix(host.Namespace, s.pool.Name, host.Name), r.now()
+	spentBy := ""
+	if host.Status.Enrolment != nil {
+		spentBy = host.Status.Enrolment.TokenHash
+	}
+	spent := spentBy != "" && spentBy == seen.Hash
+
+	if s.wantPod == nil && !plan.WantHostToken(seen, policy.RotateFor, spentBy) {
+		return r.dropRegistration(ctx, s, seen, spent)
+	}
+	decision := plan.TokenDecision{}
+	if !spent || seen.Text == "" || seen.MadeFor != policy.RotateFor || s.podDecision.Action == plan.PodCreate {
+		decision = plan.DecideToken(seen, prefix, policy, now)
+		if spent {
+			decision = plan.TokenDecision{Replace: true, Next: policy.Lifetime}
+		}
+	}
+	if decision.Replace {
+		seen = newToken(prefix, policy, now)
+	}
+	broker := render.PublicURL(s.ws)
+	if s.wantPod != nil {
+		broker = r.render.BrokerURL(host.Namespace, s.ws.Name)
+	}
+	done, err := r.applyOne(ctx, &s.pass, host, render.HostRegistrationSecret(host, render.Registration{
+		Token: seen.Text, Expires: seen.Expires, CA: s.feedCA, Broker: broker,
+	}))
+	if err != nil || !done {
+		s.registration = plan.Token{MadeFor: s.registration.MadeFor}
+		return err
+	}
+	s.registration, s.hasSecret = seen, true
+	s.wakeAfter(decision.Next)
+	return nil
+}
+
+// dropRegistration removes a token that is not needed: of one that was never spent the hash goes too, so that it enrols
+// nobody.
+func (r *sessionHostReconciler) dropRegistration(ctx context.Context, s *sessionHostScope, seen plan.Token, spent bool) error {
+	host := s.host
+	s.registration = plan.Token{MadeFor: seen.MadeFor}
+	if spent {
+		s.registration = plan.Token{Hash: seen.Hash, MadeFor: seen.MadeFor}
+	}
+	secret, err := secretMetadata(ctx, r.Client, host.Namespace, render.RegistrationSecretName(host.Name))
+	if err != nil || secret == nil || !metav1.IsControlledBy(secret, host) || !secret.DeletionTimestamp.IsZero() {
+		return err
+	}
+	return r.Delete(ctx, secret)
+}
+
+// applyPod keeps the pod. It is made only when its token and the CA to check the broker with can be mounted.
+func (r *sessionHostReconciler) applyPod(ctx context.Context, s *sessionHostScope) error {
+	if s.wantPod == nil {
+		return nil
+	}
+	switch s.podDecision.Action {
+	case plan.PodCreate:
+		if !s.hasSecret || !s.feedSeen {
+			return nil
+		}
+		return r.applyAll(ctx, &s.pass, s.host, s.wantPod)
+	case plan.PodKeep:
+		return r.applyAll(ctx, &s.pass, s.host, s.wantPod)
+	case plan.PodDelete:
+		return r.Delete(ctx, s.pod)
+	}
+	return nil
+}

@@ -1,0 +1,260 @@
+package controllers
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	certmanager "github.com/cert-manager/cert-manager/pkg/apis/certmanager/v1"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
+	utilruntime "k8s.io/apimachinery/pkg/util/runtime"
+	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
+	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/handler"
+	"sigs.k8s.io/controller-runtime/pkg/reconcile"
+
+	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
+	"rendezvous.dev/rendezvous/controllers/render"
+)
+
+// NewScheme holds every kind that the operator reads or writes.
+func NewScheme() *runtime.Scheme {
+	scheme := runtime.NewScheme()
+	utilruntime.Must(clientgoscheme.AddToScheme(scheme))
+	utilruntime.Must(certmanager.AddToScheme(scheme))
+	utilruntime.Must(rdv.AddToScheme(scheme))
+	return scheme
+}
+
+// Options of the operator.
+type Options struct {
+	Render render.Options
+	// Discovery defaults to NewDiscovery.
+	Discovery *Discovery
+	// Now defaults to time.Now.
+	Now func() time.Time
+}
+
+// Setup adds the four reconcilers to a manager.
+func Setup(mgr ctrl.Manager, opts Options) error {
+	if opts.Discovery == nil {
+		opts.Discovery = NewDiscovery()
+	}
+	if opts.Now == nil {
+		opts.Now = time.Now
+	}
+	if err := addIndexes(mgr); err != nil {
+		return err
+	}
+	base := base{
+		Applier: &Applier{Client: mgr.GetClient(), Live: mgr.GetAPIReader()},
+		render:  opts.Render,
+		now:     opts.Now,
+	}
+	for _, add := range []func(ctrl.Manager) error{
+		(&workspaceReconciler{base: base, discovery: opts.Discovery}).setup,
+		(&hostPoolReconciler{base: base}).setup,
+		(&sessionHostReconciler{base: base}).setup,
+		(&gatewayReconciler{base: base}).setup,
+	} {
+		if err := add(mgr); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// base is what the reconcilers share.
+type base struct {
+	*Applier
+	render render.Options
+	now    func() time.Time
+}
+
+// pass is what every reconcile of one object carries. Each reconciler's scope embeds it.
+type pass struct {
+	// refs gathers what is wrong with references and children; certificates what is wrong with those. Any phase adds.
+	refs, certificates problems
+	// requeue is the earliest time at which something changes by itself, 0 for never. Any phase sets it by wakeAfter.
+	requeue time.Duration
+}
+
+// wakeAfter asks for another pass after d; the earliest wish counts.
+func (p *pass) wakeAfter(d time.Duration) {
+	if d > 0 && (p.requeue == 0 || d < p.requeue) {
+		p.requeue = d
+	}
+}
+
+// rejectedRetry is how soon a child that the API server refused is tried again: quotas and webhooks change unseen.
+const rejectedRetry = time.Minute
+
+// applyAll applies children. What a person must put right becomes a problem of the pass; other errors end it.
+func (b *base) applyAll(ctx context.Context, p *pass, owner client.Object, children ...client.Object) error {
+	for _, child := range children {
+		if _, err := b.applyOne(ctx, p, owner, child); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// applyOne is applyAll for one child; done says that it is as wanted.
+func (b *base) applyOne(ctx context.Context, p *pass, owner, child client.Object) (done bool, err error) {
+	err = b.Apply(ctx, owner, child)
+	if refused, ok := err.(*RefusedError); ok {
+		p.refs.add(refused.Reason, refused.Message)
+		p.wakeAfter(rejectedRetry)
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// Field indexes, by which a change of one object finds those that name it.
+const (
+	indexHostPool  = "refersTo.hostPool"  // Workspaces and SessionHosts, by HostPool name
+	indexWorkspace = "refersTo.workspace" // HostPools, by Workspace name
+	indexIssuer    = "refersTo.issuer"    // Workspaces, HostPools and Gateways, by issuerKey
+	indexCABundle  = "refersTo.caBundle"  // Workspaces, by Kind/name
+)
+
+func addIndexes(mgr ctrl.Manager) error {
+	indexer := mgr.GetFieldIndexer()
+	for _, index := range []struct {
+		obj   client.Object
+		field string
+		keys  client.IndexerFunc
+	}{
+		{&rdv.Workspace{}, indexHostPool, func(o client.Object) (names []string) {
+			for _, r := range o.(*rdv.Workspace).Spec.Resources {
+				names = append(names, r.HostPoolRef.Name)
+			}
+			return names
+		}},
+		{&rdv.Workspace{}, indexIssuer, func(o client.Object) (keys []string) {
+			for _, named := range workspaceIssuers(o.(*rdv.Workspace)) {
+				keys = append(keys, issuerKey(named.ref))
+			}
+			return keys
+		}},
+		{&rdv.Workspace{}, indexCABundle, func(o client.Object) []string {
+			if ref := o.(*rdv.Workspace).Spec.Identity.OIDC.CABundleRef; ref != nil {
+				return []string{ref.Kind + "/" + ref.Name}
+			}
+			return nil
+		}},
+		{&rdv.HostPool{}, indexWorkspace, func(o client.Object) []string {
+			return []string{o.(*rdv.HostPool).Spec.WorkspaceRef.Name}
+		}},
+		{&rdv.HostPool{}, indexIssuer, func(o client.Object) []string {
+			if c := o.(*rdv.HostPool).Spec.RDPCertificate; c != nil {
+				return []string{issuerKey(c.IssuerRef)}
+			}
+			return nil
+		}},
+		{&rdv.SessionHost{}, indexHostPool, func(o client.Object) []string {
+			return []string{o.(*rdv.SessionHost).Spec.HostPoolRef.Name}
+		}},
+		{&rdv.Gateway{}, indexIssuer, func(o client.Object) []string {
+			return []string{issuerKey(o.(*rdv.Gateway).Spec.Certificates.IssuerRef)}
+		}},
+	} {
+		if err := indexer.IndexField(context.Background(), index.obj, index.field, index.keys); err != nil {
+			return fmt.Errorf("index %T by %s: %w", index.obj, index.field, err)
+		}
+	}
+	return nil
+}
+
+// requestsFor lists objects and asks for a reconcile of each. A list from the cache fails only at shutdown.
+func requestsFor(ctx context.Context, c client.Reader, list client.ObjectList, opts ...client.ListOption) []reconcile.Request {
+	if err := c.List(ctx, list, opts...); err != nil {
+		ctrl.LoggerFrom(ctx).Error(err, "could not list what refers to a changed object")
+		return nil
+	}
+	var requests []reconcile.Request
+	add := func(o client.Object) {
+		requests = append(requests, reconcile.Request{NamespacedName: client.ObjectKeyFromObject(o)})
+	}
+	switch list := list.(type) {
+	case *rdv.WorkspaceList:
+		for i := range list.Items {
+			add(&list.Items[i])
+		}
+	case *rdv.HostPoolList:
+		for i := range list.Items {
+			add(&list.Items[i])
+		}
+	case *rdv.SessionHostList:
+		for i := range list.Items {
+			add(&list.Items[i])
+		}
+	case *rdv.GatewayList:
+		for i := range list.Items {
+			add(&list.Items[i])
+		}
+	}
+	return requests
+}
+
+// byIssuer wakes those in newList that name a changed issuer.
+func byIssuer(c client.Reader, kind string, newList func() client.ObjectList) handler.EventHandler {
+	return handler.EnqueueRequestsFromMapFunc(func(ctx context.Context, o client.Object) []reconcile.Request {
+		opts := []client.ListOption{client.MatchingFields{indexIssuer: issuerKey(rdv.IssuerReference{Kind: kind, Name: o.GetName()})}}
+		if o.GetNamespace() != "" {
+			opts = append(opts, client.InNamespace(o.GetNamespace()))
+		}
+		return requestsFor(ctx, c, newList(), opts...)
+	})
+}
+
+// byField wakes those in newList, in the changed object's namespace, whose index holds key(object).
+func byField(c client.Reader, field string, newList func() client.ObjectList, key func(client.Object) string) handler.EventHandler {
+	return handler.EnqueueRequestsFromMapFunc(func(ctx context.Context, o client.Object) []reconcile.Request {
+		value := key(o)
+		if value == "" {
+			return nil
+		}
+		return requestsFor(ctx, c, newList(), client.InNamespace(o.GetNamespace()), client.MatchingFields{field: value})
+	})
+}
+
+// inNamespace wakes all of newList in the changed object's namespace.
+func inNamespace(c client.Reader, newList func() client.ObjectList) handler.EventHandler {
+	return handler.EnqueueRequestsFromMapFunc(func(ctx context.Context, o client.Object) []reconcile.Request {
+		return requestsFor(ctx, c, newList(), client.InNamespace(o.GetNamespace()))
+	})
+}
+
+// byLabel wakes the object that a label on the changed one names: cert-manager's Secrets carry our labels, but no owner
+// until they are adopted.
+func byLabel(label string) handler.EventHandler {
+	return handler.EnqueueRequestsFromMapFunc(func(_ context.Context, o client.Object) []reconcile.Request {
+		name := o.GetLabels()[label]
+		if name == "" {
+			return nil
+		}
+		return []reconcile.Request{{NamespacedName: types.NamespacedName{Namespace: o.GetNamespace(), Name: name}}}
+	})
+}
+
+func workspaces() client.ObjectList   { return &rdv.WorkspaceList{} }
+func hostPools() client.ObjectList    { return &rdv.HostPoolList{} }
+func sessionHosts() client.ObjectList { return &rdv.SessionHostList{} }
+func gateways() client.ObjectList     { return &rdv.GatewayList{} }
+
+func name(o client.Object) string { return o.GetName() }
+
+// feedTLSOf is the Workspace whose feed certificate a Secret holds, or "".
+func feedTLSOf(o client.Object) string {
+	workspace := o.GetLabels()[rdv.LabelWorkspace]
+	if workspace != "" && o.GetName() == render.WorkspaceTLS(workspace) {
+		return workspace
+	}
+	return ""
+}
+
+var secretKind = corev1.SchemeGroupVersion.WithKind("Secret")

@@ -1,0 +1,293 @@
+package controllers
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	certmanager "github.com/cert-manager/cert-manager/pkg/apis/certmanager/v1"
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	policyv1 "k8s.io/api/policy/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
+	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/builder"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/handler"
+	"sigs.k8s.io/controller-runtime/pkg/predicate"
+	"sigs.k8s.io/controller-runtime/pkg/source"
+
+	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
+	"rendezvous.dev/rendezvous/controllers/render"
+)
+
+// workspaceReconciler keeps what a Workspace needs: its CA, its certificates, its brokers.
+type workspaceReconciler struct {
+	base
+	discovery *Discovery
+}
+
+// workspaceScope is one pass over one Workspace.
+type workspaceScope struct {
+	pass
+	ws *rdv.Workspace
+
+	// Set by gather.
+	oidcCA    string
+	oidcCAErr bool // oidcCA is named, but can't be had
+	resources int32
+	gateways  []string
+
+	// Set by applyCertificates.
+	certificatesIssued bool
+
+	// Set by applyBroker.
+	deployment *appsv1.Deployment
+}
+
+// The brokers' Role is granted by the operator, which must hold all that it grants: hence patch on sessionhosts/status and
+// gateways/status, create on sessionhosts, and the verbs on certificaterequests. Finalizers are updated by nobody; clusters
+// that check blockOwnerDeletion ask for the right all the same.
+// +kubebuilder:rbac:groups=rendezvous.dev,resources=workspaces,verbs=get;list;watch
+// +kubebuilder:rbac:groups=rendezvous.dev,resources=workspaces/status,verbs=get;patch
+// +kubebuilder:rbac:groups=rendezvous.dev,resources=workspaces/finalizers;hostpools/finalizers;sessionhosts/finalizers;gateways/finalizers,verbs=update
+// +kubebuilder:rbac:groups=cert-manager.io,resources=certificaterequests,verbs=create;delete;get;list;watch
+// +kubebuilder:rbac:groups=cert-manager.io,resources=certificates;issuers,verbs=create;delete;get;list;patch;watch
+// +kubebuilder:rbac:groups=cert-manager.io,resources=clusterissuers,verbs=get;list;watch
+// +kubebuilder:rbac:groups=apps,resources=deployments,verbs=create;delete;get;list;patch;watch
+// +kubebuilder:rbac:groups="",resources=configmaps;services;serviceaccounts,verbs=create;delete;get;list;patch;watch
+// Secrets: certificates' Secrets are adopted and their ca.crt read; registration tokens are kept in Secrets; a Workspace may name one.
+// +kubebuilder:rbac:groups="",resources=secrets,verbs=create;delete;get;list;patch;watch
+// +kubebuilder:rbac:groups=rbac.authorization.k8s.io,resources=roles;rolebindings,verbs=create;delete;get;list;patch;watch
+// +kubebuilder:rbac:groups=policy,resources=poddisruptionbudgets,verbs=create;delete;get;list;patch;watch
+// +kubebuilder:rbac:groups=networking.k8s.io,resources=networkpolicies,verbs=create;delete;get;list;patch;watch
+
+func (r *workspaceReconciler) setup(mgr ctrl.Manager) error {
+	c := mgr.GetClient()
+	return ctrl.NewControllerManagedBy(mgr).
+		For(&rdv.Workspace{}).
+		Owns(&certmanager.Issuer{}).
+		Owns(&certmanager.Certificate{}).
+		Owns(&appsv1.Deployment{}).
+		Owns(&corev1.Service{}).
+		Owns(&corev1.ConfigMap{}, builder.OnlyMetadata).
+		Owns(&corev1.ServiceAccount{}, builder.OnlyMetadata).
+		Owns(&rbacv1.Role{}, builder.OnlyMetadata).
+		Owns(&rbacv1.RoleBinding{}, builder.OnlyMetadata).
+		Owns(&policyv1.PodDisruptionBudget{}, builder.OnlyMetadata).
+		Owns(&networkingv1.NetworkPolicy{}, builder.OnlyMetadata).
+		Watches(&corev1.Secret{}, byLabel(rdv.LabelWorkspace), builder.OnlyMetadata).
+		Watches(&corev1.Secret{}, byField(c, indexCABundle, workspaces, func(o client.Object) string { return "Secret/" + o.GetName() }), builder.OnlyMetadata).
+		Watches(&corev1.ConfigMap{}, byField(c, indexCABundle, workspaces, func(o client.Object) string { return "ConfigMap/" + o.GetName() }), builder.OnlyMetadata).
+		Watches(&rdv.HostPool{}, byField(c, indexHostPool, workspaces, name), builder.WithPredicates(predicate.GenerationChangedPredicate{})).
+		Watches(&rdv.Gateway{}, inNamespace(c, workspaces), builder.WithPredicates(specOrLabels())).
+		Watches(&certmanager.Issuer{}, byIssuer(c, certmanager.IssuerKind, workspaces)).
+		Watches(&certmanager.ClusterIssuer{}, byIssuer(c, certmanager.ClusterIssuerKind, workspaces)).
+		WatchesRawSource(source.Channel(r.discovery.events, &handler.TypedEnqueueRequestForObject[*rdv.Workspace]{})).
+		Complete(r)
+}
+
+// specOrLabels lets changes of status pass unseen.
+func specOrLabels() predicate.Predicate {
+	return predicate.Or(predicate.GenerationChangedPredicate{}, predicate.LabelChangedPredicate{})
+}
+
+// Reconcile makes one pass over a Workspace.
+func (r *workspaceReconciler) Reconcile(ctx context.Context, req ctrl.Request) (ctrl.Result, error) {
+	ws, err := getOrNil(ctx, r.Client, req.Namespace, req.Name, &rdv.Workspace{})
+	if err != nil {
+		return ctrl.Result{}, err
+	}
+	if ws == nil || !ws.DeletionTimestamp.IsZero() {
+		r.discovery.Forget(req.NamespacedName)
+		return ctrl.Result{}, nil
+	}
+	s := &workspaceScope{ws: ws}
+	if err := r.gather(ctx, s); err != nil {
+		return ctrl.Result{}, err
+	}
+	err = inOrder(ctx, s, r.applyCertificates, r.applyAccess, r.applyBroker, r.prune)
+	err = errors.Join(err, r.writeStatus(ctx, s))
+	return ctrl.Result{RequeueAfter: s.requeue}, err
+}
+
+// inOrder runs the phases of a pass until one fails.
+func inOrder[S any](ctx context.Context, s S, phases ...func(context.Context, S) error) error {
+	for _, phase := range phases {
+		if err := phase(ctx, s); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+type namedIssuer struct {
+	field string
+	ref   rdv.IssuerReference
+}
+
+// workspaceIssuers are the issuers that people name in a Workspace.
+func workspaceIssuers(ws *rdv.Workspace) []namedIssuer {
+	named := []namedIssuer{
+		{"spec.certificates.issuerRef", ws.Spec.Certificates.IssuerRef},
+		{"spec.signing.issuerRef", ws.Spec.Signing.IssuerRef},
+	}
+	if ref := ws.Spec.Certificates.InternalIssuerRef; ref != nil {
+		named = append(named, namedIssuer{"spec.certificates.internalIssuerRef", *ref})
+	}
+	return named
+}
+
+// gather resolves what the Workspace names.
+func (r *workspaceReconciler) gather(ctx context.Context, s *workspaceScope) error {
+	ws := s.ws
+	for _, named := range workspaceIssuers(ws) {
+		if err := checkIssuer(ctx, r.Client, ws.Namespace, named.field, named.ref, &s.refs); err != nil {
+			return err
+		}
+	}
+	s.oidcCA = ws.Spec.Identity.OIDC.CABundle
+	if ref := ws.Spec.Identity.OIDC.CABundleRef; ref != nil {
+		before := len(s.refs)
+		value, err := readKey(ctx, r.Live, ws.Namespace, "spec.identity.oidc.caBundleRef", *ref, &s.refs)
+		if err != nil {
+			return err
+		}
+		s.oidcCA, s.oidcCAErr = value, len(s.refs) > before
+	}
+	for _, resource := range ws.Spec.Resources {
+		field := fmt.Sprintf("spec.resources[%s].hostPoolRef: HostPool %q", resource.Name, resource.HostPoolRef.Name)
+		pool, err := getOrNil(ctx, r.Client, ws.Namespace, resource.HostPoolRef.Name, &rdv.HostPool{})
+		switch {
+		case err != nil:
+			return err
+		case pool == nil:
+			s.refs.add(rdv.ReasonReferenceNotFound, field+" not found: create it or name another")
+		case pool.Spec.WorkspaceRef.Name != ws.Name:
+			s.refs.add(rdv.ReasonReferenceInvalid, fmt.Sprintf("%s belongs to Workspace %q: name a pool of this workspace", field, pool.Spec.WorkspaceRef.Name))
+		default:
+			s.resources++
+		}
+	}
+	return r.gatherGateways(ctx, s)
+}
+
+func (r *workspaceReconciler) gatherGateways(ctx context.Context, s *workspaceScope) error {
+	selector, err := gatewaySelector(s.ws)
+	if err != nil {
+		s.refs.add(rdv.ReasonReferenceInvalid, "spec.gatewaySelector: "+err.Error())
+		return nil
+	}
+	list := &rdv.GatewayList{}
+	if err := r.Client.List(ctx, list, client.InNamespace(s.ws.Namespace), client.MatchingLabelsSelector{Selector: selector}); err != nil {
+		return fmt.Errorf("list Gateways: %w", err)
+	}
+	for i := range list.Items {
+		if list.Items[i].DeletionTimestamp.IsZero() {
+			s.gateways = append(s.gateways, list.Items[i].Name)
+		}
+	}
+	slices.Sort(s.gateways)
+	if len(s.gateways) == 0 {
+		s.refs.add(rdv.ReasonPending, "spec.gatewaySelector picks no Gateway in this namespace: create one, or change the selector")
+	}
+	return nil
+}
+
+// gatewaySelector is which Gateways a Workspace picks: all where it says nothing.
+func gatewaySelector(ws *rdv.Workspace) (labels.Selector, error) {
+	if ws.Spec.GatewaySelector == nil {
+		return labels.Everything(), nil
+	}
+	return metav1.LabelSelectorAsSelector(ws.Spec.GatewaySelector)
+}
+
+// applyCertificates keeps the internal CA, unless another issuer is named, and the certificates.
+func (r *workspaceReconciler) applyCertificates(ctx context.Context, s *workspaceScope) error {
+	ws := s.ws
+	if ws.Spec.Certificates.InternalIssuerRef == nil {
+		err := r.applyAll(ctx, &s.pass, ws,
+			render.InternalSelfSignedIssuer(ws), render.InternalCACertificate(ws), render.InternalCAIssuer(ws))
+		if err != nil {
+			return err
+		}
+		if _, _, err := r.issued(ctx, ws, render.InternalCACertificate(ws).Name, &s.certificates); err != nil {
+			return err
+		}
+	}
+	s.certificatesIssued = true
+	for _, cert := range []*certmanager.Certificate{
+		r.render.FeedCertificate(ws), r.render.BrokerIdentityCertificate(ws), render.TicketCertificate(ws), render.SigningCertificate(ws),
+	} {
+		if err := r.applyAll(ctx, &s.pass, ws, cert); err != nil {
+			return err
+		}
+		_, ok, err := r.issued(ctx, ws, cert.Name, &s.certificates)
+		if err != nil {
+			return err
+		}
+		s.certificatesIssued = s.certificatesIssued && ok
+	}
+	return nil
+}
+
+// applyAccess keeps what the brokers may do and who may reach them.
+func (r *workspaceReconciler) applyAccess(ctx context.Context, s *workspaceScope) error {
+	ws := s.ws
+	return r.applyAll(ctx, &s.pass, ws,
+		render.BrokerServiceAccount(ws), render.BrokerRole(ws), render.BrokerRoleBinding(ws),
+		render.BrokerNetworkPolicy(ws),
+		render.BrokerService(ws), render.BusService(ws), render.BrokerPeersService(ws),
+		render.BrokerDisruptionBudget(ws))
+}
+
+// applyBroker keeps the brokers. Their first pods wait for the certificates that they mount: the kubelet would wait for
+// them too, but looks ever more seldom.
+func (r *workspaceReconciler) applyBroker(ctx context.Context, s *workspaceScope) error {
+	ws := s.ws
+	configMap, err := r.render.BrokerConfigMap(ws, s.oidcCA)
+	if err != nil {
+		return err
+	}
+	// With a CA that can't be had just now, brokers keep the last one.
+	if !s.oidcCAErr || !r.exists(ctx, configMap) {
+		if err := r.applyAll(ctx, &s.pass, ws, configMap); err != nil {
+			return err
+		}
+	}
+	deployment := r.render.BrokerDeployment(ws)
+	if s.certificatesIssued || r.exists(ctx, deployment) {
+		if err := r.applyAll(ctx, &s.pass, ws, deployment); err != nil {
+			return err
+		}
+	}
+	s.deployment, err = getOrNil(ctx, r.Client, ws.Namespace, deployment.Name, &appsv1.Deployment{})
+	return err
+}
+
+// exists says whether a child is there. When that can't be told, it is taken for missing.
+func (a *Applier) exists(ctx context.Context, child client.Object) bool {
+	live, err := a.get(ctx, child, child.GetObjectKind().GroupVersionKind())
+	return err == nil && live != nil
+}
+
+// prune removes the internal CA where another issuer is named.
+func (r *workspaceReconciler) prune(ctx context.Context, s *workspaceScope) error {
+	if s.ws.Spec.Certificates.InternalIssuerRef == nil {
+		return nil
+	}
+	ws, mine := s.ws, client.MatchingLabels{rdv.LabelWorkspace: s.ws.Name, rdv.LabelManagedBy: rdv.ManagedBy}
+	wanted := map[string]bool{
+		render.WorkspaceTLS(ws.Name): true, render.WorkspaceBrokerIdentity(ws.Name): true,
+		render.WorkspaceTickets(ws.Name): true, render.WorkspaceSigning(ws.Name): true,
+	}
+	return errors.Join(
+		r.Prune(ctx, ws, certmanager.SchemeGroupVersion.WithKind(certmanager.IssuerKind), mine, nil),
+		r.Prune(ctx, ws, certmanager.SchemeGroupVersion.WithKind(certmanager.CertificateKind), mine, wanted),
+		r.Prune(ctx, ws, secretKind, mine, wanted),
+	)
+}
