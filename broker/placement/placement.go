@@ -63,13 +63,13 @@ type reason struct {
 
 // What keeps a host out, in the order in which they are told.
 const (
-	notConnected  = "not connected"
-	notReady      = "not ready"
-	draining      = "draining"
-	full          = "full"
-	otherPersons  = "assigned to other users"
-	notAssigned   = "not assigned to anybody"
-	noCertainKind = ""
+	notConnected = "not connected"
+	notReady     = "not ready"
+	draining     = "draining"
+	full         = "full"
+	otherPersons = "assigned to other users"
+	notAssigned  = "not assigned to anybody"
+	nothing      = ""
 )
 
 var order = []string{notConnected, notReady, draining, full, otherPersons, notAssigned}
@@ -119,7 +119,7 @@ func Place(pool Pool, hosts []Host, user string) ([]Candidate, *Why) {
 	var ranked []ranking
 	for i := range hosts {
 		r, out := rank(pool, &hosts[i], user, owns)
-		if out.kind != noCertainKind {
+		if out.kind != nothing {
 			why.reasons = append(why.reasons, out)
 			continue
 		}

@@ -1,0 +1,143 @@
+// Package feed makes the documents that users' clients read: connection files (.rdp), signed as Windows' rdpsign signs
+// them, and the list of resources as MS-TSWP XML. It is pure: the same input gives the same lines.
+//
+// Connection files are UTF-16LE with a byte-order mark and CRLF, as mstsc writes them itself; FreeRDP and Remmina read
+// that too.
+package feed
+
+import (
+	"fmt"
+	"net"
+	"slices"
+	"strconv"
+	"strings"
+	"unicode"
+	"unicode/utf16"
+
+	"rendezvous.dev/rendezvous/broker/model"
+)
+
+// File says what goes into one connection file.
+type File struct {
+	Resource *model.Resource
+	Gateway  *model.Gateway
+	// Address is the name that the client asks the gateway for, and that the host's certificate carries.
+	Address string
+	// Ticket is the secret that the client shows to the gateway. It is not covered by the signature.
+	Ticket string
+	// Properties are the pool's own lines; they replace those of the same name that they may replace.
+	Properties []string
+}
+
+// reserved are the names that no property may set, beside all that begin with "gateway": the API refuses them too.
+var reserved = []string{"full address", "alternate full address", "server port", "signature", "signscope", "password 51", "pcb", "loadbalanceinfo"}
+
+// Lines gives the file's lines, in an order that is always the same.
+func Lines(f File) []string {
+	r := f.Resource
+	var lines []string
+	text := func(name, value string) { lines = append(lines, name+":s:"+printable(value)) }
+	number := func(name string, value int) { lines = append(lines, fmt.Sprintf("%s:i:%d", name, value)) }
+	flag := func(name string, on bool) { number(name, map[bool]int{true: 1}[on]) }
+
+	text("full address", f.Address)
+	// Always there, because clients prefer it: a file without could have one added, signature and all.
+	text("alternate full address", f.Address)
+	number("server port", 3389)
+	text("gatewayhostname", net.JoinHostPort(f.Gateway.Hostname, strconv.Itoa(int(f.Gateway.Port))))
+	number("gatewayusagemethod", 1)        // always, never try a direct connection
+	number("gatewayprofileusagemethod", 1) // by these lines, not by the client's defaults
+	number("gatewaycredentialssource", 5)  // by the access token
+	number("authentication level", 2)      // warn where the host's certificate is not right
+	number("enablecredsspsupport", 1)
+	number("negotiate security layer", 1)
+	number("autoreconnection enabled", 1)
+	if r.Type == model.RemoteApp {
+		number("remoteapplicationmode", 1)
+		text("remoteapplicationname", r.DisplayName)
+		text("remoteapplicationprogram", r.Program)
+		text("remoteapplicationcmdline", r.Arguments)
+		number("disableremoteappcapscheck", 1)
+	}
+	number("audiomode", map[bool]int{true: 0, false: 2}[r.Redirection.Audio]) // here, or not at all
+	flag("audiocapturemode", r.Redirection.Microphone)
+	flag("redirectclipboard", r.Redirection.Clipboard)
+	flag("redirectdrives", r.Redirection.Drives)
+	text("drivestoredirect", map[bool]string{true: "*"}[r.Redirection.Drives])
+	text("devicestoredirect", "")
+	flag("redirectprinters", r.Redirection.Printers)
+	flag("redirectsmartcards", r.Redirection.SmartCards)
+	flag("redirectcomports", r.Redirection.Ports)
+	for _, p := range f.Properties {
+		lines = set(lines, printable(p))
+	}
+	text("gatewayaccesstoken", f.Ticket)
+	return lines
+}
+
+// set replaces the line of the same name, or adds one.
+func set(lines []string, line string) []string {
+	name, _, ok := strings.Cut(line, ":")
+	name = strings.ToLower(strings.TrimSpace(name))
+	if !ok || strings.HasPrefix(name, "gateway") || slices.Contains(reserved, name) {
+		return lines
+	}
+	if i := slices.IndexFunc(lines, func(l string) bool { return nameOf(l) == name }); i >= 0 {
+		lines[i] = line
+		return lines
+	}
+	return append(lines, line)
+}
+
+func nameOf(line string) string {
+	name, _, _ := strings.Cut(line, ":")
+	return strings.ToLower(name)
+}
+
+// printable keeps a value on its line.
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) {
+			return -1
+		}
+		return r
+	}, s)
+}
+
+// Bits of TUNNEL_AUTH_RESPONSE's redirection flags (MS-TSGU 2.2.5.3.8): what the gateway tells the client not to share.
+const (
+	disableDrives    = 0x01
+	disablePrinters  = 0x02
+	disablePorts     = 0x04
+	disableClipboard = 0x08
+	disablePnP       = 0x10
+)
+
+// RedirectFlags is a resource's policy as the gateway tells it to clients, so that an edited file doesn't escape it.
+// Plug-and-play devices have no policy, and are never shared.
+func RedirectFlags(r model.Redirection) uint32 {
+	flags := uint32(disablePnP)
+	for _, p := range []struct {
+		on  bool
+		bit uint32
+	}{{r.Drives, disableDrives}, {r.Printers, disablePrinters}, {r.Ports, disablePorts}, {r.Clipboard, disableClipboard}} {
+		if !p.on {
+			flags |= p.bit
+		}
+	}
+	return flags
+}
+
+// Encode turns lines into the file's bytes.
+func Encode(lines []string) []byte {
+	return append([]byte{0xff, 0xfe}, utf16le(strings.Join(lines, "\r\n")+"\r\n")...)
+}
+
+func utf16le(s string) []byte {
+	units := utf16.Encode([]rune(s))
+	b := make([]byte, 0, 2*len(units))
+	for _, u := range units {
+		b = append(b, byte(u), byte(u>>8))
+	}
+	return b
+}

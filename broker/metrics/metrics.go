@@ -1,0 +1,45 @@
+// Package metrics holds the broker's handles for Prometheus. They are made once and passed in; there is no global registry.
+package metrics
+
+import "github.com/prometheus/client_golang/prometheus"
+
+// Metrics of one broker process.
+type Metrics struct {
+	// Connects by result: "accepted", or the refusal's code.
+	Connects *prometheus.CounterVec
+	// ConnectSeconds from a gateway's request to the answer, by result "accepted" or "refused".
+	ConnectSeconds *prometheus.HistogramVec
+	// HostTries counts hosts asked for a session, by answer: "accepted", or the refusal's code.
+	HostTries *prometheus.CounterVec
+	// Feed counts answers of the HTTPS API by path and code.
+	Feed *prometheus.CounterVec
+	// Enrolments by kind ("pool", "host", "renewal") and result.
+	Enrolments *prometheus.CounterVec
+	// Writes to the API server by object and result.
+	Writes *prometheus.CounterVec
+}
+
+// New makes the handles and registers them; with a nil registry they work and show nowhere.
+func New(reg prometheus.Registerer) *Metrics {
+	m := &Metrics{
+		Connects:       counter("connects_total", "Connect requests answered.", "result"),
+		ConnectSeconds: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "rendezvous_broker_connect_seconds", Help: "Time to answer a connect request.", Buckets: []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30}}, []string{"result"}),
+		HostTries:      counter("host_tries_total", "Session hosts asked for a session.", "result"),
+		Feed:           counter("http_requests_total", "Requests to the feed and enrolment API.", "path", "code"),
+		Enrolments:     counter("enrolments_total", "Certificates asked for by session hosts.", "kind", "result"),
+		Writes:         counter("writes_total", "Writes to the Kubernetes API.", "object", "result"),
+	}
+	if reg != nil {
+		reg.MustRegister(m.Connects, m.ConnectSeconds, m.HostTries, m.Feed, m.Enrolments, m.Writes)
+	}
+	return m
+}
+
+func counter(name, help string, labels ...string) *prometheus.CounterVec {
+	return prometheus.NewCounterVec(prometheus.CounterOpts{Name: "rendezvous_broker_" + name, Help: help}, labels)
+}
+
+// Gauge registers a gauge that is asked when it is read.
+func Gauge(reg prometheus.Registerer, name, help string, value func() float64) {
+	reg.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "rendezvous_broker_" + name, Help: help}, value))
+}

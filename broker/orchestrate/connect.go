@@ -1,0 +1,276 @@
+package orchestrate
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"rendezvous.dev/rendezvous/broker/model"
+	"rendezvous.dev/rendezvous/broker/placement"
+	"rendezvous.dev/rendezvous/wire/brokerapi"
+	"rendezvous.dev/rendezvous/wire/bus"
+	"rendezvous.dev/rendezvous/wire/identity"
+	"rendezvous.dev/rendezvous/wire/refusal"
+	"rendezvous.dev/rendezvous/wire/ticket"
+	"rendezvous.dev/rendezvous/wire/trace"
+)
+
+const (
+	// A connect's own deadline is the gateway's, within these: clocks of pods may differ.
+	shortestConnect, longestConnect = time.Second, time.Minute
+	// promiseGrace is how long after a connect's deadline an accepted session may still be on its way into a report.
+	promiseGrace = 5 * time.Second
+)
+
+// connect is one pass over a ConnectRequest.
+type connect struct {
+	b        *Orchestrator
+	req      bus.ConnectRequest
+	deadline time.Time
+
+	claims   ticket.Claims   // set by authorise
+	resource *model.Resource // set by authorise
+	gateway  *model.Gateway  // set by authorise
+	pool     *model.Pool     // set by place
+	tries    []try           // hosts that were asked in vain
+}
+
+type try struct {
+	host string
+	err  *refusal.Error
+}
+
+func (b *Orchestrator) onConnect(ctx context.Context, m *nats.Msg) {
+	b.slots <- struct{}{}
+	go func() {
+		defer func() { <-b.slots }()
+		b.answerConnect(ctx, m)
+	}()
+}
+
+// answerConnect answers one request, once.
+func (b *Orchestrator) answerConnect(ctx context.Context, m *nats.Msg) {
+	begin := b.o.Now()
+	c := &connect{b: b}
+	if !b.decode(m, &c.req) {
+		return
+	}
+	// The reply goes where the gateway that the request names listens, and nowhere else: nobody gets a message sent to
+	// somebody else by having us reply to it.
+	if !identity.IsLabel(c.req.Gateway) || !strings.HasPrefix(m.Reply, bus.InboxPrefix(identity.Gateway(b.o.Namespace, b.o.Workspace, c.req.Gateway))+".") {
+		b.o.Log.Warn("connect request with a strange reply subject", "reply", m.Reply, "gateway", c.req.Gateway)
+		return
+	}
+	c.deadline = begin.Add(min(max(c.req.Deadline.Sub(begin), shortestConnect), longestConnect))
+	ctx, cancel := context.WithDeadline(ctx, c.deadline)
+	defer cancel()
+
+	host, err := c.run(ctx)
+	reply := bus.ConnectReply{Host: host}
+	result := "accepted"
+	event := trace.Event{
+		ActivityID: c.req.ActivityID, Step: trace.StepOrchestrate, Component: "broker/" + b.o.Name, At: begin,
+		Duration: b.o.Now().Sub(begin), User: c.claims.User,
+	}
+	if err != nil {
+		reply.Err = refusal.From(err).With(c.req.ActivityID)
+		event.Error, event.Detail = string(reply.Err.Code), reply.Err.Message
+		result = string(reply.Err.Code)
+		b.o.Log.Info("connect refused", "activity", c.req.ActivityID, "session", c.req.SessionID, "user", c.claims.User, "gateway", c.req.Gateway, "error", reply.Err)
+	} else {
+		reply.Pool = c.pool.Name
+		event.Detail = fmt.Sprintf("%s may use %s; host %s of pool %s dials gateway %s", c.claims.User, c.claims.Resource, host, c.pool.Name, c.req.Gateway)
+		b.o.Log.Info("connect accepted", "activity", c.req.ActivityID, "session", c.req.SessionID, "user", c.claims.User, "gateway", c.req.Gateway, "pool", c.pool.Name, "host", host)
+	}
+	if data, err := json.Marshal(reply); err == nil {
+		if err := m.Respond(data); err != nil {
+			b.o.Log.Warn("can't answer a gateway", "activity", c.req.ActivityID, "gateway", c.req.Gateway, "error", err)
+		}
+	}
+	b.Trace(event)
+	b.o.Metrics.Connects.WithLabelValues(result).Inc()
+	if err != nil {
+		result = "refused"
+	}
+	b.o.Metrics.ConnectSeconds.WithLabelValues(result).Observe(event.Duration.Seconds())
+}
+
+// run is the connect: authorise, place, ask hosts until one accepts.
+func (c *connect) run(ctx context.Context) (string, error) {
+	if err := c.authorise(); err != nil {
+		return "", err
+	}
+	passed := map[string]bool{} // hosts that went to somebody else meanwhile
+	for {
+		candidates, why, err := c.place()
+		if err != nil {
+			return "", err
+		}
+		lost := false
+		for _, cand := range candidates {
+			if passed[cand.Host] {
+				continue
+			}
+			passed[cand.Host] = true
+			if cand.Assign {
+				owner, err := c.b.o.Writer.Assign(ctx, cand.Host, c.claims.User)
+				if err != nil {
+					c.tries = append(c.tries, try{cand.Host, refusal.New(refusal.NoHost, "Host %s can't be assigned to you now: %v.", cand.Host, err)})
+					continue
+				}
+				if owner != c.claims.User {
+					lost = true
+					break // place again: the user may have got another host meanwhile
+				}
+			}
+			refused := c.ask(ctx, cand)
+			if refused == nil {
+				return cand.Host, nil
+			}
+			c.tries = append(c.tries, try{cand.Host, refused})
+			if ctx.Err() != nil {
+				return "", c.failed(why)
+			}
+		}
+		if !lost {
+			return "", c.failed(why)
+		}
+	}
+}
+
+// authorise checks the ticket again, and against the Workspace as it is now.
+func (c *connect) authorise() error {
+	o := c.b.o
+	key, err := o.TicketKey()
+	if err != nil {
+		return refusal.New(refusal.Internal, "The broker can't check tickets: %v.", err)
+	}
+	claims, err := ticket.Verify(c.req.Ticket, key, o.Namespace, o.Workspace, o.Now())
+	if err != nil {
+		return err
+	}
+	c.claims = claims
+	snap := o.Source.Snapshot()
+	if snap.Workspace == nil {
+		return refusal.New(refusal.BrokerAway, "Workspace %s does not exist, or its broker has not read it yet: try again in a moment.", o.Workspace)
+	}
+	if c.resource = snap.Workspace.Resource(claims.Resource); c.resource == nil {
+		return refusal.New(refusal.UnknownResource, "Workspace %s has no resource %q any more: refresh the feed (`rdv list`).", o.Workspace, claims.Resource)
+	}
+	if !c.resource.Grants(claims.User, claims.Groups) {
+		return refusal.New(refusal.NotGranted, "%s may not use %q (any more): ask an administrator of workspace %s to name you, or a group of yours, in the resource's access.", claims.User, claims.Resource, o.Workspace)
+	}
+	if c.gateway = snap.Gateway(c.req.Gateway); c.gateway == nil {
+		return refusal.New(refusal.UnknownInstance, "Gateway %s does not serve workspace %s: its labels must match the Workspace's spec.gatewaySelector.", c.req.Gateway, o.Workspace)
+	}
+	want := brokerapi.PoolName(o.Namespace, c.resource.Pool)
+	if claims.Target != want {
+		return refusal.New(refusal.WrongTarget, "The connection file is for %s, and %q is now served by %s: download it again.", claims.Target, claims.Resource, want)
+	}
+	if c.req.Target != "" && !strings.EqualFold(c.req.Target, want) {
+		return refusal.New(refusal.WrongTarget, "The client asked for %q, and its ticket is for %q: use the connection file unchanged.", c.req.Target, want)
+	}
+	return nil
+}
+
+// place gives the hosts to ask, as things stand now.
+func (c *connect) place() ([]placement.Candidate, *placement.Why, error) {
+	snap := c.b.o.Source.Snapshot()
+	if c.pool = snap.Pools[c.resource.Pool]; c.pool == nil {
+		return nil, nil, refusal.New(refusal.NoHost, "Resource %q names HostPool %q, which does not exist in this workspace: an administrator must make it, or change the resource's hostPoolRef.", c.resource.Name, c.resource.Pool)
+	}
+	p := placement.Pool{
+		Name: c.pool.Name, Personal: c.pool.Personal, Automatic: c.pool.Automatic, DepthFirst: c.pool.DepthFirst, MaxSessions: c.pool.MaxSessions,
+	}
+	candidates, why := placement.Place(p, c.b.live.placementHosts(c.pool, snap.PoolHosts(c.pool.Name)), c.claims.User)
+	return candidates, why, nil
+}
+
+// ask tells a host's agent to dial, and gives its refusal, nil where it accepts.
+func (c *connect) ask(ctx context.Context, cand placement.Candidate) *refusal.Error {
+	o, begin := c.b.o, c.b.o.Now()
+	k := hostKey{c.pool.Name, cand.Host}
+	takeBack := func() {}
+	if !cand.Resume {
+		takeBack = c.b.live.promise(k, c.req.SessionID, c.claims.User, c.deadline.Add(promiseGrace))
+	}
+	refused := c.request(ctx, k)
+	result := "accepted"
+	event := trace.Event{
+		ActivityID: c.req.ActivityID, Step: trace.StepOrchestrate, Component: "broker/" + o.Name, At: begin,
+		Duration: o.Now().Sub(begin), User: c.claims.User, Detail: fmt.Sprintf("host %s accepts", cand.Host),
+	}
+	if refused != nil {
+		takeBack()
+		result = string(refused.Code)
+		event.Detail = fmt.Sprintf("host %s: %s", cand.Host, refused.Message)
+		o.Log.Info("host did not take the session", "activity", c.req.ActivityID, "session", c.req.SessionID, "host", cand.Host, "error", refused)
+	}
+	c.b.Trace(event)
+	o.Metrics.HostTries.WithLabelValues(result).Inc()
+	return refused
+}
+
+func (c *connect) request(ctx context.Context, k hostKey) *refusal.Error {
+	data, err := json.Marshal(bus.HostConnect{
+		ActivityID: c.req.ActivityID, SessionID: c.req.SessionID, User: c.claims.User, Resource: c.resource.Name,
+		Address: net.JoinHostPort(c.gateway.Hostname, strconv.Itoa(int(c.gateway.Port))), ServerName: c.gateway.Hostname,
+		CABundle: c.gateway.CABundle, Instance: c.req.Instance, JoinSecret: c.req.JoinSecret, Deadline: c.req.Deadline,
+	})
+	if err != nil {
+		return refusal.From(err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, c.pool.ConnectTimeout)
+	defer cancel()
+	m, err := c.b.o.Conn.RequestWithContext(ctx, bus.HostConnectSubject(k.pool, k.host), data)
+	switch {
+	case errors.Is(err, nats.ErrNoResponders):
+		return refusal.New(refusal.HostTimeout, "Host %s is not connected to the broker.", k.host)
+	case err != nil && ctx.Err() != nil:
+		return refusal.New(refusal.HostTimeout, "Host %s did not answer within %v.", k.host, c.pool.ConnectTimeout)
+	case err != nil:
+		return refusal.New(refusal.HostTimeout, "Host %s can't be asked: %v.", k.host, err)
+	}
+	var reply bus.HostReply
+	if err := json.Unmarshal(m.Data, &reply); err != nil {
+		return refusal.New(refusal.HostRefused, "Host %s gave an answer that can't be read; is its agent much older than the broker?", k.host)
+	}
+	return reply.Err
+}
+
+// failed sums up why no host took the session: one host's own refusal where only one was asked, else all of it.
+func (c *connect) failed(why *placement.Why) error {
+	const wayOut = "Try again in a moment; if it lasts, give the activity id to an administrator, who finds more with `kubectl get sessionhosts`."
+	if len(c.tries) == 0 {
+		return refusal.New(refusal.NoHost, "No host of pool %s can take a session: %s. %s", c.pool.Name, why, wayOut)
+	}
+	if len(c.tries) == 1 {
+		t := c.tries[0].err
+		return refusal.New(t.Code, "%s %s", t.Message, wayOut)
+	}
+	var said []string
+	codes := map[refusal.Code]bool{}
+	for _, t := range c.tries {
+		codes[t.err.Code] = true
+		said = append(said, fmt.Sprintf("%s (%s)", t.host, t.err.Code))
+	}
+	code := refusal.NoHost
+	if codes[refusal.HostTimeout] {
+		code = refusal.HostTimeout
+	}
+	slices.Sort(said)
+	more := ""
+	if len(said) > 8 {
+		more = fmt.Sprintf(" and %d more", len(said)-8)
+		said = said[:8]
+	}
+	return refusal.New(code, "None of the %d hosts asked took the session: %s%s. %s", len(c.tries), strings.Join(said, ", "), more, wayOut)
+}
