@@ -262,7 +262,9 @@ type BusExposure struct {
 	// hostname at which agents outside the cluster reach the Service <workspace>-bus. Unset, only agents that can resolve
 	// cluster names reach it.
 	// +optional
+	// +kubebuilder:validation:MinLength=1
 	// +kubebuilder:validation:MaxLength=253
+	// +kubebuilder:validation:XValidation:rule="self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*$')",message="hostname must be a DNS name in lower case, without scheme, port or path"
 	Hostname string `json:"hostname,omitempty"`
 	// service exposes it: port 443 (WebSocket) and 4222.
 	// +optional

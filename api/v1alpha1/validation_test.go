@@ -1,0 +1,286 @@
+package v1alpha1_test
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/envtest"
+
+	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
+)
+
+const namespace = "default"
+
+// apiServer starts a kube-apiserver with our CRDs.
+func apiServer(t *testing.T) client.Client {
+	t.Helper()
+	if os.Getenv("KUBEBUILDER_ASSETS") == "" {
+		if os.Getenv("RDV_REQUIRE_ENVTEST") != "" {
+			t.Fatal("KUBEBUILDER_ASSETS is not set: make unit sets it")
+		}
+		t.Skip("KUBEBUILDER_ASSETS is not set: make unit sets it")
+	}
+	env := &envtest.Environment{CRDDirectoryPaths: []string{"../../config/crd/bases"}, ErrorIfCRDPathMissing: true}
+	config, err := env.Start()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := env.Stop(); err != nil {
+			t.Error(err)
+		}
+	})
+	scheme := runtime.NewScheme()
+	for _, add := range []func(*runtime.Scheme) error{rdv.AddToScheme, corev1.AddToScheme} {
+		if err := add(scheme); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c, err := client.New(config, client.Options{Scheme: scheme})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+func workspace() *rdv.Workspace {
+	return &rdv.Workspace{
+		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: "ws"},
+		Spec: rdv.WorkspaceSpec{
+			Hostname:     "desk.example.test",
+			Identity:     rdv.Identity{OIDC: rdv.OIDC{IssuerURL: "https://id.example.test/dex", ClientID: "rdv"}},
+			Signing:      rdv.Signing{IssuerRef: rdv.IssuerReference{Name: "ca"}},
+			Certificates: rdv.WorkspaceCertificates{IssuerRef: rdv.IssuerReference{Name: "ca"}},
+		},
+	}
+}
+
+func pool() *rdv.HostPool {
+	return &rdv.HostPool{
+		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: "hp"},
+		Spec:       rdv.HostPoolSpec{WorkspaceRef: rdv.LocalReference{Name: "ws"}, Type: rdv.Pooled},
+	}
+}
+
+func host() *rdv.SessionHost {
+	return &rdv.SessionHost{
+		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: "sh"},
+		Spec:       rdv.SessionHostSpec{HostPoolRef: rdv.LocalReference{Name: "hp"}},
+	}
+}
+
+func gateway() *rdv.Gateway {
+	return &rdv.Gateway{
+		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: "gw"},
+		Spec: rdv.GatewaySpec{
+			Hostname:     "gw.example.test",
+			Certificates: rdv.GatewayCertificates{IssuerRef: rdv.IssuerReference{Name: "ca"}},
+		},
+	}
+}
+
+// row is one object and the message with which it is refused; none means that it is taken.
+type row struct {
+	name    string
+	obj     client.Object
+	refusal string
+}
+
+// with changes a fresh object.
+func with[T client.Object](fresh func() T, change func(T)) client.Object {
+	obj := fresh()
+	change(obj)
+	return obj
+}
+
+func TestValidation(t *testing.T) {
+	c := apiServer(t)
+	ws := func(change func(*rdv.Workspace)) client.Object { return with(workspace, change) }
+	hp := func(change func(*rdv.HostPool)) client.Object { return with(pool, change) }
+	sh := func(change func(*rdv.SessionHost)) client.Object { return with(host, change) }
+	gw := func(change func(*rdv.Gateway)) client.Object { return with(gateway, change) }
+	resources := func(r ...rdv.Resource) client.Object {
+		return ws(func(w *rdv.Workspace) { w.Spec.Resources = r })
+	}
+	desktop := func(name string) rdv.Resource {
+		return rdv.Resource{Name: name, Type: rdv.ResourceDesktop, HostPoolRef: rdv.LocalReference{Name: "hp"}}
+	}
+	properties := func(p ...string) client.Object {
+		return hp(func(h *rdv.HostPool) { h.Spec.CustomRDPProperties = p })
+	}
+	const (
+		badHostname = "hostname must be a DNS name in lower case, without scheme, port or path"
+		badName     = "metadata.name must be a DNS label of at most 40 characters: it becomes part of other names"
+		badHostName = "metadata.name must be a DNS label of at most 52 characters: it becomes part of other names"
+		badIssuer   = "issuerURL must be an https:// URL without a query"
+		badResource = "name must be a DNS label: lower-case letters, digits and hyphens"
+		badProperty = "each property must read name:type:value, type being i, s or b"
+		ownProperty = "gateway*, full address, signature, signscope, pcb, loadbalanceinfo and password properties are set by Rendezvous"
+	)
+	rows := []row{
+		{"workspace: least", workspace(), ""},
+		{"workspace: name of 40", ws(func(w *rdv.Workspace) { w.Name = strings.Repeat("a", 40) }), ""},
+		{"workspace: name of 41", ws(func(w *rdv.Workspace) { w.Name = strings.Repeat("a", 41) }), badName},
+		{"workspace: name with a dot", ws(func(w *rdv.Workspace) { w.Name = "a.b" }), badName},
+		{"workspace: hostname with a scheme", ws(func(w *rdv.Workspace) { w.Spec.Hostname = "https://desk.example.test" }), badHostname},
+		{"workspace: hostname with a port", ws(func(w *rdv.Workspace) { w.Spec.Hostname = "desk.example.test:443" }), badHostname},
+		{"workspace: hostname in capitals", ws(func(w *rdv.Workspace) { w.Spec.Hostname = "Desk.example.test" }), badHostname},
+		{"workspace: hostname of one label", ws(func(w *rdv.Workspace) { w.Spec.Hostname = "desk" }), ""},
+		{"oidc: http", ws(func(w *rdv.Workspace) { w.Spec.Identity.OIDC.IssuerURL = "http://id.example.test" }), badIssuer},
+		{"oidc: no URL", ws(func(w *rdv.Workspace) { w.Spec.Identity.OIDC.IssuerURL = "id.example.test" }), badIssuer},
+		{"oidc: with a query", ws(func(w *rdv.Workspace) { w.Spec.Identity.OIDC.IssuerURL = "https://id.example.test?a=b" }), badIssuer},
+		{"oidc: with a port and a path", ws(func(w *rdv.Workspace) { w.Spec.Identity.OIDC.IssuerURL = "https://id.example.test:5556/dex" }), ""},
+		{"oidc: one CA bundle", ws(func(w *rdv.Workspace) { w.Spec.Identity.OIDC.CABundle = "PEM" }), ""},
+		{"oidc: two CA bundles", ws(func(w *rdv.Workspace) {
+			w.Spec.Identity.OIDC.CABundle = "PEM"
+			w.Spec.Identity.OIDC.CABundleRef = &rdv.KeyReference{Kind: "ConfigMap", Name: "ca", Key: "ca.crt"}
+		}), "set caBundle or caBundleRef, not both"},
+		{"oidc: CA bundle from a Secret", ws(func(w *rdv.Workspace) {
+			w.Spec.Identity.OIDC.CABundleRef = &rdv.KeyReference{Kind: "Secret", Name: "ca", Key: "ca.crt"}
+		}), ""},
+		{"oidc: CA bundle from a Pod", ws(func(w *rdv.Workspace) {
+			w.Spec.Identity.OIDC.CABundleRef = &rdv.KeyReference{Kind: "Pod", Name: "ca", Key: "ca.crt"}
+		}), "kind must be ConfigMap or Secret"},
+		{"resource: desktop", resources(desktop("a")), ""},
+		{"resource: two of one name", resources(desktop("a"), desktop("a")), "Duplicate value"},
+		{"resource: name with capitals", resources(desktop("Desk")), badResource},
+		{"resource: name with a dot", resources(desktop("a.b")), badResource},
+		{"resource: desktop with a program", resources(func() rdv.Resource {
+			r := desktop("a")
+			r.Program = &rdv.Program{Path: "x"}
+			return r
+		}()), "a Desktop takes no program; use type RemoteApp"},
+		{"resource: app without a program", resources(func() rdv.Resource {
+			r := desktop("a")
+			r.Type = rdv.ResourceRemoteApp
+			return r
+		}()), "a RemoteApp needs program: the alias or path of the program to start"},
+		{"resource: app", resources(func() rdv.Resource {
+			r := desktop("a")
+			r.Type, r.Program = rdv.ResourceRemoteApp, &rdv.Program{Path: "||calc"}
+			return r
+		}()), ""},
+		{"tickets: a minute", ws(func(w *rdv.Workspace) { w.Spec.Tickets.LifetimeSeconds = new(int32(60)) }), ""},
+		{"tickets: less", ws(func(w *rdv.Workspace) { w.Spec.Tickets.LifetimeSeconds = new(int32(59)) }), "should be greater than or equal to 60"},
+		{"broker: ten", ws(func(w *rdv.Workspace) { w.Spec.Broker.Replicas = new(int32(10)) }), "should be less than or equal to 9"},
+		{"broker: headless type", ws(func(w *rdv.Workspace) { w.Spec.Broker.Service.Type = corev1.ServiceTypeExternalName }), "Unsupported value"},
+		{"bus: hostname with a port", ws(func(w *rdv.Workspace) { w.Spec.Broker.Bus.Hostname = "bus.example.test:4222" }), badHostname},
+		{"bus: hostname", ws(func(w *rdv.Workspace) { w.Spec.Broker.Bus.Hostname = "bus.example.test" }), ""},
+
+		{"pool: least", pool(), ""},
+		{"pool: name with a dot", hp(func(h *rdv.HostPool) { h.Name = "a.b" }), badName},
+		{"pool: pooled and balanced", hp(func(h *rdv.HostPool) { h.Spec.LoadBalancing = rdv.DepthFirst }), ""},
+		{"pool: personal and balanced", hp(func(h *rdv.HostPool) { h.Spec.Type, h.Spec.LoadBalancing = rdv.Personal, rdv.DepthFirst }),
+			"loadBalancing is for type Pooled; a Personal pool's users have hosts of their own"},
+		{"pool: personal and assigned", hp(func(h *rdv.HostPool) { h.Spec.Type, h.Spec.Assignment = rdv.Personal, rdv.Direct }), ""},
+		{"pool: pooled and assigned", hp(func(h *rdv.HostPool) { h.Spec.Assignment = rdv.Direct }), "assignment is for type Personal"},
+		{"pool: replicas alone", hp(func(h *rdv.HostPool) { h.Spec.Replicas = new(int32(1)) }),
+			"replicas needs template: only hosts that are pods can be made by the pool"},
+		{"pool: replicas and template", hp(func(h *rdv.HostPool) {
+			h.Spec.Replicas = new(int32(0))
+			h.Spec.Template = &runtime.RawExtension{Raw: []byte(`{"spec":{"containers":[{"name":"desktop"}]}}`)}
+		}), ""},
+		{"pool: token life too short", hp(func(h *rdv.HostPool) { h.Spec.Registration.TokenLifetimeSeconds = new(int32(60)) }), "should be greater than or equal to 3600"},
+		{"pool: properties", properties("audiocapturemode:i:1", "use multimon:i:0", "Camera:s:*"), ""},
+		{"pool: property without a type", properties("audiocapturemode=1"), badProperty},
+		{"pool: property of two lines", properties("a:s:b\r\nfull address:s:evil"), badProperty},
+		{"pool: property of the gateway", properties("GatewayHostname:s:evil"), ownProperty},
+		{"pool: property of the address", properties("full address:s:evil"), ownProperty},
+		{"pool: property with a password", properties("password 51:b:00"), ownProperty},
+
+		{"host: least", host(), ""},
+		{"host: name of 52", sh(func(h *rdv.SessionHost) { h.Name = strings.Repeat("a", 52) }), ""},
+		{"host: name of 53", sh(func(h *rdv.SessionHost) { h.Name = strings.Repeat("a", 53) }), badHostName},
+		{"host: name with a dot", sh(func(h *rdv.SessionHost) { h.Name = "a.b" }), badHostName},
+		{"host: unknown drain", sh(func(h *rdv.SessionHost) { h.Spec.Drain = &rdv.Drain{Mode: "Kill"} }), "Unsupported value"},
+		{"host: drain", sh(func(h *rdv.SessionHost) { h.Spec.Drain = &rdv.Drain{Mode: rdv.DrainNoNewSessions} }), ""},
+
+		{"gateway: least", gateway(), ""},
+		{"gateway: name of 41", gw(func(g *rdv.Gateway) { g.Name = strings.Repeat("a", 41) }), badName},
+		{"gateway: hostname with a path", gw(func(g *rdv.Gateway) { g.Spec.Hostname = "gw.example.test/x" }), badHostname},
+		{"gateway: replicas", gw(func(g *rdv.Gateway) { g.Spec.Replicas = new(int32(3)) }), ""},
+		{"gateway: replicas and autoscaling", gw(func(g *rdv.Gateway) {
+			g.Spec.Replicas, g.Spec.Autoscaling = new(int32(3)), &rdv.Autoscaling{MaxReplicas: 3}
+		}), "set replicas or autoscaling, not both"},
+		{"gateway: autoscaling", gw(func(g *rdv.Gateway) {
+			g.Spec.Autoscaling = &rdv.Autoscaling{MinReplicas: new(int32(2)), MaxReplicas: 2}
+		}), ""},
+		{"gateway: autoscaling upside down", gw(func(g *rdv.Gateway) {
+			g.Spec.Autoscaling = &rdv.Autoscaling{MinReplicas: new(int32(3)), MaxReplicas: 2}
+		}),
+			"minReplicas must not be greater than maxReplicas"},
+		{"gateway: never idle", gw(func(g *rdv.Gateway) { g.Spec.Relay.IdleTimeoutSeconds = new(int32(0)) }), ""},
+		{"gateway: idle for a minute", gw(func(g *rdv.Gateway) { g.Spec.Relay.IdleTimeoutSeconds = new(int32(60)) }), ""},
+		{"gateway: idle for a second", gw(func(g *rdv.Gateway) { g.Spec.Relay.IdleTimeoutSeconds = new(int32(1)) }),
+			"idleTimeoutSeconds must be 0 (never) or 60 to 604800"},
+	}
+	for _, r := range rows {
+		t.Run(r.name, func(t *testing.T) {
+			expect(t, c.Create(context.Background(), r.obj, client.DryRunAll), r.refusal)
+		})
+	}
+}
+
+// TestImmutable shows what can't be changed once it is there.
+func TestImmutable(t *testing.T) {
+	c := apiServer(t)
+	ctx := context.Background()
+	for _, obj := range []client.Object{pool(), host()} {
+		if err := c.Create(ctx, obj); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, r := range []struct {
+		name    string
+		into    client.Object
+		patch   string
+		refusal string
+	}{
+		{"pool: type", pool(), `{"spec":{"type":"Personal"}}`, "type can't be changed; make a new HostPool"},
+		{"pool: workspace", pool(), `{"spec":{"workspaceRef":{"name":"other"}}}`, "workspaceRef can't be changed, because the hosts' certificates name the workspace; make a new HostPool"},
+		{"pool: sessions", pool(), `{"spec":{"maxSessionsPerHost":3}}`, ""},
+		{"host: pool", host(), `{"spec":{"hostPoolRef":{"name":"other"}}}`, "hostPoolRef can't be changed, because the host's certificate names its pool; enrol the host in the other pool"},
+		{"host: user", host(), `{"spec":{"assignedUser":"alice"}}`, ""},
+	} {
+		t.Run(r.name, func(t *testing.T) {
+			err := c.Patch(ctx, r.into, client.RawPatch("application/merge-patch+json", []byte(r.patch)), client.DryRunAll)
+			expect(t, err, r.refusal)
+		})
+	}
+}
+
+// TestTemplateIsNotPruned shows that a pool's template reaches the operator as it was written, typos included.
+func TestTemplateIsNotPruned(t *testing.T) {
+	c := apiServer(t)
+	p := pool()
+	p.Spec.Template = &runtime.RawExtension{Raw: []byte(`{"spec":{"containers":"no list","unknown":1}}`)}
+	if err := c.Create(context.Background(), p); err != nil {
+		t.Fatal(err)
+	}
+	list := &rdv.HostPoolList{}
+	if err := c.List(context.Background(), list); err != nil {
+		t.Fatalf("one wrong template must not keep a list of pools from being read: %v", err)
+	}
+	if got := string(list.Items[0].Spec.Template.Raw); !strings.Contains(got, `"unknown":1`) {
+		t.Errorf("template came back as %s", got)
+	}
+}
+
+func expect(t *testing.T, err error, refusal string) {
+	t.Helper()
+	switch {
+	case refusal == "" && err != nil:
+		t.Errorf("refused: %v", err)
+	case refusal != "" && err == nil:
+		t.Errorf("taken; want a refusal with %q", refusal)
+	case refusal != "" && !strings.Contains(fmt.Sprint(err), refusal):
+		t.Errorf("refused with %q; want %q", err, refusal)
+	}
+}
