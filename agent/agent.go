@@ -67,6 +67,7 @@ type timing struct {
 	retryMax     time.Duration // and the longest
 	refusedMax   time.Duration // longest delay after a final refusal
 	closeGrace   time.Duration // from one direction's end to the forced end of the other
+	joinMin      time.Duration // what a session gets for its join at least, whatever the clocks say
 }
 
 func (t timing) withDefaults() timing {
@@ -81,6 +82,7 @@ func (t timing) withDefaults() timing {
 	def(&t.retryMax, 15*time.Second)
 	def(&t.refusedMax, time.Minute)
 	def(&t.closeGrace, 10*time.Second)
+	def(&t.joinMin, 5*time.Second)
 	return t
 }
 
@@ -123,7 +125,7 @@ type Agent struct {
 	boot    string
 
 	changed chan struct{} // one waiting signal: report at once
-	renewed chan struct{} // one waiting signal: connect again, with the new certificate
+	redial  chan struct{} // one waiting signal: make another control channel in place of this one
 
 	mu       sync.Mutex
 	member   *member    // guarded by mu; nil before enrolment
@@ -143,7 +145,7 @@ func New(o Options) (*Agent, error) {
 	return &Agent{
 		opts: o, log: o.Log.With("host", o.Host), store: store{dir: o.StateDir}, ledger: newLedger(),
 		install: newInstaller(o.RDPCertDir), boot: hex.EncodeToString(boot),
-		changed: make(chan struct{}, 1), renewed: make(chan struct{}, 1),
+		changed: make(chan struct{}, 1), redial: make(chan struct{}, 1),
 	}, nil
 }
 

@@ -57,8 +57,8 @@ func (a *Agent) keepChannel(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
-		case <-a.renewed:
-			a.log.Info("changing the control channel to the renewed certificate")
+		case <-a.redial:
+			a.log.Info("changing the control channel")
 		case <-closed:
 			a.log.Warn("control channel lost", "error", conn.LastError())
 			a.setConn(nil)
@@ -132,6 +132,7 @@ func (a *Agent) dialBusURL(raw string, m *member, creds *mtls.Reloader) (*nats.C
 		nats.CustomInboxPrefix(bus.InboxPrefix(m.id())), nats.PingInterval(busPingInterval), nats.MaxPingsOutstanding(2),
 		nats.DrainTimeout(busDialTimeout),
 		nats.ClosedHandler(func(*nats.Conn) { close(closed) }),
+		nats.LameDuckModeHandler(func(*nats.Conn) { signal(a.redial) }), // this broker stops soon
 		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { a.log.Error("control channel", "error", err) }),
 	)
 	if err != nil {

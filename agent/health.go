@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"runtime"
 	"time"
 )
 
@@ -38,9 +39,11 @@ func (a *Agent) serveHealth() (*http.Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("--state-dir: health socket: %w", err)
 	}
-	if err := os.Chmod(path, 0o600); err != nil {
-		l.Close()
-		return nil, fmt.Errorf("--state-dir: health socket: %w", err)
+	if runtime.GOOS != "windows" { // where a socket has no mode and the folder's rights count
+		if err := os.Chmod(path, 0o600); err != nil {
+			l.Close()
+			return nil, fmt.Errorf("--state-dir: health socket: %w", err)
+		}
 	}
 	s := &http.Server{ReadTimeout: 5 * time.Second, Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "application/json")

@@ -20,6 +20,16 @@ func secureDir(dir string) error {
 	return nil
 }
 
+// syncDir makes the renames in dir survive a loss of power.
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}
+
 func newInstaller(dir string) installer {
 	if dir == "" {
 		return nil

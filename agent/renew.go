@@ -38,7 +38,7 @@ func (a *Agent) keepRenewing(ctx context.Context) {
 		}
 		a.log.Info("certificates renewed", "notAfter", next.notAfter())
 		a.adopt(next)
-		signal(a.renewed)
+		signal(a.redial)
 	}
 }
 

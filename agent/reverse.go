@@ -27,9 +27,8 @@ import (
 const (
 	joinPath     = "/rendezvous/v1/join"
 	joinProtocol = "rendezvous-join/1"
-	// The gateway's deadline is a time of day, and a machine's clock may be wrong: what is left of it counts only
-	// within these bounds.
-	joinMin = 5 * time.Second
+	// joinMax bounds a join. The gateway's deadline is a time of day, and a machine's clock may be wrong: what is left
+	// of it counts only between timing.joinMin and this.
 	joinMax = 30 * time.Second
 	// maxJoinHeader bounds the gateway's answer, in bytes.
 	maxJoinHeader = 16 << 10
@@ -96,7 +95,7 @@ func (a *Agent) serveSession(req bus.HostConnect) {
 // openLegs joins the client at the gateway and connects to the RDP server, within the gateway's deadline. What may
 // pass is tried again; a refusal is not.
 func (a *Agent) openLegs(req bus.HostConnect) (gateway *joinedConn, host *net.TCPConn, err error) {
-	ctx, cancel := context.WithTimeout(context.Background(), min(max(time.Until(req.Deadline), joinMin), joinMax))
+	ctx, cancel := context.WithTimeout(context.Background(), min(max(time.Until(req.Deadline), a.opts.timing.joinMin), joinMax))
 	defer cancel()
 	retry := backoff{min: 100 * time.Millisecond, max: time.Second}
 	for {

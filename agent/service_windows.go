@@ -12,6 +12,9 @@ import (
 
 // InstallService makes the agent start at boot with command, and starts it now.
 func InstallService(command []string, o Options) error {
+	if err := (store{o.StateDir}).prepare(); err != nil {
+		return err
+	}
 	m, err := mgr.Connect()
 	if err != nil {
 		return fmt.Errorf("service manager: %w: run this as administrator", err)

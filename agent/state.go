@@ -161,6 +161,10 @@ func (s store) save(m *member) error {
 	if err := writeAtomic(filepath.Join(s.dir, currentFile), []byte(name+"\n"), 0o600); err != nil {
 		return err
 	}
+	// The old generation must not go before the new one is sure to stay.
+	if err := syncDir(s.dir); err != nil {
+		return err
+	}
 	s.prune(name)
 	return nil
 }

@@ -190,6 +190,11 @@ func serviceCommand() *cobra.Command {
 			if _, err := agent.New(o); err != nil { // the flags are checked here, not in a log
 				return err
 			}
+			if runtime.GOOS == "windows" && f.logFile == "" { // a service's standard error is lost there
+				if err := c.Flags().Set("log-file", filepath.Join(o.StateDir, "agent.log")); err != nil {
+					return err
+				}
+			}
 			command, err := serviceCommandLine(c.Flags())
 			if err != nil {
 				return err
