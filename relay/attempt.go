@@ -98,7 +98,7 @@ func (a *attempt) authenticate(ticket string) *refusal.Error {
 		ActivityId: a.activity, Ticket: ticket, ClientAddr: a.v.tcp.RemoteAddr().String()})
 	a.asking = time.Since(a.asked)
 	if err != nil {
-		return a.refused(admissionFailed(err))
+		return a.refused(a.admissionFailed(err))
 	}
 	if id := parseGUID(resp.ActivityId); id != "" {
 		a.activity = id
@@ -162,8 +162,10 @@ func (a *attempt) orchestrate(ctx context.Context, target string, wait time.Dura
 	if context.Cause(ctx) == errClientGone {
 		return errClientGone
 	}
-	e := admissionFailed(err)
-	if err == nil {
+	var e *refusal.Error
+	if err != nil {
+		e = a.admissionFailed(err)
+	} else {
 		e = &refusal.Error{Code: refusal.Code(resp.Error.Code), Message: resp.Error.Message}
 	}
 	a.step(trace.StepAdmit, a.asked, a.asking, e.Message, e.Code)
@@ -209,7 +211,8 @@ func (a *attempt) begin(c *client) *session {
 }
 
 // admissionFailed is the refusal where the gateway container gave no answer.
-func admissionFailed(err error) *refusal.Error {
+func (a *attempt) admissionFailed(err error) *refusal.Error {
+	a.r.log.Warn("the gateway container gave no answer", "activity", a.activity, "error", err)
 	if status.Code(err) == codes.DeadlineExceeded {
 		return refusal.New(refusal.BrokerAway, "The broker did not answer in time: try again; if it lasts, ask your administrator to look at the Workspace's broker.")
 	}

@@ -87,7 +87,6 @@ type fakeAdmission struct {
 	connect      func(context.Context, *admission.ConnectRequest) *admission.ConnectResponse
 	route        func(*admission.RouteRequest) *admission.RouteResponse
 	commands     chan *admission.RelayCommand
-	done         chan struct{}
 
 	mu      sync.Mutex
 	reports []*admission.RelayReport
@@ -137,7 +136,9 @@ type stack struct {
 	agents chan *agentLeg
 	log    *lockedBuffer
 	stop   context.CancelFunc
-	ran    chan error
+	// stopAdmission stops the gateway container.
+	stopAdmission func()
+	ran           chan error
 }
 
 type agentLeg struct {
@@ -166,7 +167,7 @@ func (l *lockedBuffer) String() string {
 }
 
 // serveAdmission serves f on a Unix socket and dials it.
-func serveAdmission(t testing.TB, f *fakeAdmission) admission.AdmissionClient {
+func serveAdmission(t testing.TB, f *fakeAdmission) (client admission.AdmissionClient, stop func()) {
 	t.Helper()
 	socket := filepath.Join(t.TempDir(), "a.sock")
 	l, err := net.Listen("unix", socket)
@@ -182,14 +183,14 @@ func serveAdmission(t testing.TB, f *fakeAdmission) admission.AdmissionClient {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { cc.Close() })
-	return admission.NewAdmissionClient(cc)
+	return admission.NewAdmissionClient(cc), srv.Stop
 }
 
 // newStack starts it all; change may alter the options, and the admission's answers.
 func newStack(t testing.TB, change func(*Options, *fakeAdmission)) *stack {
 	t.Helper()
 	s := &stack{t: t, agents: make(chan *agentLeg, 100), log: &lockedBuffer{}, ran: make(chan error, 1)}
-	s.adm = &fakeAdmission{commands: make(chan *admission.RelayCommand, 10), done: make(chan struct{})}
+	s.adm = &fakeAdmission{commands: make(chan *admission.RelayCommand, 10)}
 	s.adm.authenticate = func(r *admission.AuthenticateRequest) *admission.AuthenticateResponse {
 		if r.Ticket != testTicket {
 			return &admission.AuthenticateResponse{Error: &admission.Error{Code: string(refusal.TicketInvalid), Message: "The ticket was refused: download it again."}}
@@ -218,8 +219,9 @@ func newStack(t testing.TB, change func(*Options, *fakeAdmission)) *stack {
 	o := Options{
 		Config:   config.Relay{Gateway: "gateway-a", Hostname: testHost, JoinTimeoutSeconds: 10, HandshakeTimeoutSeconds: 10, DrainDeadlineSeconds: 20},
 		Instance: testInstance, TLS: reload.ServerConfig(), Log: log,
-		Admission: serveAdmission(t, s.adm), CloseGrace: 2 * time.Second,
+		CloseGrace: 2 * time.Second,
 	}
+	o.Admission, s.stopAdmission = serveAdmission(t, s.adm)
 	if change != nil {
 		change(&o, s.adm)
 	}
