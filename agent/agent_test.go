@@ -59,6 +59,7 @@ type world struct {
 	mu        sync.Mutex
 	answer    func(w http.ResponseWriter, token string) bool // refuses an enrolment where it returns true
 	enrolled  []brokerapi.EnrollRequest
+	config    *bus.HostConfig // what this host must hold to
 	renewals  int
 	reports   []bus.HostReport
 	traces    []trace.Event
@@ -273,7 +274,11 @@ func (w *world) startBus() {
 		json.Unmarshal(m.Data, &r)
 		w.mu.Lock()
 		w.reports = append(w.reports, r)
+		want := w.config
 		w.mu.Unlock()
+		if want != nil && r.ConfigGeneration != want.Generation { // as brokers do
+			w.configure(*want)
+		}
 	})
 	subscribe(bus.AllTraces, func(m *nats.Msg) {
 		var e trace.Event
@@ -343,12 +348,21 @@ func (w *world) run(o Options) (stop func()) {
 func (w *world) ready(c bus.HostConfig) {
 	w.t.Helper()
 	w.eventually("a first report", func() bool { return len(w.reports) > 0 })
-	data, _ := json.Marshal(c)
-	must(w.t, w.conn.Publish(bus.HostConfigSubject(pool, host), data))
+	w.mu.Lock()
+	w.config = &c
+	w.mu.Unlock()
+	w.configure(c)
 	w.eventually("a ready host with the configuration", func() bool {
 		r := w.last()
 		return r.RDPReady && r.ConfigGeneration == c.Generation
 	})
+}
+
+func (w *world) configure(c bus.HostConfig) {
+	data, _ := json.Marshal(c)
+	if err := w.conn.Publish(bus.HostConfigSubject(pool, host), data); err != nil {
+		w.t.Error(err)
+	}
 }
 
 // last is the newest report; w.mu is held.
