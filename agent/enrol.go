@@ -150,7 +150,7 @@ func (a *Agent) enrolOnce(ctx context.Context, token string) (*member, error) {
 	}
 	id := identity.Agent(pre.Namespace, pre.Workspace, pre.Pool, host)
 	m := &member{Namespace: id.Namespace, Workspace: id.Workspace, Pool: id.Pool, Host: id.Host}
-	req, err := a.certificateRequest(id, m, pre.RDPCertificate && a.install != nil, a.store.pendingKey)
+	req, err := certificateRequest(id, m, pre.RDPCertificate && a.install != nil)
 	if err != nil {
 		return nil, err
 	}
@@ -177,23 +177,22 @@ func (a *Agent) enrolOnce(ctx context.Context, token string) (*member, error) {
 	return m, nil
 }
 
-// certificateRequest makes the CSRs for id and puts their keys into m.
-func (a *Agent) certificateRequest(id identity.ID, m *member, rdp bool, key func(file string) ([]byte, error)) (brokerapi.RenewRequest, error) {
+// certificateRequest makes the CSRs for id over new keys, which go into m.
+func certificateRequest(id identity.ID, m *member, rdp bool) (brokerapi.RenewRequest, error) {
 	var req brokerapi.RenewRequest
-	clientKey, err := key("client.key")
+	key, err := newKey()
 	if err != nil {
 		return req, err
 	}
-	m.ClientKey = string(clientKey)
-	if req.ClientCSR, err = clientCSR(id, clientKey); err != nil || !rdp {
+	m.ClientKey = string(key)
+	if req.ClientCSR, err = clientCSR(id, key); err != nil || !rdp {
 		return req, err
 	}
-	rdpKey, err := key(rdpKeyFile)
-	if err != nil {
+	if key, err = newKey(); err != nil {
 		return req, err
 	}
-	m.RDPKey = string(rdpKey)
-	req.RDPCSR, err = rdpCSR(id, rdpKey)
+	m.RDPKey = string(key)
+	req.RDPCSR, err = rdpCSR(id, key)
 	return req, err
 }
 

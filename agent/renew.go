@@ -71,7 +71,7 @@ func (a *Agent) renew(ctx context.Context, m *member) (*member, error) {
 		return nil, errors.New("no control channel to a broker")
 	}
 	next := &member{Namespace: m.Namespace, Workspace: m.Workspace, Pool: m.Pool, Host: m.Host, BusURLs: m.BusURLs, BusCA: m.BusCA}
-	req, err := a.certificateRequest(m.id(), next, m.rdp != nil, func(string) ([]byte, error) { return newKey() })
+	req, err := certificateRequest(m.id(), next, m.rdp != nil)
 	if err != nil {
 		return nil, err
 	}

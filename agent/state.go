@@ -22,9 +22,6 @@ const (
 	rdpKeyFile  = "rdp.key"
 	// currentFile holds the name of the generation in force. Its replacement is the one atomic step of a save.
 	currentFile = "current"
-	// pendingDir keeps the keys of an enrolment that has not been answered, so that a retry asks for the same keys:
-	// a broker that lost its answer on the way then meets the same request again.
-	pendingDir = "pending"
 )
 
 // errNoState says that this machine has not enrolled yet.
@@ -174,28 +171,10 @@ func (s store) prune(keep string) {
 	entries, _ := os.ReadDir(s.dir)
 	for _, e := range entries {
 		old := strings.HasPrefix(e.Name(), "gen-") && e.Name() != keep
-		if old || strings.HasPrefix(e.Name(), "new-") || e.Name() == pendingDir {
+		if old || strings.HasPrefix(e.Name(), "new-") {
 			os.RemoveAll(filepath.Join(s.dir, e.Name()))
 		}
 	}
-}
-
-// pendingKey is the key of an enrolment under way, made at its first attempt.
-func (s store) pendingKey(file string) (keyPEM []byte, err error) {
-	path := filepath.Join(s.dir, pendingDir, file)
-	if data, err := os.ReadFile(path); err == nil {
-		if _, err := parseKey(data); err == nil {
-			return data, nil
-		}
-	}
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-		return nil, err
-	}
-	data, err := newKey()
-	if err != nil {
-		return nil, err
-	}
-	return data, writeAtomic(path, data, 0o600)
 }
 
 // writeAtomic replaces path so that a reader sees the old or the new content and nothing between.

@@ -2,6 +2,7 @@ package client
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -218,7 +219,7 @@ const rdpText = "full address:s:linux.demo.rdv.internal\r\ngatewayhostname:s:%s\
 func (w *world) brokerMux() http.Handler {
 	mux := http.NewServeMux()
 	refuse := func(rw http.ResponseWriter, r *http.Request, status int, code refusal.Code, message string) {
-		answer(rw, status, brokerapi.ErrorBody{Error: refusal.New(code, "%s", message).With(r.Header.Get(brokerapi.HeaderActivity))})
+		answer(rw, status, brokerapi.ErrorBody{Error: refusal.New(code, "%s", message).With(cmp.Or(r.Header.Get(brokerapi.HeaderActivity), newActivity()))})
 	}
 	signedIn := func(h http.HandlerFunc) http.HandlerFunc {
 		return func(rw http.ResponseWriter, r *http.Request) {

@@ -2,6 +2,7 @@ package client
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -19,9 +20,10 @@ import (
 // maxAnswer bounds what a broker may answer, in bytes.
 const maxAnswer = 8 << 20
 
-// feed speaks to one workspace's broker, under one activity id.
+// feed speaks to one workspace's broker.
 type feed struct {
-	account  *Account
+	account *Account
+	// activity is the connect's; empty outside of one, where the broker gives each request its own.
 	activity string
 	http     *http.Client
 }
@@ -43,7 +45,7 @@ func (c *Client) open(ctx context.Context) (*feed, error) {
 	if _, err := c.fresh(ctx, a); err != nil {
 		return nil, err
 	}
-	return c.newFeed(a, newActivity())
+	return c.newFeed(a, "")
 }
 
 // do sends one request and gives the body of its answer. A refusal comes back as *refusal.Error with the activity id.
@@ -56,7 +58,9 @@ func (f *feed) do(ctx context.Context, method, path string, query url.Values, bo
 	if err != nil {
 		return nil, err
 	}
-	req.Header.Set(brokerapi.HeaderActivity, f.activity)
+	if f.activity != "" {
+		req.Header.Set(brokerapi.HeaderActivity, f.activity)
+	}
 	if body != nil {
 		req.Header.Set("Content-Type", "application/json")
 	}
@@ -65,12 +69,13 @@ func (f *feed) do(ctx context.Context, method, path string, query url.Values, bo
 	}
 	res, err := f.http.Do(req)
 	if err != nil {
-		return nil, fmt.Errorf("workspace %s: %w: check its URL, the network, and the CA of its certificate (rdv login --ca-file) (activity %s)", f.account.URL, unwrapURL(err), f.activity)
+		return nil, fmt.Errorf("workspace %s: %w: check its URL, the network, and the CA of its certificate (rdv login --ca-file)%s", f.account.URL, unwrapURL(err), suffix(f.activity))
 	}
 	defer res.Body.Close()
+	activity := cmp.Or(f.activity, res.Header.Get(brokerapi.HeaderActivity))
 	data, err := io.ReadAll(io.LimitReader(res.Body, maxAnswer))
 	if err != nil {
-		return nil, fmt.Errorf("workspace %s: %w (activity %s)", f.account.URL, err, f.activity)
+		return nil, fmt.Errorf("workspace %s: %w%s", f.account.URL, err, suffix(activity))
 	}
 	if res.StatusCode/100 == 2 {
 		return data, nil
@@ -78,7 +83,7 @@ func (f *feed) do(ctx context.Context, method, path string, query url.Values, bo
 	var e brokerapi.ErrorBody
 	if json.Unmarshal(data, &e) == nil && e.Error != nil {
 		if e.Error.ActivityID == "" {
-			e.Error = e.Error.With(f.activity)
+			e.Error = e.Error.With(activity)
 		}
 		switch e.Error.Code {
 		case refusal.TokenExpired, refusal.TokenInvalid, refusal.TokenMissing, refusal.TokenWrongAudience:
@@ -86,7 +91,15 @@ func (f *feed) do(ctx context.Context, method, path string, query url.Values, bo
 		}
 		return nil, fmt.Errorf("workspace %s: %w", f.account.Workspace.Name, e.Error)
 	}
-	return nil, fmt.Errorf("workspace %s answered %s to %s: is that the URL of a Rendezvous workspace? (activity %s)", f.account.URL, res.Status, path, f.activity)
+	return nil, fmt.Errorf("workspace %s answered %s to %s: is that the URL of a Rendezvous workspace?%s", f.account.URL, res.Status, path, suffix(activity))
+}
+
+// suffix ends an error with its activity id, where there is one.
+func suffix(activity string) string {
+	if activity == "" {
+		return ""
+	}
+	return " (activity " + activity + ")"
 }
 
 // unwrapURL takes away the method and URL that net/http puts before an error; the caller names the workspace.
@@ -104,7 +117,7 @@ func (f *feed) get(ctx context.Context, path string, query url.Values, out any) 
 		return err
 	}
 	if err := json.Unmarshal(data, out); err != nil {
-		return fmt.Errorf("workspace %s: its answer to %s can't be read: %w: is that the URL of a Rendezvous workspace? (activity %s)", f.account.URL, path, err, f.activity)
+		return fmt.Errorf("workspace %s: its answer to %s can't be read: %w: is that the URL of a Rendezvous workspace?%s", f.account.URL, path, err, suffix(f.activity))
 	}
 	return nil
 }

@@ -52,7 +52,7 @@ func (c *Client) Login(ctx context.Context, o LoginOptions) error {
 			a.CA = old.CA
 		}
 	}
-	f, err := c.newFeed(a, newActivity())
+	f, err := c.newFeed(a, "")
 	if err != nil {
 		return err
 	}

@@ -87,7 +87,9 @@ func (f *feed) measureOne(ctx context.Context, m *Measured) error {
 		if err != nil {
 			return err
 		}
-		req.Header.Set(brokerapi.HeaderActivity, f.activity)
+		if f.activity != "" {
+			req.Header.Set(brokerapi.HeaderActivity, f.activity)
+		}
 		res, err := t.RoundTrip(req)
 		if err == nil {
 			io.Copy(io.Discard, io.LimitReader(res.Body, 4<<10))
