@@ -3,6 +3,7 @@ package bus
 import (
 	"crypto/subtle"
 	"fmt"
+	"maps"
 	"sync"
 
 	"github.com/nats-io/nats-server/v2/server"
@@ -104,6 +105,12 @@ func (a *authenticator) gone(conn uint64) {
 		delete(a.conns, conn)
 		a.o.Presence(id, conn, false)
 	}
+}
+
+func (a *authenticator) present() map[uint64]identity.ID {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return maps.Clone(a.conns)
 }
 
 func (a *authenticator) count() int {

@@ -259,6 +259,9 @@ func (s *Server) Routes() int { return len(s.nats.ActivePeers()) }
 // Clients counts the agents and gateways on this replica.
 func (s *Server) Clients() int { return s.auth.count() }
 
+// Present gives the agents and gateways on this replica, by connection.
+func (s *Server) Present() map[uint64]identity.ID { return s.auth.present() }
+
 // Addr, WebSocketAddr and RouteAddr are the listeners'.
 func (s *Server) Addr() net.Addr { return s.nats.Addr() }
 func (s *Server) WebSocketAddr() net.Addr {

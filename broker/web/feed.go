@@ -1,0 +1,240 @@
+package web
+
+import (
+	"cmp"
+	"crypto/rand"
+	"fmt"
+	"mime"
+	"net/http"
+	"strings"
+
+	"rendezvous.dev/rendezvous/broker/feed"
+	"rendezvous.dev/rendezvous/broker/model"
+	"rendezvous.dev/rendezvous/wire/brokerapi"
+	"rendezvous.dev/rendezvous/wire/choose"
+	"rendezvous.dev/rendezvous/wire/refusal"
+	"rendezvous.dev/rendezvous/wire/ticket"
+	"rendezvous.dev/rendezvous/wire/trace"
+)
+
+// pingPath is where a gateway's listener answers 204.
+const pingPath = "/rendezvous/v1/ping"
+
+// declared gives the snapshot, or a refusal while there is no Workspace in it.
+func (a *api) declared() (*model.Snapshot, error) {
+	snap := a.o.Source.Snapshot()
+	if snap.Workspace == nil {
+		return nil, refusal.New(refusal.BrokerAway, "Workspace %s does not exist, or its broker has not read it yet: try again in a moment.", a.o.Workspace)
+	}
+	return snap, nil
+}
+
+func (a *api) workspace(w http.ResponseWriter, _ *request) error {
+	snap, err := a.declared()
+	if err != nil {
+		return err
+	}
+	o := snap.Workspace.OIDC
+	return writeJSON(w, http.StatusOK, brokerapi.Workspace{
+		Name: snap.Workspace.Name, DisplayName: snap.Workspace.DisplayName, IssuerURL: o.IssuerURL, ClientID: o.ClientID, Scopes: o.Scopes,
+		IssuerCA: a.o.Identity.CA(),
+	})
+}
+
+// granted are the resources that the user may use.
+func granted(ws *model.Workspace, r *request) []*model.Resource {
+	var mine []*model.Resource
+	for i := range ws.Resources {
+		if res := &ws.Resources[i]; res.Grants(r.user.Name, r.user.Groups) {
+			mine = append(mine, res)
+		}
+	}
+	return mine
+}
+
+func (a *api) resources(w http.ResponseWriter, r *request) error {
+	snap, err := a.declared()
+	if err != nil {
+		return err
+	}
+	answer := brokerapi.Resources{User: r.user.Name, Resources: []brokerapi.Resource{}, Gateways: []brokerapi.Gateway{}}
+	for _, res := range granted(snap.Workspace, r) {
+		answer.Resources = append(answer.Resources, brokerapi.Resource{
+			Name: res.Name, DisplayName: res.DisplayName, Type: res.Type, HostPool: res.Pool, RDPFile: filePath(res.Name),
+		})
+	}
+	for _, g := range snap.Gateways {
+		if g.Ready {
+			answer.Gateways = append(answer.Gateways, brokerapi.Gateway{
+				Name: g.Name, Region: g.Region, Hostname: g.Hostname, Port: g.Port, PingPath: pingPath, Connections: a.o.Connections(g.Name),
+			})
+		}
+	}
+	return writeJSON(w, http.StatusOK, answer)
+}
+
+func filePath(resource string) string { return brokerapi.PathResources + "/" + resource + ".rdp" }
+func iconPath(resource string) string { return brokerapi.PathResources + "/" + resource + ".png" }
+
+func (a *api) webFeed(w http.ResponseWriter, r *request) error {
+	snap, err := a.declared()
+	if err != nil {
+		return err
+	}
+	// Clients that name no type of feed are those that read the first schema.
+	schema := feed.Schema11
+	if strings.Contains(r.Header.Get("Accept"), "application/x-msts-radc+xml") {
+		schema = feed.Schema20
+	}
+	doc, err := feed.Document(feed.Web{
+		ID: a.o.Namespace + "/" + a.o.Workspace, Name: snap.Workspace.DisplayName, Resources: granted(snap.Workspace, r), Now: a.o.Now(),
+		FilePath: filePath, IconPath: iconPath,
+	}, schema)
+	if err != nil {
+		return err
+	}
+	return write(w, http.StatusOK, feed.ContentType(schema), doc)
+}
+
+// file answers NAME.rdp, step 5, and NAME.png.
+func (a *api) file(w http.ResponseWriter, r *request) error {
+	snap, err := a.declared()
+	if err != nil {
+		return err
+	}
+	file := r.PathValue("file")
+	name, isRDP := strings.CutSuffix(file, ".rdp")
+	name, isPNG := strings.CutSuffix(name, ".png")
+	res := snap.Workspace.Resource(name)
+	switch {
+	case res == nil || !isRDP && !isPNG:
+		return refusal.New(refusal.UnknownResource, "Workspace %s has no resource %q: `rdv list` shows what there is.", a.o.Workspace, name)
+	case !res.Grants(r.user.Name, r.user.Groups):
+		return refusal.New(refusal.NotGranted, "%s may not use %q: ask an administrator of workspace %s to name you, or a group of yours, in the resource's access.", r.user.Name, name, a.o.Workspace)
+	case isPNG && len(res.Icon) == 0:
+		return refusal.New(refusal.UnknownResource, "Resource %q has no icon.", name)
+	case isPNG:
+		return write(w, http.StatusOK, "image/png", res.Icon)
+	}
+	data, gateway, err := a.connectionFile(snap, res, r)
+	e := trace.Event{
+		ActivityID: r.activity, Step: trace.StepFeed, Component: "feed/" + a.o.Name, At: r.begin, Duration: a.o.Now().Sub(r.begin), User: r.user.Name,
+		Detail: fmt.Sprintf("%s for %s through gateway %s", file, r.user.Name, gateway),
+	}
+	if err != nil {
+		refused := refusal.From(err)
+		e.Error, e.Detail = string(refused.Code), refused.Message
+	}
+	a.o.Trace(e)
+	if err != nil {
+		return err
+	}
+	w.Header().Set("Content-Disposition", mime.FormatMediaType("attachment", map[string]string{"filename": file}))
+	return write(w, http.StatusOK, "application/x-rdp", data)
+}
+
+// connectionFile makes a signed file with a fresh ticket, for the gateway that the client chose, or we.
+func (a *api) connectionFile(snap *model.Snapshot, res *model.Resource, r *request) (data []byte, gateway string, err error) {
+	pool := snap.Pools[res.Pool]
+	if pool == nil {
+		return nil, "", refusal.New(refusal.NoHost, "Resource %q names HostPool %q, which does not exist in this workspace: an administrator must make it, or change the resource's hostPoolRef.", res.Name, res.Pool)
+	}
+	gw, err := a.gateway(snap, r.URL.Query().Get("gateway"))
+	if err != nil {
+		return nil, "", err
+	}
+	key, err := a.o.TicketKey()
+	if err != nil {
+		return nil, "", fmt.Errorf("the broker can't sign tickets: %w", err)
+	}
+	address, now := brokerapi.PoolName(a.o.Namespace, res.Pool), a.o.Now()
+	raw, err := ticket.Sign(ticket.Claims{
+		ID: rand.Text(), Namespace: a.o.Namespace, Workspace: a.o.Workspace, User: r.user.Name, Resource: res.Name, Target: address,
+		Groups: snap.Workspace.GrantedGroups(r.user.Groups), ActivityID: given(r.Request), RedirectFlags: feed.RedirectFlags(res.Redirection),
+		IssuedAt: now, Expires: now.Add(snap.Workspace.TicketLifetime),
+	}, key)
+	if err != nil {
+		return nil, "", err
+	}
+	lines, err := feed.Sign(feed.Lines(feed.File{Resource: res, Gateway: gw, Address: address, Ticket: raw, Properties: pool.Properties}), a.o.Signer())
+	if err != nil {
+		return nil, "", err
+	}
+	return feed.Encode(lines), gw.Name, nil
+}
+
+// gateway gives the named gateway, or, where none is named, the ready one with the fewest connections.
+func (a *api) gateway(snap *model.Snapshot, name string) (*model.Gateway, error) {
+	if name != "" {
+		if g := snap.Gateway(name); g != nil {
+			return g, nil
+		}
+		return nil, refusal.New(refusal.UnknownInstance, "Workspace %s has no gateway %q.", a.o.Workspace, name)
+	}
+	var candidates []choose.Candidate
+	for _, g := range snap.Gateways {
+		candidates = append(candidates, choose.Candidate{Name: g.Name, Answered: g.Ready, Connections: int(a.o.Connections(g.Name))})
+	}
+	ranked, ok := choose.Gateway(candidates)
+	if !ok {
+		return nil, refusal.New(refusal.AdmissionAway, "No gateway of workspace %s is ready (%d there): try again in a moment; an administrator finds more with `kubectl get gateways.rendezvous.dev`.", a.o.Workspace, len(candidates))
+	}
+	return snap.Gateway(ranked[0].Name), nil
+}
+
+// maxAdded bounds the steps that a client may add in one request.
+const maxAdded = 32
+
+func (a *api) activity(w http.ResponseWriter, r *request) error {
+	id := strings.ToLower(r.PathValue("id"))
+	events, ok := a.o.Traces.Get(id, r.user.Name)
+	if !ok {
+		return refusal.New(refusal.UnknownResource, "There is no activity %s of yours here. Brokers remember the latest few thousand since they started.", cmp.Or(id, "?"))
+	}
+	return writeJSON(w, http.StatusOK, events)
+}
+
+// addToActivity takes a client's own steps. They are its word: whose they are and that rdv says so is ours.
+func (a *api) addToActivity(w http.ResponseWriter, r *request) error {
+	id := strings.ToLower(r.PathValue("id"))
+	if !a.o.Traces.MayAdd(id, r.user.Name) {
+		return refusal.New(refusal.UnknownResource, "There is no activity %s of yours here.", id)
+	}
+	var events []trace.Event
+	if err := readJSON(r, &events); err != nil {
+		return err
+	}
+	if len(events) > maxAdded {
+		return refusal.New(refusal.BadRequest, "%d steps are more than the %d that one request may add.", len(events), maxAdded)
+	}
+	for _, e := range events {
+		e.ActivityID, e.User = id, r.user.Name
+		if e.Component != "rdv" && !strings.HasPrefix(e.Component, "rdv/") {
+			e.Component = "rdv"
+		}
+		a.o.Trace(e)
+	}
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+func (a *api) preEnroll(w http.ResponseWriter, r *request) error {
+	token, _ := bearer(r.Request)
+	pre, err := a.o.Enrol.Pre(token)
+	if err != nil {
+		return err
+	}
+	return writeJSON(w, http.StatusOK, pre)
+}
+
+func (a *api) enroll(w http.ResponseWriter, r *request) error {
+	var req brokerapi.EnrollRequest
+	if err := readJSON(r, &req); err != nil {
+		return err
+	}
+	res, err := a.o.Enrol.Enroll(r.Context(), req)
+	if err != nil {
+		return err
+	}
+	return writeJSON(w, http.StatusOK, res)
+}
