@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 
+	certmanager "github.com/cert-manager/cert-manager/pkg/apis/certmanager/v1"
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	policyv1 "k8s.io/api/policy/v1"
@@ -196,26 +197,31 @@ func (a *Applier) Prune(ctx context.Context, owner client.Object, gvk schema.Gro
 	return errors.Join(errs...)
 }
 
-// Adopt gives owner a say in the end of a Secret that cert-manager made for it: cert-manager, by default, leaves its
-// Secrets behind. The owner isn't made controller, since cert-manager may be told to be.
-func (a *Applier) Adopt(ctx context.Context, owner client.Object, secret *metav1.PartialObjectMetadata) error {
-	if refersTo(secret, owner.GetUID()) {
+// Adopt sees to it that a Secret that cert-manager made for one of our Certificates goes when both the Certificate and owner
+// are gone; cert-manager, by default, leaves its Secrets behind. Owner alone would not do: the garbage collector might
+// remove the Secret before the Certificate, and cert-manager would make it anew. The Certificate alone would not either: a
+// key would be lost with a Certificate that somebody deletes by mistake. Neither is made controller, since cert-manager may
+// be told to be.
+func (a *Applier) Adopt(ctx context.Context, owner client.Object, cert *certmanager.Certificate, secret *metav1.PartialObjectMetadata) error {
+	if refersTo(secret, owner.GetUID()) && refersTo(secret, cert.GetUID()) {
 		return nil
 	}
-	ownerGVK, err := apiutil.GVKForObject(owner, a.Client.Scheme())
-	if err != nil {
-		return err
+	var refs []metav1.OwnerReference
+	for _, obj := range []client.Object{owner, cert} {
+		gvk, err := apiutil.GVKForObject(obj, a.Client.Scheme())
+		if err != nil {
+			return err
+		}
+		refs = append(refs, metav1.OwnerReference{APIVersion: gvk.GroupVersion().String(), Kind: gvk.Kind, Name: obj.GetName(), UID: obj.GetUID()})
 	}
-	ref := metav1.NewControllerRef(owner, ownerGVK)
-	ref.Controller, ref.BlockOwnerDeletion = nil, nil
 	u := &unstructured.Unstructured{}
-	u.SetGroupVersionKind(corev1.SchemeGroupVersion.WithKind("Secret"))
+	u.SetGroupVersionKind(secretKind)
 	u.SetNamespace(secret.Namespace)
 	u.SetName(secret.Name)
 	u.SetUID(secret.UID) // if it is another one by now, nothing happens
-	u.SetOwnerReferences([]metav1.OwnerReference{*ref})
-	err = a.Client.Apply(ctx, client.ApplyConfigurationFromUnstructured(u), client.FieldOwner(FieldManager), client.ForceOwnership)
-	if err != nil {
+	u.SetOwnerReferences(refs)
+	err := a.Client.Apply(ctx, client.ApplyConfigurationFromUnstructured(u), client.FieldOwner(FieldManager), client.ForceOwnership)
+	if err != nil && !apierrors.IsConflict(err) && !apierrors.IsNotFound(err) {
 		return fmt.Errorf("adopt Secret %q: %w", secret.Name, err)
 	}
 	return nil

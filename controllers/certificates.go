@@ -29,7 +29,7 @@ func (a *Applier) issued(ctx context.Context, owner client.Object, name string, 
 	}
 	hasSecret := secret != nil && secret.Annotations[certmanager.CertificateNameKey] == name
 	if hasSecret {
-		if err := a.Adopt(ctx, owner, secret); err != nil {
+		if err := a.Adopt(ctx, owner, cert, secret); err != nil {
 			return nil, false, err
 		}
 	}
@@ -66,4 +66,24 @@ func certificateProblem(cert *certmanager.Certificate) *problem {
 		return &problem{rdv.ReasonCertificatePend, "is being issued: " + ready.Message}
 	}
 	return &problem{rdv.ReasonCertificatePend, "is being issued"}
+}
+
+// pruneCertificates removes the owner's Certificates that are no longer wanted and, once each is gone, its Secret:
+// cert-manager would make that anew before.
+func (a *Applier) pruneCertificates(ctx context.Context, owner client.Object, labels client.MatchingLabels, wanted map[string]bool) error {
+	if err := a.Prune(ctx, owner, certmanager.SchemeGroupVersion.WithKind(certmanager.CertificateKind), labels, wanted); err != nil {
+		return err
+	}
+	list := &certmanager.CertificateList{}
+	if err := a.Client.List(ctx, list, client.InNamespace(owner.GetNamespace()), labels); err != nil {
+		return fmt.Errorf("list Certificates: %w", err)
+	}
+	keep := map[string]bool{}
+	for i := range list.Items {
+		keep[list.Items[i].Spec.SecretName] = true
+	}
+	for name := range wanted {
+		keep[name] = true
+	}
+	return a.Prune(ctx, owner, secretKind, labels, keep)
 }

@@ -205,10 +205,7 @@ func (r *gatewayReconciler) prune(ctx context.Context, s *gatewayScope) error {
 	for name := range s.identities {
 		wanted[name] = true
 	}
-	errs := []error{
-		r.Prune(ctx, gw, certmanager.SchemeGroupVersion.WithKind(certmanager.CertificateKind), mine, wanted),
-		r.Prune(ctx, gw, secretKind, mine, wanted),
-	}
+	errs := []error{r.pruneCertificates(ctx, gw, mine, wanted)}
 	if gw.Spec.Autoscaling == nil {
 		errs = append(errs, r.Prune(ctx, gw, autoscalingv2.SchemeGroupVersion.WithKind("HorizontalPodAutoscaler"), mine, nil))
 	}

@@ -64,9 +64,15 @@ func podTrouble(pod *corev1.Pod, otherwise string) string {
 	}
 	for _, list := range [][]corev1.ContainerStatus{pod.Status.InitContainerStatuses, pod.Status.ContainerStatuses} {
 		for _, c := range list {
-			if w := c.State.Waiting; w != nil && w.Reason != "" && w.Reason != "PodInitializing" && w.Reason != "ContainerCreating" {
-				return fmt.Sprintf("container %q of the pod waits: %s; see kubectl describe pod %s", c.Name, w.Reason, pod.Name)
+			w := c.State.Waiting
+			if w == nil || w.Reason == "" || w.Reason == "PodInitializing" || w.Reason == "ContainerCreating" {
+				continue
 			}
+			reason := w.Reason
+			if reason == "ErrImagePull" { // it takes turns with this one
+				reason = "ImagePullBackOff"
+			}
+			return fmt.Sprintf("container %q of the pod waits: %s; see kubectl describe pod %s", c.Name, reason, pod.Name)
 		}
 	}
 	for _, c := range pod.Status.Conditions {

@@ -287,7 +287,6 @@ func (r *workspaceReconciler) prune(ctx context.Context, s *workspaceScope) erro
 	}
 	return errors.Join(
 		r.Prune(ctx, ws, certmanager.SchemeGroupVersion.WithKind(certmanager.IssuerKind), mine, nil),
-		r.Prune(ctx, ws, certmanager.SchemeGroupVersion.WithKind(certmanager.CertificateKind), mine, wanted),
-		r.Prune(ctx, ws, secretKind, mine, wanted),
+		r.pruneCertificates(ctx, ws, mine, wanted),
 	)
 }
