@@ -179,7 +179,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 
 	<-ctx.Done()
-	a.log.Info("stopping", "sessions", a.ledger.count(), "drain", a.opts.Drain)
+	a.log.Info("stopping", "sessions", a.ledger.count(), "drain", a.opts.Drain.String())
 	a.ledger.stop()
 	a.publishReport()
 	drained, cancel := context.WithTimeout(serving, a.opts.Drain)

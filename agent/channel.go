@@ -41,7 +41,7 @@ func (a *Agent) keepChannel(ctx context.Context) {
 		next, closed, err := a.dialBus(ctx)
 		if err != nil {
 			wait := retry.delay()
-			a.log.Error("no control channel", "error", err, "retryIn", wait.Round(time.Millisecond))
+			a.log.Error("no control channel", "error", err, "retryIn", wait.Round(time.Millisecond).String())
 			sleep(ctx, wait)
 			continue
 		}

@@ -77,7 +77,7 @@ func (a *Agent) membership(ctx context.Context, patient bool) (*member, error) {
 			retry.max = a.opts.timing.refusedMax
 		}
 		wait := retry.delay()
-		a.log.Error("enrolment failed", "broker", a.opts.Broker, "error", err, "final", final, "retryIn", wait.Round(time.Millisecond))
+		a.log.Error("enrolment failed", "broker", a.opts.Broker, "error", err, "final", final, "retryIn", wait.Round(time.Millisecond).String())
 		if err := a.waitForToken(ctx, token, wait); err != nil {
 			return nil, err
 		}

@@ -30,7 +30,7 @@ func (a *Agent) keepRenewing(ctx context.Context) {
 				return
 			}
 			wait := renewRetry(time.Until(m.notAfter()), a.opts.timing.retryMin)
-			a.log.Error("certificates not renewed", "error", err, "notAfter", m.notAfter(), "retryIn", wait.Round(time.Millisecond))
+			a.log.Error("certificates not renewed", "error", err, "notAfter", m.notAfter(), "retryIn", wait.Round(time.Millisecond).String())
 			if sleep(ctx, wait) != nil {
 				return
 			}
