@@ -1,0 +1,199 @@
+package main
+
+import (
+	"bytes"
+	"crypto/tls"
+	"fmt"
+	"sync"
+
+	"rendezvous.dev/rendezvous/wire/tsgu"
+	"rendezvous.dev/rendezvous/wire/wsframe"
+)
+
+// client is an RDP client's end of a session through our relay: bytes in WebSocket frames, and in MS-TSGU's packets where
+// tsgu is set. One goroutine may read and one may write.
+type client struct {
+	*tls.Conn
+	tsgu bool
+
+	// The reader's.
+	in   []byte // read, not decoded
+	data []byte // decoded, not read; aliases buf
+	buf  []byte
+	ws   wsframe.Decoder
+	ts   tsgu.Decoder
+	msg  []byte // of a WebSocket message, not decoded
+
+	writing sync.Mutex
+}
+
+const (
+	// maxHead bounds an HTTP answer's head.
+	maxHead = 8 << 10
+	// clientPacket is the bytes in one frame: what fills a TLS record, about.
+	clientPacket = 16 << 10
+)
+
+// maskKey need not be random here: the relay can't tell.
+var maskKey = [4]byte{0x5a, 0xc3, 0x17, 0x88}
+
+const upgrade = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+
+// openRaw asks for a raw session.
+func openRaw(c *tls.Conn, ticket string) (*client, error) {
+	fmt.Fprintf(c, "GET /rendezvous/v1/connect HTTP/1.1\r\nHost: %s\r\n%sAuthorization: Bearer %s\r\n\r\n", gatewayName, upgrade, ticket)
+	rest, err := switched(c)
+	return &client{Conn: c, in: rest}, err
+}
+
+// openTSGU goes through MS-TSGU's handshake.
+func openTSGU(tc *tls.Conn, ticket, target string) (*client, error) {
+	fmt.Fprintf(tc, "RDG_OUT_DATA /remoteDesktopGateway/ HTTP/1.1\r\nHost: %s\r\n%s\r\n", gatewayName, upgrade)
+	rest, err := switched(tc)
+	if err != nil {
+		return nil, err
+	}
+	c := &client{Conn: tc, in: rest, tsgu: true}
+	create := &tsgu.TunnelCreate{Caps: tsgu.CapIdleTimeout | tsgu.CapServiceMessage}
+	create.SetCookie(ticket)
+	for _, step := range []struct {
+		request interface{ Append([]byte) []byte }
+		answer  tsgu.Type
+		status  func(body []byte) (uint32, error)
+	}{
+		{&tsgu.HandshakeRequest{Major: 1, ExtAuth: tsgu.ExtAuthPAA}, tsgu.TypeHandshakeResponse, func(b []byte) (uint32, error) {
+			p, err := tsgu.ParseHandshakeResponse(b)
+			return p.Error, err
+		}},
+		{create, tsgu.TypeTunnelResponse, func(b []byte) (uint32, error) {
+			p, err := tsgu.ParseTunnelResponse(b)
+			return p.Status, err
+		}},
+		{&tsgu.TunnelAuth{ClientName: tsgu.NewText("bench")}, tsgu.TypeTunnelAuthResponse, func(b []byte) (uint32, error) {
+			p, err := tsgu.ParseTunnelAuthResponse(b)
+			return p.Error, err
+		}},
+		{&tsgu.ChannelCreate{Port: 3389, Protocol: 3, Names: []tsgu.Text{tsgu.NewText(target)}}, tsgu.TypeChannelResponse, func(b []byte) (uint32, error) {
+			p, err := tsgu.ParseChannelResponse(b)
+			return p.Error, err
+		}},
+	} {
+		if _, err := tc.Write(wsframe.AppendMaskedFrame(nil, wsframe.Binary, step.request.Append(nil), maskKey)); err != nil {
+			return nil, err
+		}
+		ev, err := c.event()
+		if err != nil {
+			return nil, err
+		}
+		if ev.Type != step.answer {
+			return nil, fmt.Errorf("the relay answered with packet type %#x, want %#x", ev.Type, step.answer)
+		}
+		if status, err := step.status(ev.Body); err != nil || status != 0 {
+			return nil, fmt.Errorf("packet type %#x says status %#x, %v", ev.Type, status, err)
+		}
+	}
+	c.buf, c.in = nil, bytes.Clone(c.in)
+	return c, nil
+}
+
+// switched reads the head of an HTTP answer, which must be 101, and returns what came after it.
+func switched(c *tls.Conn) ([]byte, error) {
+	buf := make([]byte, 0, maxHead)
+	for {
+		n, err := c.Read(buf[len(buf):cap(buf)])
+		buf = buf[:len(buf)+n]
+		if end := bytes.Index(buf, []byte("\r\n\r\n")); end >= 0 {
+			if !bytes.HasPrefix(buf, []byte("HTTP/1.1 101 ")) {
+				return nil, fmt.Errorf("refused: %s", buf)
+			}
+			return bytes.Clone(buf[end+4:]), nil
+		}
+		if err != nil {
+			return nil, fmt.Errorf("no answer: %w", err)
+		}
+	}
+}
+
+// event is the next packet, or in raw mode payload dressed as DATA.
+func (c *client) event() (tsgu.Event, error) {
+	for {
+		for len(c.msg) > 0 {
+			if !c.tsgu {
+				ev := tsgu.Event{Type: tsgu.TypeData, Body: c.msg}
+				c.msg = nil
+				return ev, nil
+			}
+			n, ev, err := c.ts.Decode(c.msg)
+			c.msg = c.msg[n:]
+			if err != nil || ev.Type != tsgu.None {
+				return ev, err
+			}
+		}
+		if len(c.in) == 0 {
+			if c.buf == nil {
+				c.buf = make([]byte, 17<<10)
+			}
+			n, err := c.Conn.Read(c.buf)
+			if n == 0 {
+				return tsgu.Event{}, err
+			}
+			c.in = c.buf[:n]
+		}
+		n, ev, err := c.ws.Decode(c.in)
+		c.in = c.in[n:]
+		if err != nil {
+			return tsgu.Event{}, err
+		}
+		if ev.Op == wsframe.Binary {
+			c.msg = ev.Payload
+		}
+	}
+}
+
+// Read gives the host's bytes.
+func (c *client) Read(p []byte) (int, error) {
+	for len(c.data) == 0 {
+		ev, err := c.event()
+		if err != nil {
+			return 0, err
+		}
+		if ev.Type == tsgu.TypeData {
+			c.data = ev.Body
+		}
+	}
+	n := copy(p, c.data)
+	c.data = c.data[n:]
+	return n, nil
+}
+
+var frames = sync.Pool{New: func() any { return new([]byte) }}
+
+// Write sends bytes in packets of at most clientPacket, in one write.
+func (c *client) Write(p []byte) (int, error) {
+	b, packet := frames.Get().(*[]byte), frames.Get().(*[]byte)
+	defer frames.Put(b)
+	defer frames.Put(packet)
+	out := (*b)[:0]
+	for rest := p; len(rest) > 0; {
+		part := rest[:min(len(rest), clientPacket)]
+		rest = rest[len(part):]
+		if c.tsgu {
+			*packet = tsgu.AppendData((*packet)[:0], part)
+			part = *packet
+		}
+		out = wsframe.AppendMaskedFrame(out, wsframe.Binary, part, maskKey)
+	}
+	*b = out
+	c.writing.Lock()
+	defer c.writing.Unlock()
+	if _, err := c.Conn.Write(out); err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}
+
+// Close says good-bye as a client does.
+func (c *client) Close() error {
+	c.Conn.Write(wsframe.AppendMaskedFrame(nil, wsframe.Close, wsframe.ClosePayload(wsframe.CloseNormal, ""), maskKey))
+	return c.Conn.Close()
+}
