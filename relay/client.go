@@ -148,6 +148,20 @@ func (c *client) seal(b []byte, n int, first bool) (start, end int) {
 	return start, end + head + n
 }
 
+// sealAll writes the headers of all packets in buf, whose total bytes stand as fillFromHost left them, and returns where the
+// first packet begins and the last one ends.
+func (c *client) sealAll(buf *[bufferSize]byte, total int) (start, end int) {
+	per := recordSize - c.headroom()
+	for at := 0; total > 0; at += recordSize {
+		n := min(total, per)
+		total -= n
+		b, e := c.seal(buf[at:], n, at == 0)
+		start += b // not 0 for the first only
+		end = at + e
+	}
+	return start, end
+}
+
 // send writes one packet as one message. TLS writes whole slices, so packets of several goroutines never mix.
 func (c *client) send(p packet) error {
 	_, err := c.Write(wsframe.AppendFrame(nil, wsframe.Binary, p.Append(nil)))

@@ -58,19 +58,9 @@ func (s *session) fillFromHost(buf *[bufferSize]byte) (total int, err error) {
 	return total, nil
 }
 
-// sendFilled writes the headers of what fillFromHost read, and sends it.
+// sendFilled sends what fillFromHost read.
 func (s *session) sendFilled(buf *[bufferSize]byte, total int) error {
-	per := recordSize - s.client.headroom()
-	start, end := 0, 0
-	for at := 0; total > 0; at += recordSize {
-		n := min(total, per)
-		total -= n
-		b, e := s.client.seal(buf[at:], n, at == 0)
-		if at == 0 {
-			start = b
-		}
-		end = at + e
-	}
+	start, end := s.client.sealAll(buf, total)
 	_, err := s.client.Write(buf[start:end])
 	return err
 }

@@ -165,6 +165,7 @@ func hasControl(s string) bool {
 // answer is one HTTP response head with a small body.
 type answer struct {
 	status   int
+	reason   string // the status's own text when empty
 	activity string
 	header   []headerField
 	json     any
@@ -173,7 +174,11 @@ type answer struct {
 
 // write sends it in one write.
 func (a *answer) write(w io.Writer) error {
-	b := fmt.Appendf(nil, "HTTP/1.1 %d %s\r\n", a.status, http.StatusText(a.status))
+	reason := a.reason
+	if reason == "" {
+		reason = http.StatusText(a.status)
+	}
+	b := fmt.Appendf(nil, "HTTP/1.1 %d %s\r\n", a.status, reason)
 	if a.activity != "" {
 		b = fmt.Appendf(b, "%s: %s\r\n", brokerapi.HeaderActivity, a.activity)
 	}
@@ -223,7 +228,20 @@ func httpStatus(code refusal.Code) int {
 	return http.StatusServiceUnavailable
 }
 
-// refuse answers a request with a refusal and has the connection end.
+// refuse answers a request with a refusal and has the connection end. The refusal is the status's text too: FreeRDP shows
+// that, and not the body.
 func refuse(w io.Writer, status int, e *refusal.Error) error {
-	return (&answer{status: status, activity: e.ActivityID, json: brokerapi.ErrorBody{Error: e}, close: true}).write(w)
+	return (&answer{status: status, reason: reasonPhrase(e.Error()), activity: e.ActivityID, json: brokerapi.ErrorBody{Error: e}, close: true}).write(w)
+}
+
+// reasonPhrase is text that may stand in a status line: printable ASCII, of bounded length.
+func reasonPhrase(s string) string {
+	const most = 500
+	b := []byte(s[:min(len(s), most)])
+	for i, c := range b {
+		if c < ' ' || c > '~' {
+			b[i] = '?'
+		}
+	}
+	return string(b)
 }

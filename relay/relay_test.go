@@ -309,6 +309,9 @@ func TestRefusalsReachTheClient(t *testing.T) {
 			if resp.StatusCode != tt.http || e == nil || e.Code != tt.code || e.Message != message || e.ActivityID != want || resp.Header.Get("Activity-Id") != want {
 				t.Errorf("raw: %s %v, header %q; want %d, %s, activity %s", resp.Status, e, resp.Header.Get("Activity-Id"), tt.http, tt.code, want)
 			}
+			if !strings.Contains(resp.Status, message) || !strings.Contains(resp.Status, want) {
+				t.Errorf("the status line says %q; FreeRDP shows nothing else", resp.Status)
+			}
 			c := s.dialTSGU("\nRDG-Correlation-Id: {" + strings.ToUpper(given) + "}")
 			if c.header.Get("Activity-Id") != given {
 				t.Errorf("TSGU's 101 has Activity-Id %q, want %q", c.header.Get("Activity-Id"), given)

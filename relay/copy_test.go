@@ -1,0 +1,176 @@
+package relay
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"strings"
+	"testing"
+
+	"rendezvous.dev/rendezvous/wire/tsgu"
+	"rendezvous.dev/rendezvous/wire/wsframe"
+)
+
+// TestSealFitsRecords: whatever the size, packets come out whole, each in one record, and carry the bytes in order.
+func TestSealFitsRecords(t *testing.T) {
+	for _, inTSGU := range []bool{false, true} {
+		c := &client{tsgu: inTSGU}
+		per := recordSize - c.headroom()
+		for _, total := range []int{1, 64, 115, 116, 125, 126, 127, per - 1, per, per + 1, per + 100, per + 126, 2*per + 5, 4 * per} {
+			t.Run(fmt.Sprintf("tsgu %t %d bytes", inTSGU, total), func(t *testing.T) {
+				var buf [bufferSize]byte
+				want := make([]byte, total)
+				for i := range want {
+					want[i] = byte(i * 7)
+				}
+				left := want
+				for at := 0; len(left) > 0; at += recordSize { // as fillFromHost leaves it
+					n := copy(buf[at+c.headroom():at+recordSize], left)
+					left = left[n:]
+				}
+				start, end := c.sealAll(&buf, total)
+				var ws wsframe.Decoder
+				var ts tsgu.Decoder
+				var got []byte
+				for b := buf[start:end]; len(b) > 0; {
+					n, ev, err := ws.Decode(b)
+					if err != nil || ev.Op != wsframe.Binary || n > recordSize {
+						t.Fatalf("frame of %d bytes: op %#x, %v", n, ev.Op, err)
+					}
+					b = b[n:]
+					if !inTSGU {
+						got = append(got, ev.Payload...)
+						continue
+					}
+					n, pkt, err := ts.Decode(ev.Payload)
+					if err != nil || n != len(ev.Payload) || pkt.Type != tsgu.TypeData {
+						t.Fatalf("a message is not one DATA packet: %d of %d bytes, type %#x, %v", n, len(ev.Payload), pkt.Type, err)
+					}
+					got = append(got, pkt.Body...)
+				}
+				if !bytes.Equal(got, want) {
+					t.Errorf("%d bytes came out of %d, or others", len(got), len(want))
+				}
+			})
+		}
+	}
+}
+
+func TestFramingDoesNotAllocate(t *testing.T) {
+	for _, inTSGU := range []bool{false, true} {
+		rdp := &rdpClient{tsgu: inTSGU}
+		var in []byte
+		for range 5 {
+			in = append(in, rdp.frame(make([]byte, 700))...)
+		}
+		c := &client{tsgu: inTSGU, ws: wsframe.Decoder{Masked: true}}
+		var buf [bufferSize]byte
+		if n := testing.AllocsPerRun(200, func() {
+			n := copy(buf[:], in)
+			if out, err := c.unwrap(buf[:n]); err != nil || len(out) != 3500 {
+				t.Fatal(len(out), err)
+			}
+			c.sealAll(&buf, 40000)
+		}); n != 0 {
+			t.Errorf("tsgu %t: %v allocations per message", inTSGU, n)
+		}
+	}
+}
+
+// TestSteadyPathAllocations counts what the whole process allocates for a round trip, TLS and both test ends included.
+func TestSteadyPathAllocations(t *testing.T) {
+	for _, mode := range modes {
+		t.Run(mode, func(t *testing.T) {
+			s := newStack(t, nil)
+			c, a := s.session(mode)
+			up, down := c.frame(make([]byte, 64)), make([]byte, 64)
+			buf := make([]byte, 1<<10)
+			framed := 66
+			if mode == transportTSGU {
+				framed += tsgu.DataHeaderLen
+			}
+			if n := testing.AllocsPerRun(500, func() {
+				c.Conn.Write(up)
+				if _, err := io.ReadFull(a, buf[:64]); err != nil {
+					t.Fatal(err)
+				}
+				a.Write(down)
+				if _, err := io.ReadFull(c.r, buf[:framed]); err != nil {
+					t.Fatal(err)
+				}
+			}); n > 6 { // all of them readers that crypto/tls makes, one or two per record; one of ours more per message is seen
+				t.Errorf("%v allocations per round trip", n)
+			}
+		})
+	}
+}
+
+func BenchmarkRelay(b *testing.B) {
+	for _, mode := range modes {
+		b.Run("down/"+mode, func(b *testing.B) {
+			s := newStack(b, nil)
+			c, a := s.session(mode)
+			chunk := make([]byte, 64<<10)
+			b.SetBytes(int64(len(chunk)))
+			go func() {
+				for range b.N {
+					a.Write(chunk)
+				}
+			}()
+			buf := make([]byte, 64<<10)
+			b.ResetTimer()
+			for left := b.N * len(chunk); left > 0; {
+				n, err := c.r.Read(buf)
+				if err != nil {
+					b.Fatal(err)
+				}
+				left -= n // headers count too: they are under a thousandth
+			}
+		})
+	}
+}
+
+func TestHeadIsBoundedAndStrict(t *testing.T) {
+	const ok = "GET /x?a=b HTTP/1.1\r\nHost: h\r\nX-A:  v \r\n"
+	for name, head := range map[string]string{
+		"no target":       "GET HTTP/1.1\r\n",
+		"absolute target": "GET http://x/ HTTP/1.1\r\n",
+		"folded header":   "GET / HTTP/1.1\r\nA: b\r\n c\r\n",
+		"no colon":        "GET / HTTP/1.1\r\nabc\r\n",
+		"space in name":   "GET / HTTP/1.1\r\nA : b\r\n",
+		"bare LF":         "GET / HTTP/1.1\r\nA: b\nC: d\r\n",
+		"NUL":             "GET / HTTP/1.1\r\nA: \x00\r\n",
+		"many":            "GET / HTTP/1.1\r\n" + strings.Repeat("A: b\r\n", maxHeaders+1),
+	} {
+		if r, err := parseHead(head); err == nil {
+			t.Errorf("%s: taken as %+v", name, r)
+		}
+	}
+	r, err := parseHead(ok)
+	if err != nil || r.method != "GET" || r.path != "/x" || r.param("a") != "b" || r.get("x-a") != "v" || r.close {
+		t.Errorf("%+v, %v", r, err)
+	}
+}
+
+// FuzzHead: no head makes the parser fail in a bad way, and what it takes has a method, a path and clean headers.
+func FuzzHead(f *testing.F) {
+	f.Add("GET /rendezvous/v1/ping HTTP/1.1\r\nHost: h\r\n")
+	f.Add("RDG_OUT_DATA /remoteDesktopGateway/ HTTP/1.1\r\nCache-Control: no-cache\r\nConnection: Upgrade\r\nPragma: no-cache\r\nAccept: */*\r\nUser-Agent: MS-RDGateway/1.0\r\nHost: gw\r\nRDG-Connection-Id: {9fc5b49d-5bd3-4c2e-9d6b-d3ac0d0b3d8f}\r\nRDG-Correlation-Id: {aad2603f-9fa8-3772-945b-daafa4514961}\r\nRDG-Auth-Scheme: PAA\r\nUpgrade: websocket\r\nSec-Websocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-Websocket-Version: 13\r\n")
+	f.Fuzz(func(t *testing.T, head string) {
+		r, err := parseHead(head)
+		if err != nil {
+			return
+		}
+		if !isToken(r.method) || !strings.HasPrefix(r.path, "/") || len(r.header) > maxHeaders {
+			t.Errorf("%q was taken as %+v", head, r)
+		}
+		for _, h := range r.header {
+			if !isToken(h.name) || strings.ContainsAny(h.value, "\r\n\x00") {
+				t.Errorf("header %q: %q", h.name, h.value)
+			}
+		}
+		r.param("access_token")
+		activityOf(r)
+		bearer(r)
+	})
+}
