@@ -70,6 +70,9 @@ func (p *Progress) Say(format string, args ...any) {
 // Up brings the stage about.
 func Up(ctx context.Context, root string, say *Progress) (*Stage, error) {
 	s := &Stage{Root: root, assets: filepath.Join(root, "bin", "envtest"), say: say}
+	if err := os.MkdirAll(s.imageDir(), 0o755); err != nil {
+		return nil, fmt.Errorf("stage: %w", err)
+	}
 	var built []images.Image
 	desktopTar := filepath.Join(s.imageDir(), "desktop.tar")
 
