@@ -77,15 +77,18 @@ func demo(ctx context.Context, root string) error {
 	}
 	pctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	picture, err := alice.WaitForColor(pctx, want, 0.3)
-	if err != nil {
+	if _, err := alice.WaitForColor(pctx, want, 0.3); err != nil {
 		return fmt.Errorf("the desktop did not appear: %w\n%s\n`rdv explain %s` on the stage says how far it got", err, d.Output(), d.ActivityID)
+	}
+	say.Say("the desktop is there; alice types")
+	picture, err := typed(pctx, alice, "uname -n; id -un; echo reached with no inbound port\n")
+	if err != nil {
+		return err
 	}
 	file := filepath.Join(root, "demo.png")
 	if err := picture.Save(file); err != nil {
 		return err
 	}
-	say.Say("the desktop is there")
 	explain, err := alice.Rdv(ctx, "explain", d.ActivityID)
 	if err != nil {
 		return err
@@ -98,4 +101,16 @@ func demo(ctx context.Context, root string) error {
 	fmt.Printf("\n$ kubectl get rdv -n %s\n%s\n", stage.Namespace, all)
 	fmt.Printf("The picture is %s. Look around with KUBECONFIG=%s; `make cluster-down` removes it all.\n", file, s.Kubeconfig)
 	return nil
+}
+
+// typed waits for the session's terminal, types into it and takes the picture once the answer is there.
+func typed(ctx context.Context, u *stage.User, line string) (rdpkit.Picture, error) {
+	before, err := u.WaitForChange(ctx, rdpkit.Picture{})
+	if err != nil {
+		return before, err
+	}
+	if err := u.Type(ctx, line); err != nil {
+		return before, err
+	}
+	return u.WaitForChange(ctx, before)
 }

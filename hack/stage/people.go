@@ -143,6 +143,26 @@ func (u *User) Connect(ctx context.Context, resource, mode string, freerdp ...st
 	}
 }
 
+// WaitForChange waits until the screen shows something new, other than before, and has come to rest.
+func (u *User) WaitForChange(ctx context.Context, before rdpkit.Picture) (rdpkit.Picture, error) {
+	last := before
+	for {
+		select {
+		case <-ctx.Done():
+			return last, fmt.Errorf("the screen did not change: %w", context.Cause(ctx))
+		case <-time.After(time.Second):
+		}
+		now, err := u.Screenshot(ctx)
+		if err != nil {
+			return last, err
+		}
+		if _, share := now.Dominant(); share < 0.97 && bytes.Equal(now.PNG, last.PNG) && !bytes.Equal(now.PNG, before.PNG) {
+			return now, nil
+		}
+		last = now
+	}
+}
+
 // Gateways lists what the feed offers to choose from.
 func (u *User) Gateways(ctx context.Context) ([]brokerapi.Gateway, error) {
 	out, err := u.Rdv(ctx, "list", "-o", "json")
