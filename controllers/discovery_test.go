@@ -1,0 +1,121 @@
+package controllers
+
+import (
+	"context"
+	"encoding/pem"
+	"errors"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"k8s.io/apimachinery/pkg/types"
+)
+
+func TestFetchDiscovery(t *testing.T) {
+	var answer func(w http.ResponseWriter, issuer string)
+	var server *httptest.Server
+	server = httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path != "/dex/.well-known/openid-configuration" {
+			http.NotFound(w, r)
+			return
+		}
+		answer(w, server.URL+"/dex")
+	}))
+	defer server.Close()
+	ca := string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw}))
+	good := func(w http.ResponseWriter, issuer string) {
+		_, _ = w.Write([]byte(`{"issuer":"` + issuer + `","jwks_uri":"` + issuer + `/keys"}`))
+	}
+	closed := httptest.NewTLSServer(nil)
+	closed.Close()
+
+	for name, tc := range map[string]struct {
+		issuer, ca string
+		answer     func(http.ResponseWriter, string)
+		err        string
+	}{
+		"good":               {server.URL + "/dex", ca, good, ""},
+		"unknown CA":         {server.URL + "/dex", "", good, "signed by a CA that is not trusted: set spec.identity.oidc.caBundle or caBundleRef"},
+		"no PEM":             {server.URL + "/dex", "rubbish", good, "the CA bundle holds no PEM certificate"},
+		"wrong path":         {server.URL, ca, good, "answers 404 Not Found"},
+		"slash too many":     {server.URL + "/dex/", ca, good, "names the issuer \"" + server.URL + "/dex\": write it exactly so"},
+		"nobody there":       {closed.URL, ca, good, "the connection is refused"},
+		"no such name":       {"https://no-such-name.invalid", ca, good, `the name "no-such-name.invalid" can't be resolved`},
+		"a page, not JSON":   {server.URL + "/dex", ca, func(w http.ResponseWriter, _ string) { _, _ = w.Write([]byte("<html>")) }, "is no discovery document"},
+		"a document of none": {server.URL + "/dex", ca, func(w http.ResponseWriter, issuer string) { _, _ = w.Write([]byte(`{"issuer":"` + issuer + `"}`)) }, "names no keys"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			answer = tc.answer
+			err := fetchDiscovery(t.Context(), tc.issuer, tc.ca)
+			switch {
+			case tc.err == "" && err != nil:
+				t.Errorf("got %v, want none", err)
+			case tc.err != "" && (err == nil || !strings.Contains(err.Error(), tc.err)):
+				t.Errorf("got %v, want one with %q", err, tc.err)
+			}
+		})
+	}
+}
+
+func TestDiscoveryAsksAside(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		asked := 0
+		answer := errors.New("down")
+		d := NewDiscovery()
+		d.Fetch = func(context.Context, string, string) error {
+			asked++
+			time.Sleep(time.Second)
+			return answer
+		}
+		ws := types.NamespacedName{Namespace: "ns", Name: "demo"}
+		check := func() DiscoveryResult { return d.Check(ws, "https://id", "") }
+
+		if got := check(); got.Known {
+			t.Errorf("known before it was asked: %+v", got)
+		}
+		check() // while the first question is on its way
+		time.Sleep(2 * time.Second)
+		synctest.Wait()
+		if event := <-d.events; event.Object.Name != "demo" {
+			t.Errorf("woke %s", event.Object.Name)
+		}
+		if got := check(); !got.Known || got.Err == nil || got.Next <= 0 || got.Next > discoveryRetry {
+			t.Errorf("after a failure: %+v", got)
+		}
+		if asked != 1 {
+			t.Errorf("asked %d times, want once", asked)
+		}
+		// It heals: the old answer stands until the new one is there.
+		answer = nil
+		time.Sleep(discoveryRetry)
+		if got := check(); got.Err == nil {
+			t.Errorf("while it is asked again: %+v", got)
+		}
+		<-d.events
+		if got := check(); !got.Known || got.Err != nil {
+			t.Errorf("after the repair: %+v", got)
+		}
+		// A good answer is asked for again much later, and wakes nobody when it is the same.
+		time.Sleep(discoveryRefresh)
+		check()
+		time.Sleep(2 * time.Second)
+		synctest.Wait()
+		if asked != 3 || len(d.events) != 0 {
+			t.Errorf("asked %d times, %d events", asked, len(d.events))
+		}
+		// Another question is another matter.
+		if got := d.Check(ws, "https://other", ""); got.Known {
+			t.Errorf("another issuer is known: %+v", got)
+		}
+		time.Sleep(2 * time.Second)
+		synctest.Wait()
+		d.Forget(ws)
+		if got := check(); got.Known {
+			t.Errorf("forgotten, yet known: %+v", got)
+		}
+		time.Sleep(2 * time.Second)
+	})
+}
