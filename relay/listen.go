@@ -194,9 +194,14 @@ func bearer(req *request) string {
 	return req.param("access_token")
 }
 
-// refuse answers with a refusal, logs it, and closes without losing the answer.
+// refuse logs a refusal and answers with it.
 func (v *visitor) refuse(status int, e *refusal.Error) {
 	v.r.log.Info("request refused", "activity", e.ActivityID, "peer", v.tcp.RemoteAddr().String(), "status", status, "code", e.Code, "error", e.Message)
+	v.sayNo(status, e)
+}
+
+// sayNo answers with a refusal that is logged already, and closes without losing the answer.
+func (v *visitor) sayNo(status int, e *refusal.Error) {
 	v.SetWriteDeadline(time.Now().Add(lingerTime))
 	if refuse(v.leg, status, e) == nil {
 		v.linger()

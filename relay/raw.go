@@ -21,18 +21,18 @@ func (r *Relay) serveRaw(v *visitor, req *request, activity string) {
 	req.forget()
 	a, e := r.newAttempt(v, transportRaw, activity)
 	if e != nil {
-		v.refuse(httpStatus(e.Code), e)
+		v.sayNo(httpStatus(e.Code), e)
 		return
 	}
 	defer a.close()
 	if e := a.authenticate(ticket); e != nil {
-		v.refuse(httpStatus(e.Code), e)
+		v.sayNo(httpStatus(e.Code), e)
 		return
 	}
 	if err := a.connect(""); err != nil {
 		var e *refusal.Error
 		if errors.As(err, &e) {
-			v.refuse(httpStatus(e.Code), e)
+			v.sayNo(httpStatus(e.Code), e)
 		}
 		return
 	}

@@ -40,7 +40,7 @@ func (r *Relay) serveTSGU(v *visitor, req *request, activity string) {
 	req.forget()
 	a, e := r.newAttempt(v, transportTSGU, activity)
 	if e != nil {
-		v.refuse(httpStatus(e.Code), e)
+		v.sayNo(httpStatus(e.Code), e)
 		return
 	}
 	defer a.close()
