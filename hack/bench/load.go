@@ -124,7 +124,9 @@ func (m *meet) throughput(ctx context.Context, c *contender, streams int, down b
 			buf := make([]byte, chunk)
 			for !over.Load() {
 				if _, err := from.Write(buf); err != nil {
-					broken.Add(1)
+					if !over.Load() {
+						broken.Add(1)
+					}
 					return
 				}
 			}
