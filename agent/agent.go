@@ -155,11 +155,12 @@ func (a *Agent) Run(ctx context.Context) error {
 	if err := a.store.prepare(); err != nil {
 		return err
 	}
-	health, err := a.serveHealth()
-	if err != nil {
-		return err
+	if health, err := a.serveHealth(); err != nil {
+		// Windows before 2019 has no Unix sockets; there the service manager looks after the process alone.
+		a.log.Warn("`agent healthcheck` will find nothing", "error", err)
+	} else {
+		defer health.Close()
 	}
-	defer health.Close()
 
 	m, err := a.membership(ctx, true)
 	if err != nil {

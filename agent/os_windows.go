@@ -95,7 +95,7 @@ func importPair(pair tls.Certificate) error {
 		return err
 	}
 	blob := windows.CryptDataBlob{Size: uint32(len(pfx)), Data: &pfx[0]}
-	imported, err := windows.PFXImportCertStore(&blob, secret, windows.CRYPT_MACHINE_KEYSET|windows.PKCS12_ALLOW_OVERWRITE_KEY)
+	imported, err := windows.PFXImportCertStore(&blob, secret, windows.CRYPT_MACHINE_KEYSET|windows.PKCS12_ALWAYS_CNG_KSP|windows.PKCS12_ALLOW_OVERWRITE_KEY)
 	if err != nil {
 		return err
 	}
