@@ -73,8 +73,10 @@ type Server struct {
 	stop context.CancelFunc
 	wg   sync.WaitGroup
 
-	// Owned by followPeers once it runs.
-	opts *server.Options
+	// reloading is held while routes change: the server then asks for everybody's authentication again, and would turn
+	// away a connection of our own that is only on its way. (Clients in that moment come back by themselves.)
+	reloading sync.Mutex
+	opts      *server.Options // owned by followPeers once it runs
 }
 
 // Start starts the server and returns once it listens.
@@ -172,6 +174,8 @@ func (s *Server) Connect(opts ...nats.Option) (*nats.Conn, error) {
 
 func (s *Server) connect(token string, opts ...nats.Option) (*nats.Conn, error) {
 	opts = append(opts, nats.InProcessServer(s.nats), nats.Token(token), nats.NoReconnect())
+	s.reloading.Lock()
+	defer s.reloading.Unlock()
 	nc, err := nats.Connect("", opts...)
 	if err != nil {
 		return nil, fmt.Errorf("bus: in-process connection: %w", err)
@@ -217,7 +221,7 @@ func (s *Server) followPeers(ctx context.Context) {
 			for _, p := range peers {
 				next.Routes = append(next.Routes, &url.URL{Scheme: "nats-route", Host: p})
 			}
-			if err := s.nats.ReloadOptions(&next); err != nil {
+			if err := s.reload(&next); err != nil {
 				s.o.Log.Error("can't change routes", "error", err)
 				break
 			}
@@ -230,6 +234,12 @@ func (s *Server) followPeers(ctx context.Context) {
 		case <-tick.C:
 		}
 	}
+}
+
+func (s *Server) reload(next *server.Options) error {
+	s.reloading.Lock()
+	defer s.reloading.Unlock()
+	return s.nats.ReloadOptions(next)
 }
 
 // ResolvePeers makes Options.Peers from a headless Service's name: its addresses without self.

@@ -28,6 +28,8 @@ const (
 	shortestConnect, longestConnect = time.Second, time.Minute
 	// promiseGrace is how long after a connect's deadline an accepted session may still be on its way into a report.
 	promiseGrace = 5 * time.Second
+	// maxNamed bounds the hosts that a refusal names.
+	maxNamed = 8
 )
 
 // connect is one pass over a ConnectRequest.
@@ -103,47 +105,48 @@ func (b *Orchestrator) answerConnect(ctx context.Context, m *nats.Msg) {
 	b.o.Metrics.ConnectSeconds.WithLabelValues(result).Observe(event.Duration.Seconds())
 }
 
-// run is the connect: authorise, place, ask hosts until one accepts.
+// run is the connect: authorise, then place and ask a host, until one accepts. It places anew for each question, because
+// in a storm the world is another by then.
 func (c *connect) run(ctx context.Context) (string, error) {
 	if err := c.authorise(); err != nil {
 		return "", err
 	}
-	passed := map[string]bool{} // hosts that went to somebody else meanwhile
+	asked := map[string]bool{}
 	for {
 		candidates, why, err := c.place()
 		if err != nil {
 			return "", err
 		}
-		lost := false
-		for _, cand := range candidates {
-			if passed[cand.Host] {
-				continue
-			}
-			passed[cand.Host] = true
-			if cand.Assign {
-				owner, err := c.b.o.Writer.Assign(ctx, cand.Host, c.claims.User)
-				if err != nil {
-					c.tries = append(c.tries, try{cand.Host, refusal.New(refusal.NoHost, "Host %s can't be assigned to you now: %v.", cand.Host, err)})
-					continue
-				}
-				if owner != c.claims.User {
-					lost = true
-					break // place again: the user may have got another host meanwhile
-				}
-			}
-			refused := c.ask(ctx, cand)
-			if refused == nil {
-				return cand.Host, nil
-			}
-			c.tries = append(c.tries, try{cand.Host, refused})
-			if ctx.Err() != nil {
-				return "", c.failed(why)
-			}
-		}
-		if !lost {
+		i := slices.IndexFunc(candidates, func(cand placement.Candidate) bool { return !asked[cand.Host] })
+		if i < 0 || ctx.Err() != nil {
 			return "", c.failed(why)
 		}
+		cand := candidates[i]
+		asked[cand.Host] = true
+		mine, refused := c.assign(ctx, cand)
+		if mine && refused == nil {
+			refused = c.ask(ctx, cand)
+		}
+		switch {
+		case refused != nil:
+			c.tries = append(c.tries, try{cand.Host, refused})
+		case mine:
+			return cand.Host, nil
+		}
 	}
+}
+
+// assign gives a host to the user for good, where the candidate asks for it. mine is false where it went to somebody
+// else meanwhile.
+func (c *connect) assign(ctx context.Context, cand placement.Candidate) (mine bool, refused *refusal.Error) {
+	if !cand.Assign {
+		return true, nil
+	}
+	owner, err := c.b.o.Writer.Assign(ctx, cand.Host, c.claims.User)
+	if err != nil {
+		return false, refusal.New(refusal.NoHost, "Host %s can't be assigned to you now: %v.", cand.Host, err)
+	}
+	return owner == c.claims.User, nil
 }
 
 // authorise checks the ticket again, and against the Workspace as it is now.
@@ -198,18 +201,18 @@ func (c *connect) place() ([]placement.Candidate, *placement.Why, error) {
 func (c *connect) ask(ctx context.Context, cand placement.Candidate) *refusal.Error {
 	o, begin := c.b.o, c.b.o.Now()
 	k := hostKey{c.pool.Name, cand.Host}
-	takeBack := func() {}
+	settle := func(bool) {}
 	if !cand.Resume {
-		takeBack = c.b.live.promise(k, c.req.SessionID, c.claims.User, c.deadline.Add(promiseGrace))
+		settle = c.b.live.promise(k, c.req.SessionID, c.claims.User, c.deadline.Add(promiseGrace))
 	}
 	refused := c.request(ctx, k)
+	settle(refused == nil)
 	result := "accepted"
 	event := trace.Event{
 		ActivityID: c.req.ActivityID, Step: trace.StepOrchestrate, Component: "broker/" + o.Name, At: begin,
 		Duration: o.Now().Sub(begin), User: c.claims.User, Detail: fmt.Sprintf("host %s accepts", cand.Host),
 	}
 	if refused != nil {
-		takeBack()
 		result = string(refused.Code)
 		event.Detail = fmt.Sprintf("host %s: %s", cand.Host, refused.Message)
 		o.Log.Info("host did not take the session", "activity", c.req.ActivityID, "session", c.req.SessionID, "host", cand.Host, "error", refused)
@@ -246,31 +249,29 @@ func (c *connect) request(ctx context.Context, k hostKey) *refusal.Error {
 	return reply.Err
 }
 
-// failed sums up why no host took the session: one host's own refusal where only one was asked, else all of it.
+// failed sums up why no host took the session: the host's own refusal where the pool has one host, else all of it.
 func (c *connect) failed(why *placement.Why) error {
 	const wayOut = "Try again in a moment; if it lasts, give the activity id to an administrator, who finds more with `kubectl get sessionhosts`."
 	if len(c.tries) == 0 {
 		return refusal.New(refusal.NoHost, "No host of pool %s can take a session: %s. %s", c.pool.Name, why, wayOut)
 	}
-	if len(c.tries) == 1 {
+	if why.Hosts == 1 {
 		t := c.tries[0].err
 		return refusal.New(t.Code, "%s %s", t.Message, wayOut)
 	}
-	var said []string
-	codes := map[refusal.Code]bool{}
-	for _, t := range c.tries {
-		codes[t.err.Code] = true
-		said = append(said, fmt.Sprintf("%s (%s)", t.host, t.err.Code))
-	}
 	code := refusal.NoHost
-	if codes[refusal.HostTimeout] {
-		code = refusal.HostTimeout
+	var said []string
+	for _, t := range c.tries {
+		if t.err.Code == refusal.HostTimeout {
+			code = refusal.HostTimeout
+		}
+		said = append(said, fmt.Sprintf("%s (%s)", t.host, t.err.Code))
 	}
 	slices.Sort(said)
 	more := ""
-	if len(said) > 8 {
-		more = fmt.Sprintf(" and %d more", len(said)-8)
-		said = said[:8]
+	if len(said) > maxNamed {
+		more = fmt.Sprintf(" and %d more", len(said)-maxNamed)
+		said = said[:maxNamed]
 	}
-	return refusal.New(code, "None of the %d hosts asked took the session: %s%s. %s", len(c.tries), strings.Join(said, ", "), more, wayOut)
+	return refusal.New(code, "No host of pool %s took the session. Asked in vain: %s%s. Now: %s. %s", c.pool.Name, strings.Join(said, ", "), more, why, wayOut)
 }

@@ -158,7 +158,11 @@ func (b *Orchestrator) onPresence(_ context.Context, m *nats.Msg) {
 	if !b.decode(m, &p) {
 		return
 	}
-	b.live.presence(hostKey{p.Pool, p.Host}, fmt.Sprintf("%s/%d", p.Broker, p.Conn), p.Broker == b.o.Name, p.Connected)
+	k, local := hostKey{p.Pool, p.Host}, p.Broker == b.o.Name
+	b.live.presence(k, fmt.Sprintf("%s/%d", p.Broker, p.Conn), local, p.Connected)
+	if local && !p.Connected {
+		b.status.left(k)
+	}
 }
 
 // onReport takes in a host's report. Its names are those of the subject, which the sender's certificate binds.

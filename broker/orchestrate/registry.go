@@ -47,8 +47,9 @@ type liveHost struct {
 }
 
 type promise struct {
-	user  string
-	until time.Time
+	user     string
+	until    time.Time
+	accepted bool // by the host
 }
 
 // pushedConfig is the last configuration that this broker sent, so that it is not sent with every report meanwhile.
@@ -107,15 +108,21 @@ func (r *registry) presence(k hostKey, conn string, local, connected bool) {
 	}
 }
 
-// promise counts a session on a host that has yet to report it. It returns the way to take that back.
-func (r *registry) promise(k hostKey, session, user string, until time.Time) (takeBack func()) {
+// promise counts a session on a host that has yet to report it. Until settle is told whether the host accepted, it may
+// come to nothing; then it is taken, or forgotten.
+func (r *registry) promise(k hostKey, session, user string, until time.Time) (settle func(accepted bool)) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	h := r.host(k)
-	h.promises[session] = promise{user, until}
-	return func() {
+	h.promises[session] = promise{user: user, until: until}
+	return func(accepted bool) {
 		r.mu.Lock()
 		defer r.mu.Unlock()
+		p, there := h.promises[session] // the host's report may have been faster than its answer
+		if p.accepted = accepted; there && accepted {
+			h.promises[session] = p
+			return
+		}
 		delete(h.promises, session)
 	}
 }
@@ -146,7 +153,11 @@ func (r *registry) placementHosts(pool *model.Pool, declared []*model.Host) []pl
 					delete(h.promises, id)
 					continue
 				}
-				p.Reserved = append(p.Reserved, placement.Session{User: pr.user})
+				if pr.accepted {
+					p.Sessions = append(p.Sessions, placement.Session{User: pr.user})
+				} else {
+					p.Reserved = append(p.Reserved, placement.Session{User: pr.user})
+				}
 			}
 		}
 		hosts = append(hosts, p)

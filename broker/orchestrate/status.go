@@ -52,6 +52,9 @@ func (w *statusWriter) changed(k hostKey) {
 	}
 }
 
+// left notes that a host's connection to this replica ended. Unless it turns up again, that is worth a write.
+func (w *statusWriter) left(k hostKey) { time.AfterFunc(absence, func() { w.changed(k) }) }
+
 // lookForSilence notes hosts that the status calls connected and that are not. The replica that they were on may be
 // gone, so any replica may write it; each first gives hosts the time to report to it.
 func (w *statusWriter) lookForSilence(snap *model.Snapshot) {

@@ -102,6 +102,9 @@ func (w *Why) String() string {
 	if w.Hosts == 1 {
 		noun = "host"
 	}
+	if len(parts) == 0 {
+		return fmt.Sprintf("%d %s, none of them out of the question", w.Hosts, noun)
+	}
 	return fmt.Sprintf("%d %s: %s", w.Hosts, noun, strings.Join(parts, ", "))
 }
 

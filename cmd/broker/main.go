@@ -53,13 +53,17 @@ func run() error {
 	if err != nil {
 		return err
 	}
+	name, err := podName()
+	if err != nil {
+		return err
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
 	return broker.Run(ctx, broker.Options{
 		Config: cfg, ConfigDir: filepath.Dir(*file),
 		TLSDir: config.TLSDir, BusDir: config.BusDir, TicketsDir: config.TicketsDir, SigningDir: config.SigningDir,
-		Name: os.Getenv("POD_NAME"), PodIP: os.Getenv("POD_IP"), Host: listenHost(os.Getenv("POD_IP")),
+		Name: name, PodIP: os.Getenv("POD_IP"), Host: listenHost(os.Getenv("POD_IP")),
 		MetricsAddr: *metricsAddr, Inventory: inv, Log: log,
 	})
 }
@@ -70,4 +74,12 @@ func listenHost(podIP string) string {
 		return "::"
 	}
 	return "0.0.0.0"
+}
+
+// podName tells replicas apart.
+func podName() (string, error) {
+	if name := os.Getenv("POD_NAME"); name != "" {
+		return name, nil
+	}
+	return os.Hostname()
 }

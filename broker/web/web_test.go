@@ -1,0 +1,335 @@
+package web
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/ed25519"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+	"io"
+	"log/slog"
+	"math/big"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"time"
+	"unicode/utf16"
+
+	"rendezvous.dev/rendezvous/broker/enrol"
+	"rendezvous.dev/rendezvous/broker/internal/fake"
+	"rendezvous.dev/rendezvous/broker/model"
+	"rendezvous.dev/rendezvous/broker/oidc"
+	"rendezvous.dev/rendezvous/broker/traces"
+	"rendezvous.dev/rendezvous/wire/brokerapi"
+	"rendezvous.dev/rendezvous/wire/refusal"
+	"rendezvous.dev/rendezvous/wire/ticket"
+	"rendezvous.dev/rendezvous/wire/trace"
+)
+
+const (
+	ns, ws   = "ns", "ws"
+	activity = "00000000-0000-4000-8000-000000000001"
+)
+
+var now = time.Date(2030, 1, 1, 0, 0, 0, 0, time.UTC)
+
+// people are the users whose token is their name.
+type people map[string][]string
+
+func (p people) Validate(_ context.Context, token string) (oidc.User, error) {
+	switch groups, ok := p[token]; {
+	case ok:
+		return oidc.User{Name: token, Groups: groups}, nil
+	case token == "":
+		return oidc.User{}, refusal.New(refusal.TokenMissing, "sign in")
+	case token == "panic":
+		panic("boom")
+	}
+	return oidc.User{}, refusal.New(refusal.TokenExpired, "sign in again")
+}
+
+func (people) CA() string { return "CA" }
+
+type fixture struct {
+	t       *testing.T
+	handler http.Handler
+	world   *fake.World
+	traces  *traces.Store
+	key     ed25519.PrivateKey
+	load    map[string]int32
+	token   string
+}
+
+func setUp(t *testing.T) *fixture {
+	f := &fixture{t: t, traces: traces.New(), load: map[string]int32{"a": 5, "b": 2, "c": 0}}
+	f.token = "rdvreg.ns.linux.-." + base64.RawURLEncoding.EncodeToString(make([]byte, 32))
+	hash := sha256.Sum256([]byte(f.token))
+	f.world = fake.New(&model.Snapshot{
+		Workspace: &model.Workspace{
+			Name: ws, DisplayName: "Demo", TicketLifetime: time.Hour,
+			OIDC: model.OIDC{IssuerURL: "https://idp", ClientID: "rdv", Scopes: []string{"openid"}},
+			Resources: []model.Resource{
+				{Name: "desk", DisplayName: "Desk", Type: model.Desktop, Pool: "linux", Groups: []string{"engineers"}, Icon: []byte("png")},
+				{Name: "own", DisplayName: "Own", Type: model.Desktop, Pool: "linux", Users: []string{"bob"}},
+				{Name: "broken", DisplayName: "Broken", Type: model.Desktop, Pool: "none", Users: []string{"bob"}},
+			},
+		},
+		Pools: map[string]*model.Pool{"linux": {
+			Name: "linux", Properties: []string{"use multimon:i:1"},
+			Registration: model.Registration{TokenHash: hex.EncodeToString(hash[:]), Expires: now.Add(time.Hour)},
+		}},
+		Gateways: []*model.Gateway{
+			{Name: "a", Hostname: "a.test", Port: 443, Ready: true, Region: "eu"}, {Name: "b", Hostname: "b.test", Port: 8443, Ready: true}, {Name: "c", Hostname: "c.test", Port: 443},
+		},
+	})
+	var err error
+	if _, f.key, err = ed25519.GenerateKey(rand.Reader); err != nil {
+		t.Fatal(err)
+	}
+	rsaKey, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tmpl := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "Demo"}, NotAfter: time.Now().Add(time.Hour)}
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, rsaKey.Public(), rsaKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	signer := &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: rsaKey}
+	clock := func() time.Time { return now }
+	f.handler = Handler(Options{
+		Namespace: ns, Workspace: ws, Name: "b0", Source: f.world, Identity: people{"alice": {"engineers", "x"}, "bob": nil, "carol": nil},
+		Enrol:  enrol.New(enrol.Options{Namespace: ns, Workspace: ws, Source: f.world, Writer: f.world, Now: clock}),
+		Traces: f.traces, Trace: func(e trace.Event) { f.traces.Hear("rdv.trace.broker", e) },
+		Connections: func(g string) int32 { return f.load[g] },
+		TicketKey:   func() (ed25519.PrivateKey, error) { return f.key, nil },
+		Signer:      func() *tls.Certificate { return signer }, Now: clock,
+	})
+	return f
+}
+
+func (f *fixture) do(method, path, token, body string) *httptest.ResponseRecorder {
+	r := httptest.NewRequest(method, path, strings.NewReader(body))
+	if token != "" {
+		r.Header.Set("Authorization", "Bearer "+token)
+	}
+	w := httptest.NewRecorder()
+	f.handler.ServeHTTP(w, r)
+	return w
+}
+
+func (f *fixture) get(path, token string, v any) {
+	f.t.Helper()
+	w := f.do("GET", path, token, "")
+	if w.Code != http.StatusOK {
+		f.t.Fatalf("GET %s: %d %s", path, w.Code, w.Body)
+	}
+	if err := json.Unmarshal(w.Body.Bytes(), v); err != nil {
+		f.t.Fatal(err)
+	}
+}
+
+func TestLists(t *testing.T) {
+	f := setUp(t)
+	var w brokerapi.Workspace
+	f.get(brokerapi.PathWorkspace, "", &w)
+	if w.Name != ws || w.DisplayName != "Demo" || w.IssuerURL != "https://idp" || w.ClientID != "rdv" || w.IssuerCA != "CA" {
+		t.Errorf("%+v", w)
+	}
+	for user, want := range map[string]string{"alice": "desk", "bob": "own broken", "carol": ""} {
+		var r brokerapi.Resources
+		f.get(brokerapi.PathResources, user, &r)
+		var names []string
+		for _, res := range r.Resources {
+			names = append(names, res.Name)
+		}
+		if got := strings.Join(names, " "); got != want || r.User != user {
+			t.Errorf("%s: got %q for %q, want %q", user, got, r.User, want)
+		}
+		if len(r.Gateways) != 2 || r.Gateways[0].Name != "a" || r.Gateways[0].Connections != 5 || r.Gateways[0].PingPath != pingPath {
+			t.Errorf("gateways %+v", r.Gateways)
+		}
+	}
+	xml := f.do("GET", brokerapi.PathWebFeed, "alice", "")
+	if xml.Code != 200 || !strings.HasPrefix(xml.Header().Get("Content-Type"), "text/xml") || !strings.Contains(xml.Body.String(), `Alias="desk"`) || strings.Contains(xml.Body.String(), `Alias="own"`) {
+		t.Errorf("%v %s", xml.Header(), xml.Body)
+	}
+	if icon := f.do("GET", brokerapi.PathResources+"/desk.png", "alice", ""); icon.Body.String() != "png" || icon.Header().Get("Content-Type") != "image/png" {
+		t.Errorf("icon: %d %s", icon.Code, icon.Body)
+	}
+}
+
+// lines reads a UTF-16 file.
+func lines(t *testing.T, file []byte) map[string]string {
+	t.Helper()
+	if !bytes.HasPrefix(file, []byte{0xff, 0xfe}) {
+		t.Fatalf("no .rdp file: %q", file)
+	}
+	var units []uint16
+	for b := file[2:]; len(b) > 1; b = b[2:] {
+		units = append(units, uint16(b[0])|uint16(b[1])<<8)
+	}
+	m := map[string]string{}
+	for _, l := range strings.Split(string(utf16.Decode(units)), "\r\n") {
+		if p := strings.SplitN(l, ":", 3); len(p) == 3 {
+			m[p[0]] = p[2]
+		}
+	}
+	return m
+}
+
+func TestConnectionFile(t *testing.T) {
+	f := setUp(t)
+	w := f.do("GET", brokerapi.PathResources+"/desk.rdp?gateway=a&activity="+activity, "alice", "")
+	if w.Code != 200 || w.Header().Get("Content-Type") != "application/x-rdp" || w.Header().Get("Content-Disposition") != "attachment; filename=desk.rdp" || w.Header().Get(brokerapi.HeaderActivity) != activity {
+		t.Fatalf("%d %v %s", w.Code, w.Header(), w.Body)
+	}
+	l := lines(t, w.Body.Bytes())
+	if l["gatewayhostname"] != "a.test:443" || l["full address"] != brokerapi.PoolName(ns, "linux") || l["use multimon"] != "1" || l["signature"] == "" {
+		t.Errorf("%v", l)
+	}
+	c, err := ticket.Verify(l["gatewayaccesstoken"], f.key.Public().(ed25519.PublicKey), ns, ws, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.User != "alice" || c.Resource != "desk" || c.Target != brokerapi.PoolName(ns, "linux") || c.ActivityID != activity || strings.Join(c.Groups, " ") != "engineers" ||
+		!c.Expires.Equal(now.Add(time.Hour)) || c.RedirectFlags != 0x1f {
+		t.Errorf("%+v", c)
+	}
+	var events []trace.Event
+	f.get(brokerapi.PathActivities+activity, "alice", &events)
+	if len(events) != 2 || events[0].Step != trace.StepValidate || events[1].Step != trace.StepFeed {
+		t.Errorf("%+v", events)
+	}
+
+	// Without a wish, the ready gateway with the fewest connections; without an activity, none in the ticket.
+	l = lines(t, f.do("GET", brokerapi.PathResources+"/own.rdp", "bob", "").Body.Bytes())
+	if l["gatewayhostname"] != "b.test:8443" {
+		t.Errorf("gateway %s, want b, which has fewer connections", l["gatewayhostname"])
+	}
+	if c, err := ticket.Verify(l["gatewayaccesstoken"], f.key.Public().(ed25519.PublicKey), ns, ws, now); err != nil || c.ActivityID != "" {
+		t.Errorf("%+v %v", c, err)
+	}
+}
+
+func TestRefusals(t *testing.T) {
+	f := setUp(t)
+	rdp := func(name string) string { return brokerapi.PathResources + "/" + name + ".rdp" }
+	for _, c := range []struct {
+		name, method, path, token, body string
+		edit                            func(*model.Snapshot)
+		status                          int
+		code                            refusal.Code
+	}{
+		{name: "no token", path: brokerapi.PathResources, status: 401, code: refusal.TokenMissing},
+		{name: "expired token", path: brokerapi.PathResources, token: "x", status: 401, code: refusal.TokenExpired},
+		{name: "no grant", path: rdp("own"), token: "alice", status: 403, code: refusal.NotGranted},
+		{name: "no grant, icon", path: brokerapi.PathResources + "/desk.png", token: "bob", status: 403, code: refusal.NotGranted},
+		{name: "no icon", path: brokerapi.PathResources + "/own.png", token: "bob", status: 404, code: refusal.UnknownResource},
+		{name: "unknown resource", path: rdp("none"), token: "alice", status: 404, code: refusal.UnknownResource},
+		{name: "no such kind of file", path: brokerapi.PathResources + "/desk.exe", token: "alice", status: 404, code: refusal.UnknownResource},
+		{name: "unknown gateway", path: rdp("desk") + "?gateway=x", token: "alice", status: 404, code: refusal.UnknownInstance},
+		{name: "pool missing", path: rdp("broken"), token: "bob", status: 503, code: refusal.NoHost},
+		{name: "somebody's activity", path: brokerapi.PathActivities + activity, token: "bob", status: 404, code: refusal.UnknownResource},
+		{name: "adding to somebody's activity", method: "POST", path: brokerapi.PathActivities + activity, token: "bob", body: "[]", status: 404, code: refusal.UnknownResource},
+		{name: "no JSON", method: "POST", path: brokerapi.PathActivities + activity, token: "alice", body: "x", status: 400, code: refusal.BadRequest},
+		{name: "too many steps", method: "POST", path: brokerapi.PathActivities + activity, token: "alice", body: "[" + strings.Repeat("{},", maxAdded) + "{}]", status: 400, code: refusal.BadRequest},
+		{name: "too long", method: "POST", path: brokerapi.PathEnroll, body: `{"host":"` + strings.Repeat("x", maxBody) + `"}`, status: 400, code: refusal.BadRequest},
+		{name: "bad registration token", path: brokerapi.PathEnroll, token: "x", status: 401, code: refusal.RegistrationInvalid},
+		{name: "enrolment without requests", method: "POST", path: brokerapi.PathEnroll, body: `{"token":"` + f.token + `","host":"h"}`, status: 400, code: refusal.BadRequest},
+		{name: "nothing there", path: "/", status: 404, code: refusal.UnknownResource},
+		{name: "wrong method", method: "DELETE", path: brokerapi.PathResources, token: "alice", status: 404, code: refusal.UnknownResource},
+		{name: "a bug", path: brokerapi.PathResources, token: "panic", status: 500, code: refusal.Internal},
+		{name: "no gateway ready", path: rdp("desk"), token: "alice", status: 503, code: refusal.AdmissionAway, edit: func(s *model.Snapshot) { s.Gateways = s.Gateways[2:] }},
+		{name: "no Workspace", path: brokerapi.PathWorkspace, status: 503, code: refusal.BrokerAway, edit: func(s *model.Snapshot) { s.Workspace = nil }},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			f.traces.Hear("rdv.trace.broker", trace.Event{ActivityID: activity, User: "alice"})
+			if c.edit != nil {
+				f.world.Edit(c.edit)
+			}
+			w := f.do(cmp.Or(c.method, "GET"), c.path, c.token, c.body)
+			var e brokerapi.ErrorBody
+			if err := json.Unmarshal(w.Body.Bytes(), &e); err != nil || e.Error == nil {
+				t.Fatalf("%d %s", w.Code, w.Body)
+			}
+			if w.Code != c.status || e.Error.Code != c.code {
+				t.Errorf("got %d %s, want %d %s", w.Code, e.Error, c.status, c.code)
+			}
+			if id := w.Header().Get(brokerapi.HeaderActivity); !traces.IsActivity(id) || e.Error.ActivityID != id {
+				t.Errorf("activity %q in the header, %q in the body", id, e.Error.ActivityID)
+			}
+			for _, h := range []string{"Cache-Control", "Content-Security-Policy", "Strict-Transport-Security", "X-Content-Type-Options"} {
+				if w.Header().Get(h) == "" {
+					t.Errorf("no %s", h)
+				}
+			}
+			if c.status == 401 && w.Header().Get("WWW-Authenticate") == "" {
+				t.Error("no WWW-Authenticate")
+			}
+		})
+	}
+}
+
+func TestOwnSteps(t *testing.T) {
+	f := setUp(t)
+	body := `[{"step":7,"component":"broker/forged","user":"bob","activityId":"x","detail":"gateway a: 12 ms"},{"step":12,"component":"rdv/laptop"}]`
+	if w := f.do("POST", brokerapi.PathActivities+strings.ToUpper(activity), "alice", body); w.Code != http.StatusNoContent {
+		t.Fatalf("%d %s", w.Code, w.Body)
+	}
+	var events []trace.Event
+	f.get(brokerapi.PathActivities+activity, "alice", &events)
+	if len(events) != 2 || events[0].Component != "rdv" || events[0].User != "alice" || events[0].Detail != "gateway a: 12 ms" || events[1].Component != "rdv/laptop" {
+		t.Errorf("%+v", events)
+	}
+}
+
+func TestPreEnroll(t *testing.T) {
+	f := setUp(t)
+	var pre brokerapi.PreEnroll
+	f.get(brokerapi.PathEnroll, f.token, &pre)
+	if pre.Pool != "linux" || pre.Namespace != ns || pre.Workspace != ws {
+		t.Errorf("%+v", pre)
+	}
+}
+
+// Every code has a status, so that none falls through to 500 by being forgotten.
+func TestStatuses(t *testing.T) {
+	for _, c := range []refusal.Code{
+		refusal.TokenMissing, refusal.TokenInvalid, refusal.TokenExpired, refusal.TokenWrongAudience, refusal.IdentityAway, refusal.NotGranted,
+		refusal.UnknownResource, refusal.NoHost, refusal.BrokerAway, refusal.RegistrationInvalid, refusal.RegistrationExpired,
+		refusal.RegistrationSpent, refusal.BadRequest, refusal.WrongRole, refusal.IssuerAway,
+	} {
+		if statusOf(c) == http.StatusInternalServerError {
+			t.Errorf("%s is a 500", c)
+		}
+	}
+}
+
+func TestOverTLS(t *testing.T) {
+	f := setUp(t)
+	s := httptest.NewUnstartedServer(nil)
+	s.Config = Server(Options{Source: f.world, Identity: people{}, Log: nopLog()}, &tls.Config{})
+	s.EnableHTTP2 = true
+	s.StartTLS()
+	defer s.Close()
+	res, err := s.Client().Get(s.URL + brokerapi.PathWorkspace)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	if body, _ := io.ReadAll(res.Body); res.ProtoMajor != 2 || !bytes.Contains(body, []byte("https://idp")) {
+		t.Errorf("HTTP/%d: %s", res.ProtoMajor, body)
+	}
+}
+
+func nopLog() *slog.Logger { return slog.New(slog.DiscardHandler) }
