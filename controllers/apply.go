@@ -10,6 +10,7 @@ import (
 	"sync"
 
 	certmanager "github.com/cert-manager/cert-manager/pkg/apis/certmanager/v1"
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	policyv1 "k8s.io/api/policy/v1"
@@ -165,6 +166,41 @@ func dropEmpty(content map[string]any) {
 			unstructured.RemoveNestedField(content, path...)
 		}
 	}
+}
+
+// HandOverReplicas lets go of a Deployment's number of replicas without changing it, for an autoscaler to take over: a field
+// that its last owner drops would fall back to its default, one pod. A second field manager owns it from then on.
+func (a *Applier) HandOverReplicas(ctx context.Context, d *appsv1.Deployment) error {
+	if d.Spec.Replicas == nil || !ownsReplicas(d) {
+		return nil
+	}
+	u := &unstructured.Unstructured{Object: map[string]any{"spec": map[string]any{"replicas": int64(*d.Spec.Replicas)}}}
+	u.SetGroupVersionKind(appsv1.SchemeGroupVersion.WithKind("Deployment"))
+	u.SetNamespace(d.Namespace)
+	u.SetName(d.Name)
+	u.SetUID(d.UID)
+	u.SetResourceVersion(d.ResourceVersion)
+	err := a.Client.Apply(ctx, client.ApplyConfigurationFromUnstructured(u), client.FieldOwner(FieldManager+"-autoscaling"))
+	if err != nil {
+		return fmt.Errorf("hand over the replicas of Deployment %q: %w", d.Name, err)
+	}
+	return nil
+}
+
+// ownsReplicas says whether a Deployment's number of replicas is the operator's.
+func ownsReplicas(d *appsv1.Deployment) bool {
+	for _, entry := range d.ManagedFields {
+		if entry.Manager != FieldManager || entry.Subresource != "" || entry.FieldsV1 == nil {
+			continue
+		}
+		var fields struct {
+			Spec map[string]any `json:"f:spec"`
+		}
+		if json.Unmarshal(entry.FieldsV1.Raw, &fields) == nil && fields.Spec["f:replicas"] != nil {
+			return true
+		}
+	}
+	return false
 }
 
 // Delete removes an object as it was seen: one that was replaced or has changed since is left to the pass that its change

@@ -13,6 +13,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	policyv1 "k8s.io/api/policy/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
@@ -183,8 +184,16 @@ func (r *gatewayReconciler) applyPods(ctx context.Context, s *gatewayScope) erro
 	if err := r.applyAll(ctx, &s.pass, gw, relayConfig, gatewayConfig); err != nil {
 		return err
 	}
+	if s.deployment, err = getOrNil(ctx, r.Client, gw.Namespace, gw.Name, &appsv1.Deployment{}); err != nil {
+		return err
+	}
+	if gw.Spec.Autoscaling != nil && s.deployment != nil && metav1.IsControlledBy(s.deployment, gw) {
+		if err := r.HandOverReplicas(ctx, s.deployment); err != nil {
+			return err
+		}
+	}
 	deployment := r.render.GatewayDeployment(gw, s.served)
-	if (s.tlsIssued && len(s.served) > 0) || r.exists(ctx, deployment) {
+	if (s.tlsIssued && len(s.served) > 0) || s.deployment != nil {
 		if err := r.applyAll(ctx, &s.pass, gw, deployment); err != nil {
 			return err
 		}

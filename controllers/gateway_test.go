@@ -138,15 +138,20 @@ func TestGatewayEdits(t *testing.T) {
 func TestGatewayAutoscaling(t *testing.T) {
 	w, ns := start(t)
 	gw := readyGateway(t, w, ns)
-	w.patch(t, &rdv.Gateway{}, ns, "gw", `{"spec":{"autoscaling":{"maxReplicas":4}}}`)
+	w.patch(t, &rdv.Gateway{}, ns, "gw", `{"spec":{"replicas":3}}`)
+	w.settled(t, ns)
+	w.patch(t, &rdv.Gateway{}, ns, "gw", `{"spec":{"replicas":null,"autoscaling":{"maxReplicas":4}}}`)
 	controlled(t, w, ns, "gw", appears(t, w, ns, "gw", &autoscalingv2.HorizontalPodAutoscaler{}), gw)
 	w.settled(t, ns)
+	if n := *read(t, w, ns, "gw", &appsv1.Deployment{}).Spec.Replicas; n != 3 {
+		t.Errorf("the autoscaler begins with %d pods, not with the 3 that there were", n)
+	}
 	// Now the autoscaler's number counts.
-	w.patch(t, &appsv1.Deployment{}, ns, "gw", `{"spec":{"replicas":3}}`)
+	w.patch(t, &appsv1.Deployment{}, ns, "gw", `{"spec":{"replicas":4}}`)
 	w.poke(t, &rdv.Gateway{}, ns, "gw")
 	w.settled(t, ns)
-	if n := *read(t, w, ns, "gw", &appsv1.Deployment{}).Spec.Replicas; n != 3 {
-		t.Errorf("the operator set the autoscaler's 3 replicas to %d", n)
+	if n := *read(t, w, ns, "gw", &appsv1.Deployment{}).Spec.Replicas; n != 4 {
+		t.Errorf("the operator set the autoscaler's 4 replicas to %d", n)
 	}
 	w.patch(t, &rdv.Gateway{}, ns, "gw", `{"spec":{"autoscaling":null,"replicas":2}}`)
 	w.vanishes(t, &autoscalingv2.HorizontalPodAutoscaler{}, ns, "gw")

@@ -2,7 +2,10 @@ package controllers
 
 import (
 	"context"
+	"crypto/x509"
+	"encoding/pem"
 	"fmt"
+	"strings"
 
 	certmanager "github.com/cert-manager/cert-manager/pkg/apis/certmanager/v1"
 	cmmeta "github.com/cert-manager/cert-manager/pkg/apis/meta/v1"
@@ -104,6 +107,25 @@ func readKey(ctx context.Context, live client.Reader, namespace, field string, r
 		found.add(rdv.ReasonReferenceInvalid, fmt.Sprintf("%s has no key %q: add it or name another", what, ref.Key))
 	}
 	return value, nil
+}
+
+// onlyCertificates is the PEM certificates in text, and nothing else that may stand there: what a Workspace names as a CA
+// bundle is copied to where more people may read it, and the name might be that of any Secret.
+func onlyCertificates(field, text string, found *problems) string {
+	var out strings.Builder
+	for rest := []byte(text); ; {
+		var block *pem.Block
+		if block, rest = pem.Decode(rest); block == nil {
+			break
+		}
+		if _, err := x509.ParseCertificate(block.Bytes); block.Type == "CERTIFICATE" && err == nil {
+			out.Write(pem.EncodeToMemory(&pem.Block{Type: block.Type, Bytes: block.Bytes}))
+		}
+	}
+	if out.Len() == 0 {
+		found.add(rdv.ReasonReferenceInvalid, field+" holds no PEM certificate: put the CA of the provider's certificate there")
+	}
+	return out.String()
 }
 
 // getOrNil reads an object from the cache; nil where there is none.

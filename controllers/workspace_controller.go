@@ -150,14 +150,8 @@ func (r *workspaceReconciler) gather(ctx context.Context, s *workspaceScope) err
 			return err
 		}
 	}
-	s.oidcCA = ws.Spec.Identity.OIDC.CABundle
-	if ref := ws.Spec.Identity.OIDC.CABundleRef; ref != nil {
-		before := len(s.refs)
-		value, err := readKey(ctx, r.Live, ws.Namespace, "spec.identity.oidc.caBundleRef", *ref, &s.refs)
-		if err != nil {
-			return err
-		}
-		s.oidcCA, s.oidcCAErr = value, len(s.refs) > before
+	if err := r.gatherOIDCCA(ctx, s); err != nil {
+		return err
 	}
 	for _, resource := range ws.Spec.Resources {
 		field := fmt.Sprintf("spec.resources[%s].hostPoolRef: HostPool %q", resource.Name, resource.HostPoolRef.Name)
@@ -174,6 +168,28 @@ func (r *workspaceReconciler) gather(ctx context.Context, s *workspaceScope) err
 		}
 	}
 	return r.gatherGateways(ctx, s)
+}
+
+// gatherOIDCCA finds what the identity provider's certificate is checked with: nothing where the Workspace leaves that to
+// the system's roots.
+func (r *workspaceReconciler) gatherOIDCCA(ctx context.Context, s *workspaceScope) error {
+	oidc := s.ws.Spec.Identity.OIDC
+	before := len(s.refs)
+	switch {
+	case oidc.CABundle != "":
+		s.oidcCA = onlyCertificates("spec.identity.oidc.caBundle", oidc.CABundle, &s.refs)
+	case oidc.CABundleRef != nil:
+		ref := *oidc.CABundleRef
+		value, err := readKey(ctx, r.Live, s.ws.Namespace, "spec.identity.oidc.caBundleRef", ref, &s.refs)
+		if err != nil {
+			return err
+		}
+		if len(s.refs) == before {
+			s.oidcCA = onlyCertificates(fmt.Sprintf("spec.identity.oidc.caBundleRef: key %q of %s %q", ref.Key, ref.Kind, ref.Name), value, &s.refs)
+		}
+	}
+	s.oidcCAErr = len(s.refs) > before
+	return nil
 }
 
 func (r *workspaceReconciler) gatherGateways(ctx context.Context, s *workspaceScope) error {
@@ -259,7 +275,10 @@ func (r *workspaceReconciler) applyBroker(ctx context.Context, s *workspaceScope
 			return err
 		}
 	}
-	deployment := r.render.BrokerDeployment(ws)
+	deployment, err := r.render.BrokerDeployment(ws)
+	if err != nil {
+		return err
+	}
 	if s.certificatesIssued || r.exists(ctx, deployment) {
 		if err := r.applyAll(ctx, &s.pass, ws, deployment); err != nil {
 			return err

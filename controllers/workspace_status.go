@@ -36,7 +36,7 @@ func (r *workspaceReconciler) writeStatus(ctx context.Context, s *workspaceScope
 func (r *workspaceReconciler) identityCondition(s *workspaceScope) metav1.Condition {
 	issuer := s.ws.Spec.Identity.OIDC.IssuerURL
 	if s.oidcCAErr {
-		return isUnknown(rdv.ConditionIdentityReady, rdv.ReasonPending, "spec.identity.oidc.caBundleRef must resolve first")
+		return isUnknown(rdv.ConditionIdentityReady, rdv.ReasonPending, "the CA bundle of spec.identity.oidc must be put right first")
 	}
 	known := r.discovery.Check(client.ObjectKeyFromObject(s.ws), issuer, s.oidcCA)
 	s.wakeAfter(known.Next)

@@ -2,8 +2,10 @@ package controllers
 
 import (
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"maps"
+	"net/http/httptest"
 	"slices"
 	"strings"
 	"testing"
@@ -101,7 +103,7 @@ func TestWorkspaceEditsChangeWhatDependsOnThem(t *testing.T) {
 	}{
 		{"nothing", `{"metadata":{"annotations":{"note":"x"}}}`, nil},
 		{"replicas", `{"spec":{"broker":{"replicas":3}}}`, []string{"*v1.Deployment/demo-broker"}},
-		{"hostname", `{"spec":{"hostname":"other.example.test"}}`, []string{"*v1.Certificate/demo-tls", "*v1.ConfigMap/demo-broker"}},
+		{"hostname", `{"spec":{"hostname":"other.example.test"}}`, []string{"*v1.Certificate/demo-tls", "*v1.ConfigMap/demo-broker", "*v1.Deployment/demo-broker"}},
 		{"service", `{"spec":{"broker":{"service":{"type":"NodePort"}}}}`, []string{"*v1.Service/demo-broker"}},
 		{"publisher", `{"spec":{"signing":{"commonName":"Example Corp"}}}`, []string{"*v1.Certificate/demo-signing"}},
 		{"who may use what", `{"spec":{"tickets":{"lifetimeSeconds":600}}}`, nil},
@@ -228,12 +230,19 @@ func TestWorkspaceWrongReferencesHeal(t *testing.T) {
 	problem(rdv.ReasonIssuerNotReady, `spec.certificates.issuerRef: ClusterIssuer "`+ns+`" is not ready: the vault is sealed`)
 	w.issuerReady(t, ns, cmmeta.ConditionTrue, "")
 
-	ca := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: ns, Name: "company-ca"}, Data: map[string]string{"ca.pem": "PEM"}}
+	ca := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: ns, Name: "company-ca"}, Data: map[string]string{"ca.pem": "x"}}
 	w.create(t, ca)
 	problem(rdv.ReasonReferenceInvalid, `ConfigMap "company-ca" has no key "ca.crt": add it or name another`)
-	w.patch(t, &corev1.ConfigMap{}, ns, "company-ca", `{"data":{"ca.crt":"PEM"}}`)
-	eventually(t, func() error {
-		if got := read(t, w, ns, "demo-broker", &corev1.ConfigMap{}).Data["oidc-ca.crt"]; got != "PEM" {
+	w.patch(t, &corev1.ConfigMap{}, ns, "company-ca", `{"data":{"ca.crt":"a password"}}`)
+	problem(rdv.ReasonReferenceInvalid, `key "ca.crt" of ConfigMap "company-ca" holds no PEM certificate`)
+	certificate := someCertificate(t)
+	bundle, err := json.Marshal("a password\n" + certificate)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.patch(t, &corev1.ConfigMap{}, ns, "company-ca", `{"data":{"ca.crt":`+string(bundle)+`}}`)
+	eventually(t, func() error { // certificates alone are passed on
+		if got := read(t, w, ns, "demo-broker", &corev1.ConfigMap{}).Data["oidc-ca.crt"]; got != certificate {
 			return errors.New("the brokers have the CA bundle " + got)
 		}
 		return nil
@@ -254,9 +263,17 @@ func TestWorkspaceWrongReferencesHeal(t *testing.T) {
 		t.Fatal(err)
 	}
 	problem(rdv.ReasonReferenceNotFound, "company-ca")
-	if got := read(t, w, ns, "demo-broker", &corev1.ConfigMap{}).Data["oidc-ca.crt"]; got != "PEM" {
+	if got := read(t, w, ns, "demo-broker", &corev1.ConfigMap{}).Data["oidc-ca.crt"]; got != certificate {
 		t.Errorf("the brokers' CA bundle became %q", got)
 	}
+}
+
+// someCertificate is a certificate, in PEM.
+func someCertificate(t *testing.T) string {
+	t.Helper()
+	server := httptest.NewTLSServer(nil)
+	defer server.Close()
+	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw}))
 }
 
 func TestWorkspaceIdentityProvider(t *testing.T) {

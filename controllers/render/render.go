@@ -4,6 +4,9 @@
 package render
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
 	"fmt"
 	"maps"
 	"unicode/utf8"
@@ -315,4 +318,14 @@ func podsOf(selector map[string]string) []networkingv1.NetworkPolicyPeer {
 // anyPod is every pod of the cluster: who scrapes metrics is the cluster's affair, but the internet does not.
 func anyPod() []networkingv1.NetworkPolicyPeer {
 	return []networkingv1.NetworkPolicyPeer{{NamespaceSelector: &metav1.LabelSelector{}}}
+}
+
+// hashOf tells two values apart by their JSON.
+func hashOf(v any) (string, error) {
+	text, err := json.Marshal(v)
+	if err != nil {
+		return "", fmt.Errorf("render: hash of %T: %w", v, err)
+	}
+	sum := sha256.Sum256(text)
+	return hex.EncodeToString(sum[:8]), nil
 }

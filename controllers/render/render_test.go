@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -131,8 +132,8 @@ func TestGolden(t *testing.T) {
 		"workspace-serviceaccount":           BrokerServiceAccount(ws),
 		"workspace-role":                     BrokerRole(ws),
 		"workspace-rolebinding":              BrokerRoleBinding(ws),
-		"workspace-deployment":               options.BrokerDeployment(ws),
-		"workspace-deployment-exposed":       options.BrokerDeployment(exposed),
+		"workspace-deployment":               must[*appsv1.Deployment](t)(options.BrokerDeployment(ws)),
+		"workspace-deployment-exposed":       must[*appsv1.Deployment](t)(options.BrokerDeployment(exposed)),
 		"workspace-service":                  BrokerService(ws),
 		"workspace-service-exposed":          BrokerService(exposed),
 		"workspace-bus-service":              BusService(ws),

@@ -1,9 +1,6 @@
 package render
 
 import (
-	"crypto/sha256"
-	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -235,14 +232,4 @@ func (o Options) agentSidecar(host *rdv.SessionHost, pool *rdv.HostPool) corev1.
 			readOnly("agent-ca", agentCADir),
 		},
 	}
-}
-
-// hashOf tells two pods apart by all that was rendered.
-func hashOf(pod *corev1.Pod) (string, error) {
-	text, err := json.Marshal(pod)
-	if err != nil {
-		return "", fmt.Errorf("render: Pod %q: %w", pod.Name, err)
-	}
-	sum := sha256.Sum256(text)
-	return hex.EncodeToString(sum[:8]), nil
 }

@@ -186,19 +186,23 @@ func (o Options) clusterBusURL(ws *rdv.Workspace) string {
 
 // BrokerConfigMap is the brokers' configuration; oidcCA (PEM) verifies the identity provider, and may be empty.
 func (o Options) BrokerConfigMap(ws *rdv.Workspace, oidcCA string) (*corev1.ConfigMap, error) {
-	issuer := InternalIssuer(ws)
 	more := map[string]string{}
 	if strings.TrimSpace(oidcCA) != "" {
 		more["oidc-ca.crt"] = oidcCA
 	}
-	return configMap(ws.Namespace, WorkspaceBroker(ws.Name), workspaceLabels(ws, componentBroker), config.Broker{
+	return configMap(ws.Namespace, WorkspaceBroker(ws.Name), workspaceLabels(ws, componentBroker), o.brokerConfig(ws), more)
+}
+
+func (o Options) brokerConfig(ws *rdv.Workspace) config.Broker {
+	issuer := InternalIssuer(ws)
+	return config.Broker{
 		Namespace:      ws.Namespace,
 		Workspace:      ws.Name,
 		Hostname:       ws.Spec.Hostname,
 		BusURLs:        o.busURLs(ws),
 		PeersHost:      o.serviceHost(ws.Namespace, workspacePeers(ws.Name)),
 		InternalIssuer: config.Issuer{Name: issuer.Name, Kind: issuer.Kind, Group: issuer.Group},
-	}, more)
+	}
 }
 
 // BrokerServiceAccount is who the brokers are to the API server.
@@ -237,8 +241,16 @@ func BrokerRoleBinding(ws *rdv.Workspace) *rbacv1.RoleBinding {
 	}
 }
 
-// BrokerDeployment is the brokers.
-func (o Options) BrokerDeployment(ws *rdv.Workspace) *appsv1.Deployment {
+// AnnotationConfigHash on a pod is the hash of the configuration that it reads at its start alone.
+const AnnotationConfigHash = "rendezvous.dev/config-hash"
+
+// BrokerDeployment is the brokers. They read config.json once, and it changes seldom, so a change replaces them, one by
+// one; all else that they read they follow.
+func (o Options) BrokerDeployment(ws *rdv.Workspace) (*appsv1.Deployment, error) {
+	hash, err := hashOf(o.brokerConfig(ws))
+	if err != nil {
+		return nil, err
+	}
 	sel := brokerSelector(ws.Name)
 	podLabels := workspaceLabels(ws, componentBroker)
 	return &appsv1.Deployment{
@@ -249,7 +261,7 @@ func (o Options) BrokerDeployment(ws *rdv.Workspace) *appsv1.Deployment {
 			Selector: &metav1.LabelSelector{MatchLabels: sel},
 			Strategy: surgeFirst(),
 			Template: corev1.PodTemplateSpec{
-				ObjectMeta: metav1.ObjectMeta{Labels: podLabels},
+				ObjectMeta: metav1.ObjectMeta{Labels: podLabels, Annotations: map[string]string{AnnotationConfigHash: hash}},
 				Spec: corev1.PodSpec{
 					ServiceAccountName:            WorkspaceBroker(ws.Name),
 					SecurityContext:               hardenedPod(),
@@ -267,7 +279,7 @@ func (o Options) BrokerDeployment(ws *rdv.Workspace) *appsv1.Deployment {
 				},
 			},
 		},
-	}
+	}, nil
 }
 
 func (o Options) brokerContainer(ws *rdv.Workspace) corev1.Container {
