@@ -86,10 +86,14 @@ func (a *Agent) serveSession(req bus.HostConnect) {
 		return // the agent stops
 	}
 	signal(a.changed)
-	log.Info("session joined", "gateway", req.Address, "instance", req.Instance, "took", step.Duration)
+	log.Info("session joined", "gateway", req.Address, "instance", req.Instance, "took", step.Duration.String())
 
 	toHost, toGateway, err := pump(gateway, host, a.opts.timing.closeGrace)
-	log.Info("session ended", "bytesToHost", toHost, "bytesToGateway", toGateway, "took", time.Since(began), "error", err)
+	log = log.With("bytesToHost", toHost, "bytesToGateway", toGateway, "took", time.Since(began).Round(time.Millisecond).String())
+	if err != nil {
+		log = log.With("error", err)
+	}
+	log.Info("session ended")
 }
 
 // openLegs joins the client at the gateway and connects to the RDP server, within the gateway's deadline. What may
