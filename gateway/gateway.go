@@ -154,7 +154,8 @@ func (g *Gateway) Run(ctx context.Context, l net.Listener) error {
 	defer g.SetConfig(config.Gateway{Namespace: cfg.Namespace, Gateway: cfg.Gateway})
 	background, stop := context.WithCancel(context.Background())
 	defer stop()
-	go g.reportLoad(background)
+	var reporting sync.WaitGroup
+	reporting.Go(func() { g.reportLoad(background) })
 
 	srv := grpc.NewServer(grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: time.Second, PermitWithoutStream: true}))
 	admission.RegisterAdmissionServer(srv, g)
@@ -167,6 +168,9 @@ func (g *Gateway) Run(ctx context.Context, l net.Listener) error {
 	case <-ctx.Done():
 	}
 	g.serving.Store(false)
+	stop()
+	reporting.Wait() // the next report is the last
+	g.leave()
 	close(g.stopping)
 	forced := time.AfterFunc(5*time.Second, srv.Stop)
 	defer forced.Stop()

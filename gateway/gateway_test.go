@@ -22,6 +22,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -235,7 +236,7 @@ func start(t testing.TB, dir string, specs []config.GatewayWorkspace, change fun
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
+	stop := sync.OnceFunc(func() {
 		cancel()
 		select {
 		case <-ran:
@@ -244,9 +245,14 @@ func start(t testing.TB, dir string, specs []config.GatewayWorkspace, change fun
 		}
 		cc.Close()
 	})
+	t.Cleanup(stop)
+	stoppers.Store(g, stop)
 	eventually(t, "serving", g.serving.Load)
 	return g, admission.NewAdmissionClient(cc)
 }
+
+// stoppers stop a gateway before its test ends.
+var stoppers sync.Map
 
 func connectRequest(raw, target string) *admission.ConnectRequest {
 	return &admission.ConnectRequest{ActivityId: "act-1", SessionId: "s1", Ticket: raw, Target: target, ClientAddr: "192.0.2.1:5", Transport: "raw-websocket",
@@ -489,6 +495,15 @@ func TestReports(t *testing.T) {
 	stream.CloseSend()
 	relayStream(t, client, &admission.Session{SessionId: "s9"}, &admission.Session{SessionId: "s8"}, &admission.Session{SessionId: "s7"})
 	until("the new snapshot", func(r bus.GatewayReport) bool { return r.Sessions == 3 && !r.Draining })
+
+	stop, _ := stoppers.Load(g)
+	stop.(func())()
+	until("the container's end", func(r bus.GatewayReport) bool { return r.Draining })
+	select {
+	case r := <-reports:
+		t.Errorf("another report after the last: %+v", r)
+	case <-time.After(150 * time.Millisecond):
+	}
 }
 
 func TestWorkspaceEndsOnlyItsOwnSessions(t *testing.T) {

@@ -138,20 +138,36 @@ func (g *Gateway) reportLoad(ctx context.Context) {
 				return
 			}
 		}
-		g.mu.Lock()
-		report := bus.GatewayReport{Gateway: g.config.Gateway, Instance: g.instance, Sessions: int32(len(g.live)), Pending: g.connects.Load(),
-			MaxSessions: g.config.MaxSessions, Draining: g.draining, At: time.Now()}
-		all := make([]*workspace, 0, len(g.workspaces))
-		for _, w := range g.workspaces {
-			all = append(all, w)
+		g.publishLoad()
+	}
+}
+
+// publishLoad reports now. A bus that is away is passed over: an old report is worth nothing.
+func (g *Gateway) publishLoad() (told []*workspace) {
+	g.mu.Lock()
+	report := bus.GatewayReport{Gateway: g.config.Gateway, Instance: g.instance, Sessions: int32(len(g.live)), Pending: g.connects.Load(),
+		MaxSessions: g.config.MaxSessions, Draining: g.draining, At: time.Now()}
+	for _, w := range g.workspaces {
+		if nc := w.nc.Load(); nc != nil && nc.IsConnected() {
+			told = append(told, w)
 		}
-		g.owners.expire(time.Now())
-		g.mu.Unlock()
-		for _, w := range all {
-			if nc := w.nc.Load(); nc != nil && nc.IsConnected() { // an old report is worth nothing: none waits for the bus
-				w.publish(bus.GatewayReportSubject(report.Gateway, report.Instance), report)
-			}
-		}
+	}
+	g.owners.expire(time.Now())
+	g.mu.Unlock()
+	for _, w := range told {
+		w.publish(bus.GatewayReportSubject(report.Gateway, report.Instance), report)
+	}
+	return told
+}
+
+// leave reports, as the container ends, that this pod takes no new sessions: Kubernetes ends it before the relay, whose own
+// word about its drain then finds nobody. A container that only restarts takes it back with its first report.
+func (g *Gateway) leave() {
+	g.mu.Lock()
+	g.draining = true
+	g.mu.Unlock()
+	for _, w := range g.publishLoad() {
+		w.nc.Load().FlushTimeout(time.Second)
 	}
 }
 
