@@ -120,7 +120,8 @@ func TestOperator(t *testing.T) {
 		ws.Spec.Identity.OIDC.IssuerURL = stage.Issuer
 		ws.Spec.Identity.OIDC.CABundle = string(w.CompanyCA)
 	})
-	says(t, ws, rdv.ConditionReady, metav1.ConditionTrue)
+	says(t, ws, rdv.ConditionCertificatesReady, metav1.ConditionTrue)
+	says(t, ws, rdv.ConditionReady, metav1.ConditionFalse, "spec.gatewaySelector")
 	says(t, pool, rdv.ConditionReferencesResolved, metav1.ConditionTrue)
 
 	// A Gateway whose Service's name somebody else holds.
@@ -136,6 +137,7 @@ func TestOperator(t *testing.T) {
 		t.Fatal(err)
 	}
 	says(t, gw, rdv.ConditionReady, metav1.ConditionTrue)
+	says(t, ws, rdv.ConditionReady, metav1.ConditionTrue)
 
 	t.Run("an edit changes what depends on it", func(t *testing.T) {
 		before := generations(t)

@@ -16,6 +16,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -301,6 +302,9 @@ type probeHost struct {
 	enr  brokerapi.EnrollResponse
 }
 
+// rdpPools are the sample pools that issue RDP certificates.
+var rdpPools = []string{"machines", "linux"}
+
 // enrollRequest makes the request for a host of the pool.
 func enrollRequest(t *testing.T, tok, pool, host string) (brokerapi.EnrollRequest, *ecdsa.PrivateKey) {
 	t.Helper()
@@ -315,10 +319,12 @@ func enrollRequest(t *testing.T, tok, pool, host string) (brokerapi.EnrollReques
 		}
 		return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}))
 	}
-	return brokerapi.EnrollRequest{Token: tok, Host: host,
-		ClientCSR: csr(x509.CertificateRequest{URIs: []*url.URL{identity.Agent(stage.Namespace, "demo", pool, host).URI()}}),
-		RDPCSR:    csr(x509.CertificateRequest{DNSNames: brokerapi.RDPNames(stage.Namespace, pool, host)}),
-	}, key
+	in := brokerapi.EnrollRequest{Token: tok, Host: host,
+		ClientCSR: csr(x509.CertificateRequest{URIs: []*url.URL{identity.Agent(stage.Namespace, "demo", pool, host).URI()}})}
+	if slices.Contains(rdpPools, pool) {
+		in.RDPCSR = csr(x509.CertificateRequest{DNSNames: brokerapi.RDPNames(stage.Namespace, pool, host)})
+	}
+	return in, key
 }
 
 func enrollProbe(t *testing.T, tok, pool, host string) probeHost {

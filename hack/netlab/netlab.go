@@ -50,7 +50,7 @@ func New(ctx context.Context, label string, index int) (*Host, error) {
 
 // NoInbound has the machine drop every connection that comes to it over its cable, as behind a NAT or a firewall.
 func (h *Host) NoInbound(ctx context.Context) error {
-	rules := "table inet noinbound { chain input { type filter hook input priority 0; policy drop; iif lo accept; ct state established,related accept; } }"
+	rules := "table inet noinbound { chain input { type filter hook input priority 0; policy drop; iif lo accept; ct state established,related accept; }; }"
 	out, err := exec.CommandContext(ctx, "ip", "netns", "exec", h.Name, "nft", rules).CombinedOutput()
 	if err != nil {
 		return fmt.Errorf("netlab: %s: nft: %w: %s", h.Name, err, out)

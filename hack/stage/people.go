@@ -176,6 +176,9 @@ func (u *User) Gateways(ctx context.Context) ([]brokerapi.Gateway, error) {
 	return all.Gateways, nil
 }
 
+// companyCAFile is where a machine keeps the company's CA.
+const companyCAFile = "/etc/rendezvous/company-ca.crt"
+
 // Machine is a session host outside the cluster, on which nothing can be dialled.
 type Machine struct {
 	*rdpkit.Machine
@@ -197,14 +200,19 @@ func (s *Stage) NewMachine(ctx context.Context, roots rdpkit.Roots, name, color 
 		return nil, err
 	}
 	box, err := rdpkit.NewMachine(ctx, roots, rdpkit.MachineOptions{Color: color, BoxOptions: rdpkit.BoxOptions{
-		Netns: net.Name, Hostname: name, DNS: []string{DNS}, CAs: [][]byte{s.CompanyCA},
+		Netns: net.Name, Hostname: name, DNS: []string{DNS},
 		Binds: []rdpkit.Bind{{Host: filepath.Join(s.toolDir(), "agent"), Box: "/usr/local/bin/rdv-agent", ReadOnly: true}},
 	}})
 	if err != nil {
 		net.Close()
 		return nil, err
 	}
-	return &Machine{Machine: box, Net: net}, nil
+	m := &Machine{Machine: box, Net: net}
+	if err := m.WriteFile(companyCAFile, s.CompanyCA, 0o644); err != nil {
+		m.Close()
+		return nil, err
+	}
+	return m, nil
 }
 
 // Enrol starts the agent on the machine with a registration token, as its systemd unit would.
@@ -212,7 +220,7 @@ func (m *Machine) Enrol(token, name string) (err error) {
 	if err := m.WriteFile("/etc/rendezvous/token", []byte(token), 0o600); err != nil {
 		return err
 	}
-	m.Agent, err = m.Start("rdv-agent", "run", "--broker", WorkspaceURL, "--token-file", "/etc/rendezvous/token", "--host", name,
+	m.Agent, err = m.Start("rdv-agent", "run", "--broker", WorkspaceURL, "--token-file", "/etc/rendezvous/token", "--host", name, "--ca-file", companyCAFile,
 		"--state-dir", "/var/lib/rendezvous-agent", "--rdp-addr", rdpkit.RDPAddr.String(), "--rdp-cert-dir", rdpkit.CertDir)
 	return err
 }

@@ -280,9 +280,9 @@ var scancodes = map[rune]byte{
 	'w': 0x11, 'x': 0x2d, 'y': 0x15, 'z': 0x2c,
 }
 
-// keyDown is how a fast-path input PDU with one key-down event begins (MS-RDPBCGR 2.2.8.1.2): one event, four bytes
-// long, no flags; the scancode follows.
-var keyDown = []byte{0x04, 0x04, 0x00}
+// keyDowns are how a fast-path input PDU with one key-down event may begin (MS-RDPBCGR 2.2.8.1.2): one event, the PDU's
+// length in one byte or in two, no flags; the scancode follows.
+var keyDowns = [][]byte{{0x04, 0x04, 0x00}, {0x04, 0x80, 0x05, 0x00}}
 
 // maxGap bounds the bytes between two keys of one word: key-up events, and some pointer or synchronise events.
 const maxGap = 256
@@ -292,14 +292,13 @@ func Typed(stream []byte, word string) bool {
 	if bytes.Contains(stream, []byte(word)) || bytes.Contains(stream, utf16(word)) {
 		return true
 	}
-	first := append(bytes.Clone(keyDown), scancodes[rune(word[0])])
-	for at := 0; ; {
-		i := bytes.Index(stream[at:], first)
+	for {
+		i := afterKey(stream, rune(word[0]))
 		if i < 0 {
 			return false
 		}
-		at += i + len(first)
-		if typedOn(stream[at:], word[1:]) {
+		stream = stream[i:]
+		if typedOn(stream, word[1:]) {
 			return true
 		}
 	}
@@ -307,14 +306,25 @@ func Typed(stream []byte, word string) bool {
 
 func typedOn(stream []byte, rest string) bool {
 	for _, r := range rest {
-		window := stream[:min(len(stream), maxGap)]
-		i := bytes.Index(window, append(bytes.Clone(keyDown), scancodes[r]))
+		i := afterKey(stream[:min(len(stream), maxGap)], r)
 		if i < 0 {
 			return false
 		}
-		stream = stream[i+len(keyDown)+1:]
+		stream = stream[i:]
 	}
 	return true
+}
+
+// afterKey finds where the stream goes on behind the first time that the key goes down, -1 where it doesn't.
+func afterKey(stream []byte, key rune) int {
+	first := -1
+	for _, down := range keyDowns {
+		pattern := append(bytes.Clone(down), scancodes[key])
+		if i := bytes.Index(stream, pattern); i >= 0 && (first < 0 || i+len(pattern) < first) {
+			first = i + len(pattern)
+		}
+	}
+	return first
 }
 
 func utf16(s string) []byte {
