@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -152,10 +154,43 @@ func TestHeadIsBoundedAndStrict(t *testing.T) {
 	}
 }
 
+// capturedHead is a request head that FreeRDP 3.15 of Debian 13 sent, but for its ticket.
+func capturedHead(t testing.TB, name string) []byte {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join("testdata", "freerdp-3.15", name+".head"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func TestCapturedHeads(t *testing.T) {
+	for name, want := range map[string]struct{ method, path, activity, ticket string }{
+		"tsgu": {"RDG_OUT_DATA", "/remoteDesktopGateway/", "ebfaa1a0-d760-43e4-7c29-824d485fdb8a", ""},
+		"raw":  {"GET", "/rendezvous/v1/connect", "", "TICKET"},
+	} {
+		r, err := parseHead(string(capturedHead(t, name)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if r.method != want.method || r.path != want.path || bearer(r) != want.ticket || r.body() {
+			t.Errorf("%s: %+v", name, r)
+		}
+		if id := activityOf(r); want.activity != "" && id != want.activity {
+			t.Errorf("%s: activity %s", name, id)
+		}
+		if _, e := upgradeWebSocket(r, "a"); e != nil {
+			t.Errorf("%s: %v", name, e)
+		}
+	}
+}
+
 // FuzzHead: no head makes the parser fail in a bad way, and what it takes has a method, a path and clean headers.
 func FuzzHead(f *testing.F) {
 	f.Add("GET /rendezvous/v1/ping HTTP/1.1\r\nHost: h\r\n")
-	f.Add("RDG_OUT_DATA /remoteDesktopGateway/ HTTP/1.1\r\nCache-Control: no-cache\r\nConnection: Upgrade\r\nPragma: no-cache\r\nAccept: */*\r\nUser-Agent: MS-RDGateway/1.0\r\nHost: gw\r\nRDG-Connection-Id: {9fc5b49d-5bd3-4c2e-9d6b-d3ac0d0b3d8f}\r\nRDG-Correlation-Id: {aad2603f-9fa8-3772-945b-daafa4514961}\r\nRDG-Auth-Scheme: PAA\r\nUpgrade: websocket\r\nSec-Websocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-Websocket-Version: 13\r\n")
+	for _, name := range []string{"tsgu", "raw", "legacy"} {
+		f.Add(string(capturedHead(f, name)))
+	}
 	f.Fuzz(func(t *testing.T, head string) {
 		r, err := parseHead(head)
 		if err != nil {

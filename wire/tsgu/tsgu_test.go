@@ -5,6 +5,8 @@ import (
 	"encoding/hex"
 	"fmt"
 	"math/rand/v2"
+	"os"
+	"path/filepath"
 	"reflect"
 	"strings"
 	"testing"
@@ -100,6 +102,33 @@ func TestPackets(t *testing.T) {
 				t.Errorf("parsed %+v, %v; want %+v", got, err, tt.want)
 			}
 		})
+	}
+}
+
+// captured is what FreeRDP 3.15 of Debian 13 sent.
+func captured(t testing.TB, name string) []byte {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join("testdata", "freerdp-3.15", name+".bin"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func TestCaptures(t *testing.T) {
+	for name, want := range map[string]appender{
+		"handshake-request": &HandshakeRequest{Major: 1, ExtAuth: ExtAuthPAA, Rest: []byte{}},
+		"tunnel-auth":       &TunnelAuth{ClientName: NewText("laptop"), Rest: []byte{}},
+		"channel-create":    &ChannelCreate{Port: 3389, Protocol: 3, Names: []Text{NewText("linux.ns.rdv.internal")}, Rest: []byte{}},
+	} {
+		var d Decoder
+		_, ev, err := d.Decode(captured(t, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := parse(ev); err != nil || !reflect.DeepEqual(got, want) {
+			t.Errorf("%s: %+v, %v; want %+v", name, got, err, want)
+		}
 	}
 }
 
@@ -214,6 +243,9 @@ func TestDecodeDataDoesNotAllocate(t *testing.T) {
 func FuzzPackets(f *testing.F) {
 	for _, s := range samples {
 		f.Add(unhex(f, s.hex))
+	}
+	for _, name := range []string{"handshake-request", "tunnel-auth", "channel-create"} {
+		f.Add(captured(f, name))
 	}
 	f.Fuzz(func(t *testing.T, wire []byte) {
 		var d Decoder

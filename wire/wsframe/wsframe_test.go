@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"fmt"
 	"math/rand/v2"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 )
@@ -160,11 +162,30 @@ func TestDecodeDoesNotAllocate(t *testing.T) {
 	}
 }
 
+// captured is what FreeRDP 3.15 of Debian 13 sent.
+func captured(t testing.TB, name string) []byte {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join("testdata", "freerdp-3.15", name+".bin"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func TestCapture(t *testing.T) {
+	got, err := decodeAll(true, captured(t, "handshake-request"), func(left int) int { return left })
+	if want := "data 010000000e000000010000000200\n"; err != nil || got != want {
+		t.Errorf("%q, %v", got, err)
+	}
+}
+
 // FuzzDecode: any stream, cut in any way, tells the same story as in one piece.
 func FuzzDecode(f *testing.F) {
 	f.Add([]byte{0x82, 5, 'H', 'e', 'l', 'l', 'o'}, uint64(1), false)
 	f.Add(AppendMaskedFrame(AppendMaskedFrame(nil, Ping, []byte("p"), testKey), Binary, []byte("hello"), testKey), uint64(2), true)
 	f.Add([]byte{0x02, 1, 'a', 0x89, 0, 0x80, 1, 'b', 0x88, 0}, uint64(3), false)
+	f.Add(captured(f, "handshake-request"), uint64(4), true)
+	f.Add(captured(f, "channel-create"), uint64(5), true)
 	f.Fuzz(func(t *testing.T, stream []byte, seed uint64, masked bool) {
 		whole, errWhole := decodeAll(masked, stream, func(left int) int { return left })
 		r := rand.New(rand.NewPCG(seed, 0))
