@@ -98,7 +98,12 @@ func (s *Service) check(token string) (grant, error) {
 	if len(token) > 256 || len(parts) != 5 || parts[0] != "rdvreg" || !identity.IsLabel(parts[2]) || (parts[3] != "-" && !identity.IsLabel(parts[3])) || !isSecret(parts[4]) {
 		return grant{}, refusal.New(refusal.RegistrationInvalid, "That is not a registration token. One is in the Secret <hostpool>-registration, or <sessionhost>-registration, under the key token.")
 	}
-	unknown := refusal.New(refusal.RegistrationInvalid, "The registration token is unknown, or was replaced by a newer one: read the Secret again (key token).")
+	// The Secret is named after what the token itself says, so that the answer tells nothing of what exists.
+	holder := parts[2]
+	if parts[3] != "-" {
+		holder = parts[3]
+	}
+	unknown := refusal.New(refusal.RegistrationInvalid, "The registration token is unknown, or was replaced by a newer one: read the key token of Secret %s-registration again.", holder)
 	if parts[1] != s.o.Namespace {
 		return grant{}, unknown
 	}
