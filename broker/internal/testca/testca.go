@@ -154,3 +154,14 @@ func check(t testing.TB, err error) {
 		t.Fatal(err)
 	}
 }
+
+// CSR asks for a common name with a key (PEM, PKCS #8).
+func CSR(t testing.TB, key []byte, commonName string) []byte {
+	t.Helper()
+	block, _ := pem.Decode(key)
+	priv, err := x509.ParsePKCS8PrivateKey(block.Bytes)
+	check(t, err)
+	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{Subject: pkix.Name{CommonName: commonName}}, priv)
+	check(t, err)
+	return pemBlock("CERTIFICATE REQUEST", der)
+}

@@ -1,0 +1,137 @@
+package inventory
+
+import (
+	"reflect"
+	"testing"
+	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"rendezvous.dev/rendezvous/api/v1alpha1"
+	"rendezvous.dev/rendezvous/broker/model"
+	"rendezvous.dev/rendezvous/wire/config"
+)
+
+func meta(name string) metav1.ObjectMeta { return metav1.ObjectMeta{Namespace: "ns", Name: name} }
+
+func testWorkspace() *v1alpha1.Workspace {
+	return &v1alpha1.Workspace{ObjectMeta: meta("ws"), Spec: v1alpha1.WorkspaceSpec{
+		Hostname: "ws.example.com", Identity: v1alpha1.Identity{OIDC: v1alpha1.OIDC{IssuerURL: "https://idp", ClientID: "rdv"}},
+		Resources: []v1alpha1.Resource{{
+			Name: "desk", Type: v1alpha1.ResourceDesktop, HostPoolRef: v1alpha1.LocalReference{Name: "pool"},
+			Access: v1alpha1.Access{Users: []string{"alice"}, Groups: []string{"eng"}},
+		}},
+	}}
+}
+
+func testPool(name, ws string) v1alpha1.HostPool {
+	return v1alpha1.HostPool{ObjectMeta: meta(name), Spec: v1alpha1.HostPoolSpec{Type: v1alpha1.Pooled, WorkspaceRef: v1alpha1.LocalReference{Name: ws}}}
+}
+
+func testHost(name, pool string) v1alpha1.SessionHost {
+	return v1alpha1.SessionHost{ObjectMeta: meta(name), Spec: v1alpha1.SessionHostSpec{HostPoolRef: v1alpha1.LocalReference{Name: pool}}}
+}
+
+func TestDefaults(t *testing.T) {
+	s := snapshot(objects{
+		workspace: testWorkspace(),
+		pools:     []v1alpha1.HostPool{testPool("pool", "ws")},
+		hosts:     []v1alpha1.SessionHost{testHost("h", "pool")},
+		gateways:  []v1alpha1.Gateway{{ObjectMeta: meta("gw"), Spec: v1alpha1.GatewaySpec{Hostname: "gw.example.com"}}},
+	})
+	for what, c := range map[string]struct{ got, want any }{
+		"workspace": {s.Workspace, &model.Workspace{
+			Name: "ws", DisplayName: "ws", Hostname: "ws.example.com", TicketLifetime: 8 * time.Hour,
+			OIDC: model.OIDC{
+				IssuerURL: "https://idp", ClientID: "rdv", Audiences: []string{"rdv"}, UsernameClaim: "email", GroupsClaim: "groups", Scopes: defaultScopes,
+			},
+			Resources: []model.Resource{{
+				Name: "desk", DisplayName: "desk", Type: model.Desktop, Pool: "pool", Users: []string{"alice"}, Groups: []string{"eng"},
+				Redirection: model.Redirection{Clipboard: true, Audio: true},
+			}},
+		}},
+		"pool":    {s.Pools["pool"], &model.Pool{Name: "pool", MaxSessions: 16, HeartbeatTimeout: 30 * time.Second, ConnectTimeout: 5 * time.Second}},
+		"host":    {s.Hosts["h"], &model.Host{Name: "h", Pool: "pool"}},
+		"gateway": {s.Gateways, []*model.Gateway{{Name: "gw", Hostname: "gw.example.com", Port: 443}}},
+	} {
+		if !reflect.DeepEqual(c.got, c.want) {
+			t.Errorf("%s: got %+v, want %+v", what, c.got, c.want)
+		}
+	}
+}
+
+func TestEverythingSet(t *testing.T) {
+	at := metav1.NewTime(time.Unix(1000, 0))
+	ws := testWorkspace()
+	ws.Spec.DisplayName, ws.Spec.Tickets.LifetimeSeconds = "Demo", new(int32(60))
+	ws.Spec.Identity.OIDC.Audiences, ws.Spec.Identity.OIDC.UsernameClaim = []string{"a"}, "sub"
+	ws.Spec.Resources[0].Type, ws.Spec.Resources[0].Program = v1alpha1.ResourceRemoteApp, &v1alpha1.Program{Path: "||e", Arguments: "-x"}
+	ws.Spec.Resources[0].Redirection = v1alpha1.Redirection{Clipboard: v1alpha1.Disabled, Audio: v1alpha1.Disabled, Drives: v1alpha1.Enabled}
+	p := testPool("pool", "ws")
+	p.UID, p.Generation = "uid", 7
+	p.Spec.Type, p.Spec.Assignment = v1alpha1.Personal, v1alpha1.Direct
+	p.Spec.Health = v1alpha1.Health{HeartbeatTimeoutSeconds: new(int32(9)), ConnectTimeoutSeconds: new(int32(2))}
+	p.Spec.RDPCertificate = &v1alpha1.RDPCertificate{IssuerRef: v1alpha1.IssuerReference{Name: "ca", Kind: "ClusterIssuer"}, DurationSeconds: new(int32(3600))}
+	p.Spec.CustomRDPProperties = []string{"a:i:1"}
+	p.Status.Registration = v1alpha1.RegistrationStatus{TokenHash: "hash", Expires: &at}
+	auto := testPool("auto", "ws")
+	auto.Spec.Type = v1alpha1.Personal
+	auto.Spec.MaxSessionsPerHost = new(int32(3))
+	h := testHost("h", "pool")
+	h.Generation = 4
+	h.Spec.AssignedUser, h.Spec.Drain = "alice", &v1alpha1.Drain{Reason: "why", Until: &at}
+	h.Status.Enrolment = &v1alpha1.Enrolment{TokenHash: "used"}
+	h.Status.Agent = &v1alpha1.AgentStatus{Connected: true, Version: "v1", Sessions: 2}
+	g := v1alpha1.Gateway{ObjectMeta: meta("gw"), Spec: v1alpha1.GatewaySpec{Hostname: "g", Port: new(int32(8443)), Region: "eu"}}
+	g.Status.CABundle = "PEM"
+	g.Status.Conditions = []metav1.Condition{{Type: v1alpha1.ConditionReady, Status: metav1.ConditionTrue}}
+
+	s := snapshot(objects{workspace: ws, pools: []v1alpha1.HostPool{p, auto}, hosts: []v1alpha1.SessionHost{h}, gateways: []v1alpha1.Gateway{g}})
+	if r := s.Workspace.Resources[0]; s.Workspace.DisplayName != "Demo" || s.Workspace.TicketLifetime != time.Minute || s.Workspace.OIDC.UsernameClaim != "sub" ||
+		s.Workspace.OIDC.Audiences[0] != "a" || r.Program != "||e" || r.Arguments != "-x" || r.Redirection != (model.Redirection{Drives: true}) {
+		t.Errorf("workspace %+v", s.Workspace)
+	}
+	want := &model.Pool{
+		Name: "pool", UID: "uid", Generation: 7, Personal: true, MaxSessions: 1, HeartbeatTimeout: 9 * time.Second, ConnectTimeout: 2 * time.Second,
+		RDPIssuer: &config.Issuer{Name: "ca", Kind: "ClusterIssuer", Group: "cert-manager.io"}, RDPDuration: time.Hour, Properties: []string{"a:i:1"},
+		Registration: model.Registration{TokenHash: "hash", Expires: at.Time},
+	}
+	if !reflect.DeepEqual(s.Pools["pool"], want) {
+		t.Errorf("pool %+v, want %+v", s.Pools["pool"], want)
+	}
+	if a := s.Pools["auto"]; !a.Automatic || a.MaxSessions != 3 {
+		t.Errorf("automatic pool %+v", a)
+	}
+	if h := s.Hosts["h"]; h.AssignedUser != "alice" || h.Drain.Reason != "why" || !h.Drain.Until.Equal(at.Time) || h.EnrolledWith != "used" || h.Generation != 4 || h.Agent.Version != "v1" {
+		t.Errorf("host %+v", h)
+	}
+	if g := s.Gateways[0]; !g.Ready || g.Port != 8443 || g.Region != "eu" || g.CABundle != "PEM" {
+		t.Errorf("gateway %+v", g)
+	}
+}
+
+// Only what belongs to the workspace is there.
+func TestScope(t *testing.T) {
+	if s := snapshot(objects{pools: []v1alpha1.HostPool{testPool("pool", "ws")}}); s.Workspace != nil || len(s.Pools) != 0 {
+		t.Errorf("without a Workspace: %+v", s)
+	}
+	ws := testWorkspace()
+	ws.Spec.GatewaySelector = &metav1.LabelSelector{MatchLabels: map[string]string{"region": "eu"}}
+	gone := testPool("gone", "ws")
+	gone.DeletionTimestamp = &metav1.Time{}
+	labelled := meta("z")
+	labelled.Labels = map[string]string{"region": "eu"}
+	also := *labelled.DeepCopy()
+	also.Name = "a"
+	s := snapshot(objects{
+		workspace: ws, pools: []v1alpha1.HostPool{testPool("pool", "ws"), testPool("other", "else"), gone},
+		hosts:    []v1alpha1.SessionHost{testHost("h", "pool"), testHost("o", "other"), testHost("n", "none"), testHost("g", "gone")},
+		gateways: []v1alpha1.Gateway{{ObjectMeta: labelled}, {ObjectMeta: meta("x")}, {ObjectMeta: also}},
+	})
+	if len(s.Pools) != 1 || len(s.Hosts) != 1 || s.Hosts["h"] == nil {
+		t.Errorf("pools %v, hosts %v", s.Pools, s.Hosts)
+	}
+	if len(s.Gateways) != 2 || s.Gateways[0].Name != "a" || s.Gateways[1].Name != "z" {
+		t.Errorf("gateways %+v", s.Gateways)
+	}
+}
