@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"runtime"
 	"strings"
@@ -18,7 +19,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
 	"rendezvous.dev/rendezvous/wire/admission"
+	"rendezvous.dev/rendezvous/wire/config"
 	"rendezvous.dev/rendezvous/wire/refusal"
 	"rendezvous.dev/rendezvous/wire/tsgu"
 	"rendezvous.dev/rendezvous/wire/wsframe"
@@ -833,4 +838,108 @@ func TestNothingIsLeft(t *testing.T) {
 	eventually(t, fmt.Sprintf("back to %d goroutines and %d descriptors", goroutines, files), func() bool {
 		return runtime.NumGoroutine() <= goroutines+2 && descriptors() <= files+2
 	})
+}
+
+// TestSlowReader: a client that doesn't read stops its host, and costs no queue meanwhile.
+func TestSlowReader(t *testing.T) {
+	const total = 64 << 20
+	each(t, nil, func(t *testing.T, s *stack, mode string) {
+		c, a := s.session(mode)
+		go func() {
+			chunk := make([]byte, 64<<10)
+			for range total / len(chunk) {
+				a.Write(chunk)
+			}
+		}()
+		session := s.relay.live()[0]
+		last := uint64(0)
+		eventually(t, "the host is stopped", func() bool {
+			time.Sleep(100 * time.Millisecond)
+			now := session.toClient.Load()
+			stopped := now > 0 && now == last
+			last = now
+			return stopped
+		})
+		if last > total/2 {
+			t.Errorf("%d of %d bytes were taken for a client that reads none", last, total)
+		}
+		if n, err := io.CopyN(io.Discard, c, total); err != nil {
+			t.Errorf("only %d bytes came once the client read: %v", n, err)
+		}
+	})
+}
+
+func TestMetrics(t *testing.T) {
+	registry := prometheus.NewRegistry()
+	s := newStack(t, func(o *Options, _ *fakeAdmission) { o.Metrics = NewMetrics(registry) })
+	c, a := s.session(transportTSGU)
+	c.Write([]byte("12345"))
+	expect(t, a, "12345")
+	a.Write([]byte("123"))
+	expect(t, c, "123")
+	s.dialRaw("bad", "")
+	s.dialAgent([]byte("bad"), testInstance, s.addr)
+	value := func(text string) string {
+		t.Helper()
+		srv := httptest.NewServer(promhttp.HandlerFor(registry, promhttp.HandlerOpts{EnableOpenMetrics: true}))
+		defer srv.Close()
+		req, _ := http.NewRequest(http.MethodGet, srv.URL, nil)
+		req.Header.Set("Accept", "application/openmetrics-text")
+		resp, err := http.DefaultClient.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		all, _ := io.ReadAll(resp.Body)
+		for line := range strings.Lines(string(all)) {
+			if strings.HasPrefix(line, "rendezvous_relay_"+text+" ") {
+				return strings.TrimSpace(strings.TrimPrefix(line, "rendezvous_relay_"+text+" "))
+			}
+		}
+		return ""
+	}
+	if got := value("sessions"); got != "1.0" {
+		t.Errorf("sessions %q during one", got)
+	}
+	c.Close()
+	io.ReadAll(a) // first the client's end, then the host's
+	a.Close()
+	s.idle()
+	for text, want := range map[string]string{
+		"sessions": "0.0", "pending": "0.0",
+		`bytes_total{direction="to_host"}`:                                  "5.0",
+		`bytes_total{direction="to_client"}`:                                "3.0",
+		`admissions_total{code="ok",transport="tsgu-websocket"}`:            "1.0",
+		`admissions_total{code="ticket-invalid",transport="raw-websocket"}`: "1.0",
+		`joins_total{result="ok"}`:                                          "1.0",
+		`joins_total{result="refused"}`:                                     "1.0",
+		`sessions_ended_total{reason="client-closed"}`:                      "1.0",
+	} {
+		if got := value(text); got != want {
+			t.Errorf("%s is %q, want %q", text, got, want)
+		}
+	}
+	if got := allBuckets(value); !strings.Contains(got, `activity="`+c.header.Get("Activity-Id")+`"`) {
+		t.Errorf("no exemplar with the activity id: %q", got)
+	}
+}
+
+// allBuckets joins the connect histogram's lines.
+func allBuckets(value func(string) string) string {
+	var all string
+	for _, le := range []string{"0.01", "0.025", "0.05", "0.1", "0.25", "0.5", "1.0", "2.5", "5.0", "10.0", "30.0", "+Inf"} {
+		all += value(`connect_seconds_bucket{le="` + le + `"}`)
+	}
+	return all
+}
+
+func TestBoundsChangeWhileServing(t *testing.T) {
+	s := newStack(t, nil)
+	s.session(transportRaw)
+	s.relay.SetConfig(config.Relay{Gateway: "gateway-a", Hostname: testHost, MaxSessions: 1})
+	if _, _, e := s.dialRaw(testTicket, ""); e == nil || e.Code != refusal.GatewayFull {
+		t.Errorf("over the new limit: %v", e)
+	}
+	s.relay.SetConfig(config.Relay{Gateway: "gateway-a", Hostname: testHost, MaxSessions: 2})
+	s.session(transportRaw)
 }
