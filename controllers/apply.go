@@ -44,9 +44,10 @@ type Applier struct {
 	// Live reads past the cache, where a stale answer would do harm.
 	Live client.Reader
 
-	// applied remembers, per object, what was applied last and the version that came of it: while neither changes there
-	// is nothing to ask the API server.
-	applied sync.Map // objectKey -> appliedState
+	mu sync.Mutex
+	// applied remembers, per owner and child, what was applied last and the version that came of it: while neither changes
+	// there is nothing to ask the API server. Guarded by mu.
+	applied map[objectKey]map[objectKey]appliedState
 }
 
 type objectKey struct {
@@ -59,6 +60,32 @@ type appliedState struct {
 	resourceVersion string
 }
 
+// Forget drops what is remembered for an owner that is gone.
+func (a *Applier) Forget(kind string, name types.NamespacedName) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	delete(a.applied, objectKey{rdv.GroupVersion.WithKind(kind).GroupKind(), name})
+}
+
+func (a *Applier) lastApplied(owner, child objectKey) appliedState {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.applied[owner][child]
+}
+
+// remember keeps what was applied; the zero state is as good as none.
+func (a *Applier) remember(owner, child objectKey, state appliedState) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.applied == nil {
+		a.applied = map[objectKey]map[objectKey]appliedState{}
+	}
+	if a.applied[owner] == nil {
+		a.applied[owner] = map[objectKey]appliedState{}
+	}
+	a.applied[owner][child] = state
+}
+
 // Apply makes the object as wanted, with owner as its controller. It never touches an object of that name that has
 // another controller, or none: that is a *RefusedError, and so is what the API server finds invalid.
 func (a *Applier) Apply(ctx context.Context, owner, want client.Object) error {
@@ -67,6 +94,11 @@ func (a *Applier) Apply(ctx context.Context, owner, want client.Object) error {
 	if err != nil {
 		return err
 	}
+	ownerGVK, err := apiutil.GVKForObject(owner, scheme)
+	if err != nil {
+		return err
+	}
+	ownerKey := objectKey{ownerGVK.GroupKind(), client.ObjectKeyFromObject(owner)}
 	key := objectKey{gvk.GroupKind(), client.ObjectKeyFromObject(want)}
 	what := fmt.Sprintf("%s %q", gvk.Kind, want.GetName())
 
@@ -77,7 +109,7 @@ func (a *Applier) Apply(ctx context.Context, owner, want client.Object) error {
 	if live != nil && !metav1.IsControlledBy(live, owner) {
 		return &RefusedError{rdv.ReasonConflict, fmt.Sprintf("%s exists and belongs to %s: remove it, or name this object otherwise", what, ownerOf(live))}
 	}
-	intent, err := intentOf(want, owner, gvk, scheme)
+	intent, err := intentOf(want, gvk, *metav1.NewControllerRef(owner, ownerGVK))
 	if err != nil {
 		return fmt.Errorf("apply %s: %w", what, err)
 	}
@@ -86,21 +118,17 @@ func (a *Applier) Apply(ctx context.Context, owner, want client.Object) error {
 		return fmt.Errorf("apply %s: %w", what, err)
 	}
 	hash := sha256.Sum256(text)
-	if live != nil {
-		if last, ok := a.applied.Load(key); ok && last == (appliedState{hash, live.GetResourceVersion()}) {
-			return nil
-		}
+	if live != nil && a.lastApplied(ownerKey, key) == (appliedState{hash, live.GetResourceVersion()}) {
+		return nil
 	}
 	err = a.Client.Apply(ctx, client.ApplyConfigurationFromUnstructured(intent), client.FieldOwner(FieldManager), client.ForceOwnership)
 	switch {
 	case apierrors.IsInvalid(err), apierrors.IsBadRequest(err), apierrors.IsForbidden(err) && !isTerminatingNamespace(err):
-		a.applied.Delete(key)
 		return &RefusedError{rdv.ReasonRejected, fmt.Sprintf("%s was refused: %s", what, apiMessage(err))}
 	case err != nil:
-		a.applied.Delete(key)
 		return fmt.Errorf("apply %s: %w", what, err)
 	}
-	a.applied.Store(key, appliedState{hash, intent.GetResourceVersion()})
+	a.remember(ownerKey, key, appliedState{hash, intent.GetResourceVersion()})
 	return nil
 }
 
@@ -138,34 +166,22 @@ func metadataOf(gvk schema.GroupVersionKind) *metav1.PartialObjectMetadata {
 }
 
 // intentOf is the whole of what we want to own in the object, and nothing that merely has a zero value in Go.
-func intentOf(want, owner client.Object, gvk schema.GroupVersionKind, scheme *runtime.Scheme) (*unstructured.Unstructured, error) {
-	ownerGVK, err := apiutil.GVKForObject(owner, scheme)
-	if err != nil {
-		return nil, err
-	}
+func intentOf(want client.Object, gvk schema.GroupVersionKind, controller metav1.OwnerReference) (*unstructured.Unstructured, error) {
 	content, err := runtime.DefaultUnstructuredConverter.ToUnstructured(want)
 	if err != nil {
 		return nil, err
 	}
 	u := &unstructured.Unstructured{Object: content}
 	u.SetGroupVersionKind(gvk)
-	u.SetOwnerReferences([]metav1.OwnerReference{*metav1.NewControllerRef(owner, ownerGVK)})
+	u.SetOwnerReferences([]metav1.OwnerReference{controller})
 	unstructured.RemoveNestedField(content, "status")
-	dropEmpty(content)
-	return u, nil
-}
-
-// dropEmpty removes nulls and the empty structs that Go types without omitempty leave behind, but no empty lists and no
-// empty selectors, which mean something.
-func dropEmpty(content map[string]any) {
-	for _, path := range [][]string{
-		{"metadata", "creationTimestamp"},
-		{"spec", "template", "metadata", "creationTimestamp"},
-	} {
+	// Go writes a time that is not set as null, which would be a wish of its own.
+	for _, path := range [][]string{{"metadata", "creationTimestamp"}, {"spec", "template", "metadata", "creationTimestamp"}} {
 		if v, found, _ := unstructured.NestedFieldNoCopy(content, path...); found && v == nil {
 			unstructured.RemoveNestedField(content, path...)
 		}
 	}
+	return u, nil
 }
 
 // HandOverReplicas lets go of a Deployment's number of replicas without changing it, for an autoscaler to take over: a field
@@ -196,7 +212,7 @@ func ownsReplicas(d *appsv1.Deployment) bool {
 		var fields struct {
 			Spec map[string]any `json:"f:spec"`
 		}
-		if json.Unmarshal(entry.FieldsV1.Raw, &fields) == nil && fields.Spec["f:replicas"] != nil {
+		if json.Unmarshal(entry.FieldsV1.GetRawBytes(), &fields) == nil && fields.Spec["f:replicas"] != nil {
 			return true
 		}
 	}

@@ -79,8 +79,12 @@ func (r *gatewayReconciler) setup(mgr ctrl.Manager) error {
 // Reconcile makes one pass over a Gateway.
 func (r *gatewayReconciler) Reconcile(ctx context.Context, req ctrl.Request) (ctrl.Result, error) {
 	gw, err := getOrNil(ctx, r.Client, req.Namespace, req.Name, &rdv.Gateway{})
-	if err != nil || gw == nil || !gw.DeletionTimestamp.IsZero() {
+	if err != nil {
 		return ctrl.Result{}, err
+	}
+	if gw == nil || !gw.DeletionTimestamp.IsZero() { // garbage collection does the rest
+		r.Forget("Gateway", req.NamespacedName)
+		return ctrl.Result{}, nil
 	}
 	s := &gatewayScope{gw: gw, identities: map[string]bool{}}
 	if err := r.gather(ctx, s); err != nil {

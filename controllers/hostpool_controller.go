@@ -71,8 +71,12 @@ func (r *hostPoolReconciler) setup(mgr ctrl.Manager) error {
 // Reconcile makes one pass over a HostPool.
 func (r *hostPoolReconciler) Reconcile(ctx context.Context, req ctrl.Request) (ctrl.Result, error) {
 	pool, err := getOrNil(ctx, r.Client, req.Namespace, req.Name, &rdv.HostPool{})
-	if err != nil || pool == nil || !pool.DeletionTimestamp.IsZero() {
+	if err != nil {
 		return ctrl.Result{}, err
+	}
+	if pool == nil || !pool.DeletionTimestamp.IsZero() { // garbage collection does the rest
+		r.Forget("HostPool", req.NamespacedName)
+		return ctrl.Result{}, nil
 	}
 	s := &hostPoolScope{pool: pool, registration: tokenOf("", pool.Status.Registration)}
 	if err := r.gather(ctx, s); err != nil {

@@ -22,7 +22,10 @@ import (
 
 // sessionHostReconciler keeps a SessionHost's own registration token and, where its pool made it, its pod. What the host
 // reports is written by the brokers; here it becomes conditions.
-type sessionHostReconciler struct{ base }
+type sessionHostReconciler struct {
+	base
+	rollout rollout
+}
 
 // sessionHostScope is one pass over one SessionHost.
 type sessionHostScope struct {
@@ -78,8 +81,12 @@ func hostsOfWorkspace(c client.Reader, workspace func(client.Object) string) han
 // Reconcile makes one pass over a SessionHost.
 func (r *sessionHostReconciler) Reconcile(ctx context.Context, req ctrl.Request) (ctrl.Result, error) {
 	host, err := getOrNil(ctx, r.Client, req.Namespace, req.Name, &rdv.SessionHost{})
-	if err != nil || host == nil || !host.DeletionTimestamp.IsZero() {
+	if err != nil {
 		return ctrl.Result{}, err
+	}
+	if host == nil || !host.DeletionTimestamp.IsZero() { // garbage collection does the rest
+		r.Forget("SessionHost", req.NamespacedName)
+		return ctrl.Result{}, nil
 	}
 	s := &sessionHostScope{host: host, registration: tokenOf("", host.Status.Registration)}
 	if err := r.gather(ctx, s); err != nil {
@@ -154,7 +161,7 @@ func (r *sessionHostReconciler) renderPod(s *sessionHostScope) error {
 }
 
 // decide says what is to be done about the pod, since a new pod needs an unspent token first.
-func (r *sessionHostReconciler) decide(_ context.Context, s *sessionHostScope) error {
+func (r *sessionHostReconciler) decide(ctx context.Context, s *sessionHostScope) error {
 	if s.wantPod == nil {
 		return nil
 	}
@@ -173,6 +180,15 @@ func (r *sessionHostReconciler) decide(_ context.Context, s *sessionHostScope) e
 		}
 	}
 	s.podDecision = plan.DecidePod(seen, s.wantPod.Annotations[render.AnnotationPodHash], sessionsOf(s.host), r.now())
+	if s.podDecision.Action == plan.PodDelete && !seen.Finished {
+		turn, err := r.rollout.turn(ctx, r.Client, s.host, r.now())
+		if err != nil {
+			return err
+		}
+		if !turn {
+			s.podDecision = plan.PodDecision{Action: plan.PodWait, Next: rolloutRetry}
+		}
+	}
 	s.wakeAfter(s.podDecision.Next)
 	return nil
 }

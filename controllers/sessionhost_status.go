@@ -28,8 +28,12 @@ func (r *sessionHostReconciler) writeStatus(ctx context.Context, s *sessionHostS
 
 	connected := r.connectedCondition(s)
 	others := []metav1.Condition{r.drainingCondition(s)}
-	if s.podDecision.Action == plan.PodWait && s.pod != nil && s.pod.DeletionTimestamp.IsZero() && sessionsOf(host) > 0 {
-		others = append(others, isTrue(rdv.ConditionReconciling, rdv.ReasonProgressing, "the pool's template has changed: the pod is replaced once no session is on it"))
+	if s.podDecision.Action == plan.PodWait && s.pod != nil && s.pod.DeletionTimestamp.IsZero() && s.pod.Status.Phase == corev1.PodRunning {
+		message := "the pool's template has changed: the pod is replaced once others of the pool are back"
+		if sessionsOf(host) > 0 {
+			message = "the pool's template has changed: the pod is replaced once no session is on it"
+		}
+		others = append(others, isTrue(rdv.ConditionReconciling, rdv.ReasonProgressing, message))
 	}
 	status.Conditions = summarise(host.Status.Conditions, host.Generation, "takes sessions", []metav1.Condition{
 		s.refs.condition(rdv.ConditionReferencesResolved, "all references resolve"),

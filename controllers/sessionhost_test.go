@@ -45,7 +45,8 @@ func (w *world) enrol(t *testing.T, ns, host, token string) {
 // deletePod takes the kubelet's part too, which would confirm the end.
 func (w *world) deletePod(t *testing.T, ns, name string) {
 	t.Helper()
-	if err := w.Delete(t.Context(), read(t, w, ns, name, &corev1.Pod{}), client.GracePeriodSeconds(0)); err != nil {
+	pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: ns, Name: name}}
+	if err := w.Delete(t.Context(), pod, client.GracePeriodSeconds(0)); client.IgnoreNotFound(err) != nil {
 		t.Fatal(err)
 	}
 }
@@ -101,6 +102,7 @@ func TestSessionHostPodLife(t *testing.T) {
 
 	// Another template waits for the sessions to end.
 	w.patchStatus(t, &rdv.SessionHost{}, ns, "linux-0", `{"status":{"agent":{"connected":true,"rdpReady":true,"sessions":1}}}`)
+	w.patchStatus(t, &corev1.Pod{}, ns, "linux-0", `{"status":{"phase":"Running"}}`)
 	pod = read(t, w, ns, "linux-0", &corev1.Pod{})
 	w.patch(t, &rdv.HostPool{}, ns, "linux", `{"spec":{"template":{"spec":{"containers":[{"name":"desktop","image":"desktop:2"}]}}}}`)
 	w.is(t, &rdv.SessionHost{}, ns, "linux-0", rdv.ConditionReconciling, metav1.ConditionTrue, rdv.ReasonProgressing, "the pod is replaced once no session is on it")
@@ -138,6 +140,64 @@ func TestSessionHostPodLife(t *testing.T) {
 		}
 		return err
 	})
+}
+
+// TestTemplateIsRolledOutInTurn shows that a pool's idle hosts are not all replaced at once.
+func TestTemplateIsRolledOutInTurn(t *testing.T) {
+	w, ns := start(t)
+	readyWorkspace(t, w, ns)
+	pool := newPool(ns)
+	pool.Spec.Template, pool.Spec.Replicas = template("desktop:1"), new(int32(3))
+	w.create(t, pool)
+	hosts := []string{"linux-0", "linux-1", "linux-2"}
+	report := func(host, agent string) {
+		t.Helper()
+		w.patchStatus(t, &rdv.SessionHost{}, ns, host, `{"status":{"agent":`+agent+`}}`)
+	}
+	for _, host := range hosts {
+		w.enrol(t, ns, host, w.hostToken(t, ns, host, ""))
+		report(host, `{"connected":true,"rdpReady":true}`)
+		w.is(t, &rdv.SessionHost{}, ns, host, rdv.ConditionReady, metav1.ConditionTrue, rdv.ReasonReady, "")
+	}
+	// outdated are the pods of the old template; those on their way out are helped to go.
+	outdated := func() (names []string) {
+		t.Helper()
+		for _, host := range hosts {
+			pod := &corev1.Pod{}
+			if err := w.Get(t.Context(), client.ObjectKey{Namespace: ns, Name: host}, pod); client.IgnoreNotFound(err) != nil {
+				t.Fatal(err)
+			} else if err != nil {
+				continue
+			}
+			if !pod.DeletionTimestamp.IsZero() {
+				w.deletePod(t, ns, host)
+			} else if pod.Spec.Containers[0].Image == "desktop:1" {
+				names = append(names, host)
+			}
+		}
+		return names
+	}
+	w.patch(t, &rdv.HostPool{}, ns, "linux", `{"spec":{"template":{"spec":{"containers":[{"name":"desktop","image":"desktop:2"}]}}}}`)
+	for left := 2; left >= 0; left-- {
+		eventually(t, func() error {
+			if now := outdated(); len(now) != left {
+				return fmt.Errorf("outdated are %v, want %d of them", now, left)
+			}
+			return nil
+		})
+		for _, host := range hosts {
+			w.poke(t, &rdv.SessionHost{}, ns, host)
+		}
+		w.settled(t, ns)
+		if now := outdated(); len(now) != left {
+			t.Fatalf("outdated are %v, though one is still away", now)
+		}
+		// The one that went comes back. A status holds whole seconds, so the clock must show a later one.
+		w.clock.advance(rolloutPatience + time.Second)
+		for _, host := range hosts {
+			w.poke(t, &rdv.SessionHost{}, ns, host)
+		}
+	}
 }
 
 func TestSessionHostForeignPod(t *testing.T) {

@@ -102,7 +102,8 @@ func (r *workspaceReconciler) Reconcile(ctx context.Context, req ctrl.Request) (
 	if err != nil {
 		return ctrl.Result{}, err
 	}
-	if ws == nil || !ws.DeletionTimestamp.IsZero() {
+	if ws == nil || !ws.DeletionTimestamp.IsZero() { // garbage collection does the rest
+		r.Forget("Workspace", req.NamespacedName)
 		r.discovery.Forget(req.NamespacedName)
 		return ctrl.Result{}, nil
 	}

@@ -14,6 +14,7 @@ import (
 	"k8s.io/apimachinery/pkg/api/meta"
 	"k8s.io/klog/v2"
 	ctrl "sigs.k8s.io/controller-runtime"
+	ctrlconfig "sigs.k8s.io/controller-runtime/pkg/config"
 	"sigs.k8s.io/controller-runtime/pkg/healthz"
 	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
 
@@ -69,6 +70,7 @@ func run() error {
 				"/readyz":  http.StripPrefix("/readyz", &healthz.Handler{Checks: map[string]healthz.Checker{"caches": synced.check}}),
 			},
 		},
+		Controller:              ctrlconfig.Controller{MaxConcurrentReconciles: 4},
 		LeaderElection:          *leaderElect,
 		LeaderElectionID:        "manager.rendezvous.dev",
 		LeaderElectionNamespace: *leaseNS,

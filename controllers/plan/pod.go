@@ -56,3 +56,7 @@ func DecidePod(seen Pod, wantHash string, sessions int32, now time.Time) PodDeci
 	}
 	return PodDecision{Action: PodDelete}
 }
+
+// ReplaceAtOnce is how many of a pool's pods may be on their way to a new template at the same time: a quarter, so that
+// users who arrive meanwhile find hosts.
+func ReplaceAtOnce(hosts int) int { return max(1, hosts/4) }
