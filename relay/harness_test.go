@@ -17,6 +17,7 @@ import (
 	"io"
 	"log/slog"
 	"math/big"
+	mrand "math/rand/v2"
 	"net"
 	"net/http"
 	"os"
@@ -135,6 +136,7 @@ type stack struct {
 	roots  *x509.CertPool
 	agents chan *agentLeg
 	log    *lockedBuffer
+	wrap   func(net.Conn) net.Conn // what clients and agents dial through, where set
 	stop   context.CancelFunc
 	// stopAdmission stops the gateway container.
 	stopAdmission func()
@@ -252,7 +254,39 @@ func newStack(t testing.TB, change func(*Options, *fakeAdmission)) *stack {
 }
 
 func (s *stack) dial(addr, serverName string) (*tls.Conn, error) {
-	return tls.DialWithDialer(&net.Dialer{Timeout: patience}, "tcp", addr, &tls.Config{RootCAs: s.roots, ServerName: serverName, InsecureSkipVerify: serverName != testHost})
+	tcp, err := net.DialTimeout("tcp", addr, patience)
+	if err != nil {
+		return nil, err
+	}
+	if s.wrap != nil {
+		tcp = s.wrap(tcp)
+	}
+	c := tls.Client(tcp, &tls.Config{RootCAs: s.roots, ServerName: serverName, InsecureSkipVerify: serverName != testHost})
+	c.SetDeadline(time.Now().Add(patience))
+	if err := c.Handshake(); err != nil {
+		c.Close()
+		return nil, err
+	}
+	c.SetDeadline(time.Time{})
+	return c, nil
+}
+
+// trickle writes in small pieces, so that TLS records arrive in parts.
+type trickle struct {
+	net.Conn
+	r *mrand.Rand
+}
+
+func (c *trickle) Write(p []byte) (n int, err error) {
+	for n < len(p) && err == nil {
+		var m int
+		m, err = c.Conn.Write(p[n:min(len(p), n+1+c.r.IntN(700))])
+		n += m
+		if c.r.IntN(8) == 0 {
+			time.Sleep(50 * time.Microsecond)
+		}
+	}
+	return n, err
 }
 
 // dialAgent joins with a secret. A refusal is an error that holds the body.
