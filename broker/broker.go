@@ -98,12 +98,16 @@ func Run(ctx context.Context, o Options) error {
 	life, end := context.WithCancel(context.WithoutCancel(ctx))
 	defer end()
 
+	enrolment := enrol.New(enrol.Options{
+		Namespace: o.Config.Namespace, Workspace: o.Config.Workspace, Source: o.Inventory, Writer: o.Inventory,
+		InternalIssuer: o.Config.InternalIssuer, BusURLs: o.Config.BusURLs, BusCA: busCA(o.BusDir, log), Log: log, Metrics: m,
+	})
 	// The bus knows of a connection before there is somebody to tell.
 	var orchestrator atomic.Pointer[orchestrate.Orchestrator]
 	b, err := bus.Start(life, bus.Options{
 		Namespace: o.Config.Namespace, Workspace: o.Config.Workspace, Name: o.Name, TLS: reloaders[o.BusDir],
 		Host: o.Host, Port: o.BusPort, WebSocketPort: o.BusWebSocketPort, RoutePort: o.BusRoutePort,
-		Peers: peers(o), Log: log,
+		Peers: peers(o), Admit: enrolment.Member, Log: log,
 		Presence: func(id identity.ID, conn uint64, connected bool) {
 			if orch := orchestrator.Load(); orch != nil {
 				orch.Presence(id, conn, connected)
@@ -125,10 +129,6 @@ func Run(ctx context.Context, o Options) error {
 		TicketKey: ticketPublicKey(reloaders[o.TicketsDir]), Log: log, Metrics: m,
 	})
 	store := traces.New()
-	enrolment := enrol.New(enrol.Options{
-		Namespace: o.Config.Namespace, Workspace: o.Config.Workspace, Source: o.Inventory, Writer: o.Inventory,
-		InternalIssuer: o.Config.InternalIssuer, BusURLs: o.Config.BusURLs, BusCA: busCA(o.BusDir, log), Log: log, Metrics: m,
-	})
 	validator := oidc.New(oidc.Options{
 		Config: func() (model.OIDC, bool) {
 			ws := o.Inventory.Snapshot().Workspace
@@ -140,6 +140,7 @@ func Run(ctx context.Context, o Options) error {
 		CAFile: filepath.Join(o.ConfigDir, oidcCAFile), Log: log,
 	})
 	o.Inventory.OnChange(orch.Changed)
+	o.Inventory.OnChange(b.Recheck)
 	if err := errors.Join(orch.Start(life), store.Subscribe(nc), enrolment.ServeRenewals(life, nc)); err != nil {
 		return err
 	}

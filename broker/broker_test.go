@@ -277,6 +277,15 @@ func TestAllTheWay(t *testing.T) {
 		t.Fatalf("%+v", reply)
 	}
 
+	// The host is deleted: its agent is not let in any more, whatever its certificate says.
+	other := dial(ca.Reloader(id), id)
+	world.Edit(func(s *model.Snapshot) { delete(s.Hosts, "h1") })
+	for deadline := time.Now().Add(patience); !agent.IsClosed() || !other.IsClosed(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the deleted host's agent is still there")
+		}
+	}
+
 	// A stop sends clients away and ends without an error.
 	stop()
 	select {
@@ -287,7 +296,7 @@ func TestAllTheWay(t *testing.T) {
 	case <-time.After(shutdownTimeout + patience):
 		t.Fatal("the broker does not stop")
 	}
-	if !agent.IsClosed() {
-		t.Error("the agent was not sent away")
+	if !gw.IsClosed() {
+		t.Error("the gateway was not sent away")
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"sync"
+	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
 
@@ -20,11 +21,17 @@ type authenticator struct {
 	system               *server.Account
 
 	mu    sync.Mutex
-	conns map[uint64]identity.ID // by the server's connection id
+	conns map[uint64]client // by the server's connection id
+}
+
+// client is one agent or gateway on this replica.
+type client struct {
+	id     identity.ID
+	issued time.Time // its certificate
 }
 
 func newAuthenticator(o Options) *authenticator {
-	return &authenticator{o: o, ownToken: randomToken(), watchToken: randomToken(), conns: map[uint64]identity.ID{}}
+	return &authenticator{o: o, ownToken: randomToken(), watchToken: randomToken(), conns: map[uint64]client{}}
 }
 
 // admit is asked in the TLS handshake, once the certificate's chain is verified. Brokers have routes, and no business
@@ -53,6 +60,9 @@ func (a *authenticator) Check(c server.ClientAuthentication) bool {
 	if err == nil {
 		err = a.admit(id)
 	}
+	if err == nil {
+		err = a.o.Admit(id, leaf.NotBefore)
+	}
 	var p wirebus.Permissions
 	if err == nil {
 		p, err = wirebus.PermissionsFor(id)
@@ -70,7 +80,7 @@ func (a *authenticator) Check(c server.ClientAuthentication) bool {
 		// A connection lives no longer than the certificate that opened it; its owner comes back with a renewed one.
 		ConnectionDeadline: leaf.NotAfter,
 	})
-	a.came(c.GetID(), id)
+	a.came(c.GetID(), client{id, leaf.NotBefore})
 	return true
 }
 
@@ -89,25 +99,25 @@ func (a *authenticator) checkInProcess(c server.ClientAuthentication) bool {
 
 func same(a, b string) bool { return subtle.ConstantTimeCompare([]byte(a), []byte(b)) == 1 }
 
-func (a *authenticator) came(conn uint64, id identity.ID) {
+func (a *authenticator) came(conn uint64, c client) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if _, known := a.conns[conn]; !known {
-		a.conns[conn] = id
-		a.o.Presence(id, conn, true)
+		a.conns[conn] = c
+		a.o.Presence(c.id, conn, true)
 	}
 }
 
 func (a *authenticator) gone(conn uint64) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if id, known := a.conns[conn]; known {
+	if c, known := a.conns[conn]; known {
 		delete(a.conns, conn)
-		a.o.Presence(id, conn, false)
+		a.o.Presence(c.id, conn, false)
 	}
 }
 
-func (a *authenticator) present() map[uint64]identity.ID {
+func (a *authenticator) present() map[uint64]client {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return maps.Clone(a.conns)

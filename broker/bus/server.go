@@ -62,7 +62,9 @@ type Options struct {
 	// Presence is told when an agent or gateway connects to or leaves this replica. conn is unique in its life. It is
 	// called in order and must not block.
 	Presence func(id identity.ID, conn uint64, connected bool)
-	Log      *slog.Logger
+	// Admit has a further say on who may connect, with a certificate issued when. See Recheck. Nil admits all.
+	Admit func(id identity.ID, issued time.Time) error
+	Log   *slog.Logger
 }
 
 // Server is one replica of the bus.
@@ -86,6 +88,9 @@ func Start(ctx context.Context, o Options) (*Server, error) {
 	}
 	if o.Presence == nil {
 		o.Presence = func(identity.ID, uint64, bool) {}
+	}
+	if o.Admit == nil {
+		o.Admit = func(identity.ID, time.Time) error { return nil }
 	}
 	if o.Host == "" {
 		o.Host = "0.0.0.0"
@@ -173,7 +178,14 @@ func (s *Server) Connect(opts ...nats.Option) (*nats.Conn, error) {
 }
 
 func (s *Server) connect(token string, opts ...nats.Option) (*nats.Conn, error) {
-	opts = append(opts, nats.InProcessServer(s.nats), nats.Token(token), nats.NoReconnect())
+	opts = append(opts, nats.InProcessServer(s.nats), nats.Token(token), nats.NoReconnect(),
+		nats.ErrorHandler(func(_ *nats.Conn, sub *nats.Subscription, err error) {
+			subject := ""
+			if sub != nil {
+				subject = sub.Subject
+			}
+			s.o.Log.Error("own connection to the bus", "subject", subject, "error", err)
+		}))
 	s.reloading.Lock()
 	defer s.reloading.Unlock()
 	nc, err := nats.Connect("", opts...)
@@ -270,7 +282,24 @@ func (s *Server) Routes() int { return len(s.nats.ActivePeers()) }
 func (s *Server) Clients() int { return s.auth.count() }
 
 // Present gives the agents and gateways on this replica, by connection.
-func (s *Server) Present() map[uint64]identity.ID { return s.auth.present() }
+func (s *Server) Present() map[uint64]identity.ID {
+	ids := map[uint64]identity.ID{}
+	for conn, c := range s.auth.present() {
+		ids[conn] = c.id
+	}
+	return ids
+}
+
+// Recheck asks Admit about everybody again, and ends the connections of those whom it does not admit any more.
+func (s *Server) Recheck() {
+	for conn, c := range s.auth.present() {
+		if err := s.o.Admit(c.id, c.issued); err != nil {
+			s.o.Log.Info("connection ended", "identity", c.id.String(), "error", err)
+			// An error says that the connection has ended meanwhile.
+			_ = s.nats.DisconnectClientByID(conn)
+		}
+	}
+}
 
 // Addr, WebSocketAddr and RouteAddr are the listeners'.
 func (s *Server) Addr() net.Addr { return s.nats.Addr() }

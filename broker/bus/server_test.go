@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -407,6 +408,32 @@ func TestPresence(t *testing.T) {
 	agent.Close()
 	if down := next(); down.id != agentA || down.up || down.conn != up.conn {
 		t.Fatalf("got %+v after %+v", down, up)
+	}
+}
+
+func TestAdmit(t *testing.T) {
+	ca := testca.New(t, "ca")
+	var revoked atomic.Bool
+	s := start(t, ca, Options{Admit: func(id identity.ID, issued time.Time) error {
+		if id.Host == "b" || id.Host == "a" && revoked.Load() || issued.IsZero() {
+			return errors.New("not a member")
+		}
+		return nil
+	}})
+	a, gw := mustDial(t, s, ca, agentA), mustDial(t, s, ca, gateway)
+	if nc, err := dial("tls://"+s.Addr().String(), ca.Reloader(agentB), agentB); err == nil {
+		nc.Close()
+		t.Fatal("b was let in")
+	}
+	s.Recheck()
+	if err := a.Flush(); err != nil {
+		t.Fatalf("a member was dropped: %v", err)
+	}
+	revoked.Store(true)
+	s.Recheck()
+	eventually(t, "a is dropped", a.IsClosed)
+	if err := gw.Flush(); err != nil {
+		t.Fatalf("the gateway was dropped: %v", err)
 	}
 }
 

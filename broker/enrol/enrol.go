@@ -42,6 +42,11 @@ const (
 	// maxWorking bounds enrolments and renewals that wait for an issuer.
 	maxWorking = 64
 	markTries  = 5
+	// issueTime is the longest from an identity's NotBefore until its enrolment is recorded. Some issuers date
+	// certificates back by an hour, for clients whose clocks are behind.
+	issueTime = 65 * time.Minute
+	// seenWithin is how long an enrolment waits to be seen here, so that its agent is known when it comes.
+	seenWithin, seenEvery = 3 * time.Second, 20 * time.Millisecond
 	// renewTimeout bounds one renewal.
 	renewTimeout = time.Minute
 )
@@ -194,6 +199,7 @@ func (s *Service) Enroll(ctx context.Context, r brokerapi.EnrollRequest) (res br
 	if err := s.mark(ctx, g, r.Host); err != nil {
 		return res, err
 	}
+	s.awaitSeen(ctx, r.Host, g.hash)
 	s.o.Log.Info("host enrolled", "pool", g.pool.Name, "host", r.Host, "token", kind)
 	return brokerapi.EnrollResponse{
 		Namespace: s.o.Namespace, Workspace: s.o.Workspace, Pool: g.pool.Name, Host: r.Host,
@@ -251,6 +257,38 @@ func (s *Service) mark(ctx context.Context, g grant, host string) error {
 		}
 	}
 	return s.apiAway(err)
+}
+
+// awaitSeen waits until the snapshot shows the enrolment, or has had time enough: the agent comes again if it must.
+func (s *Service) awaitSeen(ctx context.Context, host, hash string) {
+	ctx, cancel := context.WithTimeout(ctx, seenWithin)
+	defer cancel()
+	for {
+		if h := s.o.Source.Snapshot().Hosts[host]; h != nil && h.EnrolledWith == hash {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(seenEvery):
+		}
+	}
+}
+
+// Member says whether the holder of an agent's identity, issued when, is (still) that host: the SessionHost is there,
+// and no other machine has enrolled as it since. While nothing is known of the declared world, the certificate counts.
+func (s *Service) Member(id identity.ID, issued time.Time) error {
+	snap := s.o.Source.Snapshot()
+	if snap.Workspace == nil || id.Role != identity.RoleAgent {
+		return nil
+	}
+	switch h := snap.Hosts[id.Host]; {
+	case h == nil || h.Pool != id.Pool:
+		return fmt.Errorf("SessionHost %s of pool %s does not exist (any more)", id.Host, id.Pool)
+	case issued.Add(issueTime).Before(h.EnrolledAt):
+		return fmt.Errorf("SessionHost %s was enrolled again at %s, and this certificate is older", id.Host, h.EnrolledAt.UTC().Format(time.RFC3339))
+	}
+	return nil
 }
 
 // requests checks what is to be signed: the identity first, then the RDP certificate. What was not asked for is nil.

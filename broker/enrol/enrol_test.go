@@ -355,3 +355,29 @@ func TestRenew(t *testing.T) {
 	_, err = f.Renew(t.Context(), id, brokerapi.RenewRequest{ClientCSR: clientCSR(t, "linux", "linux-1")})
 	wantCode(t, err, refusal.RegistrationInvalid)
 }
+
+func TestMember(t *testing.T) {
+	f := setUp(t)
+	f.world.EditHost("linux-1", func(h *model.Host) { h.EnrolledAt = now })
+	for _, c := range []struct {
+		name   string
+		id     identity.ID
+		issued time.Time
+		ok     bool
+	}{
+		{"of this enrolment", identity.Agent(ns, ws, "linux", "linux-1"), now.Add(-time.Minute), true},
+		{"renewed", identity.Agent(ns, ws, "linux", "linux-1"), now.Add(time.Hour), true},
+		{"of an enrolment before", identity.Agent(ns, ws, "linux", "linux-1"), now.Add(-2 * time.Hour), false},
+		{"in another pool", identity.Agent(ns, ws, "machines", "linux-1"), now, false},
+		{"without a SessionHost", identity.Agent(ns, ws, "linux", "gone"), now, false},
+		{"a gateway", identity.Gateway(ns, ws, "gw"), now.Add(-time.Hour), true},
+	} {
+		if err := f.Member(c.id, c.issued); (err == nil) != c.ok {
+			t.Errorf("%s: %v", c.name, err)
+		}
+	}
+	f.world.Edit(func(s *model.Snapshot) { *s = model.Snapshot{} })
+	if err := f.Member(identity.Agent(ns, ws, "linux", "gone"), now); err != nil {
+		t.Errorf("while nothing is known: %v", err)
+	}
+}

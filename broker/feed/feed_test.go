@@ -94,6 +94,8 @@ func signer(t *testing.T) (cert *tls.Certificate, ca []byte) {
 		}
 		if isCA {
 			tmpl.KeyUsage = x509.KeyUsageCertSign
+		} else { // as the operator asks cert-manager for
+			tmpl.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageCodeSigning, x509.ExtKeyUsageEmailProtection}
 		}
 		if parent == nil {
 			parent, parentKey = tmpl, key

@@ -141,7 +141,7 @@ func host(h *v1alpha1.SessionHost) *model.Host {
 		m.Drain = &model.Drain{Reason: d.Reason, Until: moment(d.Until)}
 	}
 	if e := h.Status.Enrolment; e != nil {
-		m.EnrolledWith = e.TokenHash
+		m.EnrolledWith, m.EnrolledAt = e.TokenHash, e.Time.Time
 	}
 	if a := h.Status.Agent; a != nil {
 		m.Agent = &model.AgentStatus{

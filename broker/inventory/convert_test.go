@@ -80,7 +80,7 @@ func TestEverythingSet(t *testing.T) {
 	h := testHost("h", "pool")
 	h.Generation = 4
 	h.Spec.AssignedUser, h.Spec.Drain = "alice", &v1alpha1.Drain{Reason: "why", Until: &at}
-	h.Status.Enrolment = &v1alpha1.Enrolment{TokenHash: "used"}
+	h.Status.Enrolment = &v1alpha1.Enrolment{TokenHash: "used", Time: at}
 	h.Status.Agent = &v1alpha1.AgentStatus{Connected: true, Version: "v1", Sessions: 2}
 	g := v1alpha1.Gateway{ObjectMeta: meta("gw"), Spec: v1alpha1.GatewaySpec{Hostname: "g", Port: new(int32(8443)), Region: "eu"}}
 	g.Status.CABundle = "PEM"
@@ -102,7 +102,7 @@ func TestEverythingSet(t *testing.T) {
 	if a := s.Pools["auto"]; !a.Automatic || a.MaxSessions != 3 {
 		t.Errorf("automatic pool %+v", a)
 	}
-	if h := s.Hosts["h"]; h.AssignedUser != "alice" || h.Drain.Reason != "why" || !h.Drain.Until.Equal(at.Time) || h.EnrolledWith != "used" || h.Generation != 4 || h.Agent.Version != "v1" {
+	if h := s.Hosts["h"]; h.AssignedUser != "alice" || h.Drain.Reason != "why" || !h.Drain.Until.Equal(at.Time) || h.EnrolledWith != "used" || !h.EnrolledAt.Equal(at.Time) || h.Generation != 4 || h.Agent.Version != "v1" {
 		t.Errorf("host %+v", h)
 	}
 	if g := s.Gateways[0]; !g.Ready || g.Port != 8443 || g.Region != "eu" || g.CABundle != "PEM" {

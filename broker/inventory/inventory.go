@@ -25,7 +25,7 @@ import (
 )
 
 // settle is how long a burst of changes is gathered before it becomes one snapshot.
-const settle = 50 * time.Millisecond
+const settle = 100 * time.Millisecond
 
 // Inventory implements model.Source and model.Writer for one workspace.
 type Inventory struct {

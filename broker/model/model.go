@@ -149,8 +149,9 @@ type Host struct {
 	AssignedUser string
 	Drain        *Drain
 	Registration Registration
-	// EnrolledWith is the hash of the token that enrolled the host, empty where it isn't enrolled.
+	// EnrolledWith is the hash of the token that enrolled the host, empty where it isn't enrolled; EnrolledAt is when.
 	EnrolledWith string
+	EnrolledAt   time.Time
 	// Agent is nil where no agent has ever reported.
 	Agent *AgentStatus
 }

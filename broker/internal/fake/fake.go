@@ -120,7 +120,7 @@ func (w *World) GetHost(_ context.Context, host string) (*model.Host, string, er
 	return h, strconv.Itoa(w.version[host]), nil
 }
 
-func (w *World) MarkEnrolled(_ context.Context, host, version, hash string, _ time.Time) error {
+func (w *World) MarkEnrolled(_ context.Context, host, version, hash string, at time.Time) error {
 	if w.Away != nil {
 		return w.Away
 	}
@@ -130,7 +130,7 @@ func (w *World) MarkEnrolled(_ context.Context, host, version, hash string, _ ti
 	conflict := false
 	w.Edit(func(s *model.Snapshot) {
 		if conflict = strconv.Itoa(w.version[host]) != version; !conflict {
-			w.editHost(s, host, func(h *model.Host) { h.EnrolledWith = hash })
+			w.editHost(s, host, func(h *model.Host) { h.EnrolledWith, h.EnrolledAt = hash, at })
 		}
 	})
 	if conflict {
