@@ -126,6 +126,7 @@ type Agent struct {
 
 	changed chan struct{} // one waiting signal: report at once
 	redial  chan struct{} // one waiting signal: make another control channel in place of this one
+	early   chan struct{} // one waiting signal: renew before the time has come
 
 	mu       sync.Mutex
 	member   *member    // guarded by mu; nil before enrolment
@@ -145,7 +146,7 @@ func New(o Options) (*Agent, error) {
 	return &Agent{
 		opts: o, log: o.Log.With("host", o.Host), store: store{dir: o.StateDir}, ledger: newLedger(),
 		install: newInstaller(o.RDPCertDir), boot: hex.EncodeToString(boot),
-		changed: make(chan struct{}, 1), redial: make(chan struct{}, 1),
+		changed: make(chan struct{}, 1), redial: make(chan struct{}, 1), early: make(chan struct{}, 1),
 	}, nil
 }
 
@@ -215,6 +216,9 @@ func (a *Agent) current() *member {
 	defer a.mu.Unlock()
 	return a.member
 }
+
+// RenewNow asks for new certificates before their time, as after a leak of the host's keys. It does not wait for them.
+func (a *Agent) RenewNow() { signal(a.early) }
 
 // signal wakes the reader of a one-place channel without ever waiting for it.
 func signal(c chan struct{}) {

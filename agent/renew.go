@@ -18,11 +18,18 @@ const renewTimeout = 60 * time.Second
 func (a *Agent) keepRenewing(ctx context.Context) {
 	for {
 		m := a.current()
-		if sleep(ctx, time.Until(renewAt(m))) != nil {
+		due := time.NewTimer(time.Until(renewAt(m)))
+		select {
+		case <-ctx.Done():
+			due.Stop()
 			return
-		}
-		if a.current() != m {
-			continue // enrolled again meanwhile
+		case <-a.early:
+			due.Stop()
+			m = a.current()
+		case <-due.C:
+			if a.current() != m {
+				continue // enrolled again meanwhile
+			}
 		}
 		next, err := a.renew(ctx, m)
 		if err != nil {

@@ -102,7 +102,7 @@ func (f *flags) options() (agent.Options, error) {
 func runCommand() *cobra.Command {
 	f := &flags{}
 	c := &cobra.Command{
-		Use: "run", Short: "Serve as a session host until stopped", Args: cobra.NoArgs,
+		Use: "run", Short: "Serve as a session host until stopped; SIGHUP renews its certificates at once", Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			o, err := f.options()
 			if err != nil {
@@ -119,6 +119,19 @@ func runCommand() *cobra.Command {
 			defer stop()
 			// A second signal ends the drain at once.
 			context.AfterFunc(ctx, stop)
+			renew := make(chan os.Signal, 1)
+			signal.Notify(renew, syscall.SIGHUP)
+			defer signal.Stop(renew)
+			go func() {
+				for {
+					select {
+					case <-ctx.Done():
+						return
+					case <-renew:
+						a.RenewNow()
+					}
+				}
+			}()
 			return a.Run(ctx)
 		},
 	}

@@ -61,6 +61,9 @@ func setUpAndRun(m *testing.M) (int, error) {
 		return 0, err
 	}
 	say := stage.NewProgress(os.Stderr)
+	if err := stage.Install(ctx, "tcpdump"); err != nil {
+		return 0, err
+	}
 	if w.Stage, err = stage.Up(ctx, root, say); err != nil {
 		return 0, err
 	}

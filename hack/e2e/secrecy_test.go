@@ -16,9 +16,13 @@ import (
 	mrand "math/rand/v2"
 	"os"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
 	"rendezvous.dev/rendezvous/hack/desktop/rdpkit"
 	"rendezvous.dev/rendezvous/hack/stage"
 	"rendezvous.dev/rendezvous/hack/wiretap"
@@ -147,6 +151,46 @@ func TestSearchMemoryFinds(t *testing.T) {
 	if err != nil || where == "" {
 		t.Errorf("searchMemory = %q, %v; want a place", where, err)
 	}
+}
+
+// New certificates, asked for over the control channel with the old ones, end no session and serve the next.
+func TestHostCertificatesRenew(t *testing.T) {
+	enrolMachine(t)
+	running := showDesktop(t, "machine-desktop", "tsgu", w.outColor)
+	fingerprint := func() string {
+		var sh rdv.SessionHost
+		if err := w.Client.Get(t.Context(), client.ObjectKey{Namespace: stage.Namespace, Name: outside}, &sh); err != nil || sh.Status.Agent == nil {
+			return ""
+		}
+		return sh.Status.Agent.CertificateFingerprint
+	}
+	before := fingerprint()
+	if len(before) != 64 {
+		t.Fatalf("SessionHost %s tells no certificate fingerprint: %q", outside, before)
+	}
+	old, err := w.machine.ReadFile(rdpkit.CertDir + "/tls.crt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := w.machine.Agent.Signal(syscall.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
+	if err := eventually(t.Context(), time.Minute, func() error {
+		now, err := w.machine.ReadFile(rdpkit.CertDir + "/tls.crt")
+		if err != nil || bytes.Equal(now, old) || fingerprint() == before {
+			return fmt.Errorf("the RDP certificate is not renewed (%v): %s", err, tail(w.machine.Agent.Output(), 3))
+		}
+		return w.hostReady(t.Context(), outside)
+	}); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-running.Done():
+		t.Errorf("the renewal ended the session: %s", tail(running.Output(), 10))
+	default:
+	}
+	running.Stop()
+	showDesktop(t, "machine-desktop", "raw", w.outColor)
 }
 
 // A session host that shows a certificate of another CA is refused by the client, whoever let it join.
