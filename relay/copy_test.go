@@ -81,6 +81,9 @@ func TestFramingDoesNotAllocate(t *testing.T) {
 
 // TestSteadyPathAllocations counts what the whole process allocates for a round trip, TLS and both test ends included.
 func TestSteadyPathAllocations(t *testing.T) {
+	if raceEnabled {
+		t.Skip("counted without the race detector")
+	}
 	for _, mode := range modes {
 		t.Run(mode, func(t *testing.T) {
 			s := newStack(t, nil)
