@@ -1,7 +1,6 @@
 package feed
 
 import (
-	"crypto"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/base64"
@@ -41,9 +40,8 @@ func Sign(lines []string, cert *tls.Certificate) ([]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("feed: %w", err)
 	}
-	key, ok := cert.PrivateKey.(crypto.PrivateKey)
-	if !ok || len(cert.Certificate) == 0 {
-		return nil, errors.New("feed: the signing certificate has no key")
+	if cert.PrivateKey == nil || len(cert.Certificate) == 0 {
+		return nil, errors.New("feed: the signing certificate or its key is missing")
 	}
 	sd.SetDigestAlgorithm(pkcs7.OIDDigestAlgorithmSHA256)
 	for i, der := range cert.Certificate {
@@ -53,7 +51,7 @@ func Sign(lines []string, cert *tls.Certificate) ([]string, error) {
 		}
 		if i > 0 {
 			sd.AddCertificate(c)
-		} else if err := sd.SignWithoutAttr(c, key, pkcs7.SignerInfoConfig{}); err != nil {
+		} else if err := sd.SignWithoutAttr(c, cert.PrivateKey, pkcs7.SignerInfoConfig{}); err != nil {
 			return nil, fmt.Errorf("feed: sign: %w", err)
 		}
 	}

@@ -204,7 +204,7 @@ type keySet struct {
 
 // VerifySignature implements gooidc.KeySet.
 func (s *keySet) VerifySignature(ctx context.Context, token string) ([]byte, error) {
-	jws, err := jose.ParseSigned(token, algorithms)
+	jws, err := jose.ParseSignedCompact(token, algorithms)
 	if err != nil {
 		return nil, err
 	}

@@ -501,10 +501,13 @@ func TestAssignmentConflict(t *testing.T) {
 			w.agent(0, "personal", "p1", 1)
 			w.agent(0, "personal", "p2", 1)
 			w.fake.EditHost("p1", func(h *model.Host) { h.AssignedUser = c.owner })
-			con := &connect{b: w.brokers[0], deadline: time.Now().Add(patience), req: request(w.ticket(func(c *ticket.Claims) {
+			lagging := w.brokers[0].o
+			lagging.Source = &stale{w.fake, 2} // for authorise and the first place
+			b := New(lagging)
+			b.live = w.brokers[0].live
+			con := &connect{b: b, deadline: time.Now().Add(patience), req: request(w.ticket(func(c *ticket.Claims) {
 				c.Groups, c.Resource, c.Target = []string{"engineers"}, "mine", brokerapi.PoolName(ns, "personal")
 			}), func(r *bus.ConnectRequest) { r.Target = "" })}
-			w.brokers[0].o.Source = &stale{w.fake, 2} // for authorise and the first place
 			host, err := con.run(t.Context())
 			if err != nil || host != c.want {
 				t.Fatalf("got %s %v, want %s", host, err, c.want)
