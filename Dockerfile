@@ -13,8 +13,8 @@ COPY controllers/ controllers/
 COPY gateway/ gateway/
 COPY relay/ relay/
 COPY wire/ wire/
-ARG TARGETOS=linux TARGETARCH
-RUN CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH go build -trimpath -ldflags="-s -w" -o /out/ ./cmd/...
+ARG TARGETOS=linux TARGETARCH VERSION=(devel)
+RUN CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH go build -trimpath -ldflags="-s -w -X 'main.version=$VERSION'" -o /out/ ./cmd/...
 
 # Static binaries: no libc, no shell; the roots are there for brokers and agents that trust public issuers.
 FROM gcr.io/distroless/static:nonroot AS base
