@@ -160,8 +160,15 @@ func (b *Orchestrator) onPresence(_ context.Context, m *nats.Msg) {
 	}
 	k, local := hostKey{p.Pool, p.Host}, p.Broker == b.o.Name
 	b.live.presence(k, fmt.Sprintf("%s/%d", p.Broker, p.Conn), local, p.Connected)
-	if local && !p.Connected {
+	switch {
+	case !local:
+	case !p.Connected:
 		b.status.left(k)
+	default: // its first report may have been faster, and found nobody to answer
+		if pool, host := declared(b.o.Source.Snapshot(), k); host != nil {
+			b.pushConfig(pool, host)
+			b.status.changed(k)
+		}
 	}
 }
 

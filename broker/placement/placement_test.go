@@ -184,3 +184,15 @@ func TestFillsExactly(t *testing.T) {
 		}
 	}
 }
+
+func BenchmarkPlace(b *testing.B) {
+	hosts := make([]Host, 10000)
+	for i := range hosts {
+		hosts[i] = host(fmt.Sprintf("h%05d", i), with(slices.Repeat([]string{"x"}, i%16)...))
+	}
+	for b.Loop() {
+		if got, _ := Place(Pool{Name: "p", MaxSessions: 16}, hosts, "u"); len(got) != len(hosts) {
+			b.Fatal(len(got))
+		}
+	}
+}
