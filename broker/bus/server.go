@@ -40,6 +40,8 @@ const (
 	lameDuck      = 10 * time.Second
 	lameDuckGrace = 500 * time.Millisecond
 	startTimeout  = 10 * time.Second
+	// reportEvery is after how many attempts at an unreachable peer, about a second apart, it is logged again.
+	reportEvery = 60
 	// replyTTL is how long a receiver may take to answer a request.
 	replyTTL = 2 * time.Minute
 )
@@ -137,12 +139,15 @@ func (s *Server) options() *server.Options {
 			TLSConfig: s.routeTLS(), TLSTimeout: handshakeTimeout.Seconds(),
 			// Clients know us by our Service; pod addresses would fail their check of our name.
 			NoAdvertise: true,
+			PoolSize:    -1, // one connection per peer: there is one account, and little traffic
 		},
 		TLSConfig: agents, TLSTimeout: handshakeTimeout.Seconds(), AuthTimeout: handshakeTimeout.Seconds() + 1,
 		CustomClientAuthentication: s.auth,
 		MaxPayload:                 maxPayload, MaxSubs: maxSubscriptions,
 		PingInterval: pingEvery, MaxPingsOut: maxPingsOut,
 		LameDuckDuration: lameDuck, LameDuckGracePeriod: lameDuckGrace,
+		// A peer that is gone stays in DNS for a while; once a minute is often enough to be told.
+		ConnectErrorReports: reportEvery, ReconnectErrorReports: reportEvery,
 		NoSigs: true,
 	}
 }

@@ -37,7 +37,7 @@ const (
 	identityDuration = 30 * 24 * time.Hour
 	maxHostName      = 52
 	secretLength     = 32
-	// Whoever has no token yet shares these; more are told to come back.
+	// Refused tokens that are told why; more are told to come back.
 	unknownPerSecond, unknownBurst = 50, 200
 	// maxWorking bounds enrolments and renewals that wait for an issuer.
 	maxWorking = 64
@@ -94,11 +94,17 @@ type grant struct {
 	hash string
 }
 
-// check says what a token is good for now. Its errors are *refusal.Error; none tells which pools or hosts exist.
+// check says what a token is good for now. Those who try tokens are held off, without harm to those who have one.
 func (s *Service) check(token string) (grant, error) {
-	if !s.unknown.AllowN(s.o.Now(), 1) {
-		return grant{}, refusal.New(refusal.IssuerAway, "Too many machines enrol at once: try again in a few seconds.")
+	g, err := s.lookUp(token)
+	if err != nil && !s.unknown.AllowN(s.o.Now(), 1) {
+		return grant{}, refusal.New(refusal.IssuerAway, "Too many tokens are refused here: try again in a few seconds.")
 	}
+	return g, err
+}
+
+// lookUp finds what a token is good for. Its errors are *refusal.Error; none tells which pools or hosts exist.
+func (s *Service) lookUp(token string) (grant, error) {
 	parts := strings.Split(token, ".")
 	if len(token) > 256 || len(parts) != 5 || parts[0] != "rdvreg" || !identity.IsLabel(parts[2]) || (parts[3] != "-" && !identity.IsLabel(parts[3])) || !isSecret(parts[4]) {
 		return grant{}, refusal.New(refusal.RegistrationInvalid, "That is not a registration token. One is in the Secret <hostpool>-registration, or <sessionhost>-registration, under the key token.")

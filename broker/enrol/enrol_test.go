@@ -332,6 +332,9 @@ func TestUnknownsAreHeldOff(t *testing.T) {
 	if held != 50 {
 		t.Errorf("%d held off, want 50", held)
 	}
+	if _, err := f.Pre(f.poolToken); err != nil {
+		t.Errorf("one with a token was held off too: %v", err)
+	}
 }
 
 func TestRenew(t *testing.T) {
