@@ -157,6 +157,15 @@ func TestAllTheWay(t *testing.T) {
 		t.Fatalf("readyz: %s", res.Status)
 	}
 
+	eventually := func(what string, ok func() bool) {
+		t.Helper()
+		for deadline := time.Now().Add(patience); !ok(); time.Sleep(10 * time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("never happened: %s", what)
+			}
+		}
+	}
+
 	// 0: a machine enrols and comes on the bus with what it got.
 	id := identity.Agent(ns, ws, "pool", "h1")
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -246,9 +255,10 @@ func TestAllTheWay(t *testing.T) {
 		t.Fatalf("%+v", reply)
 	}
 	var events []trace.Event
-	for deadline := time.Now().Add(patience); len(events) < 4 && time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+	eventually("the activity is whole", func() bool {
 		call(t, ca, "GET", feed+brokerapi.PathActivities+activity, token, nil, &events)
-	}
+		return len(events) >= 4
+	})
 	steps := map[int]bool{}
 	for _, e := range events {
 		steps[e.Step] = true
@@ -280,11 +290,7 @@ func TestAllTheWay(t *testing.T) {
 	// The host is deleted: its agent is not let in any more, whatever its certificate says.
 	other := dial(ca.Reloader(id), id)
 	world.Edit(func(s *model.Snapshot) { delete(s.Hosts, "h1") })
-	for deadline := time.Now().Add(patience); !agent.IsClosed() || !other.IsClosed(); time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatal("the deleted host's agent is still there")
-		}
-	}
+	eventually("the deleted host's agents are dropped", func() bool { return agent.IsClosed() && other.IsClosed() })
 
 	// A stop sends clients away and ends without an error.
 	stop()
@@ -296,7 +302,5 @@ func TestAllTheWay(t *testing.T) {
 	case <-time.After(shutdownTimeout + patience):
 		t.Fatal("the broker does not stop")
 	}
-	if !gw.IsClosed() {
-		t.Error("the gateway was not sent away")
-	}
+	eventually("the gateway is sent away", gw.IsClosed)
 }

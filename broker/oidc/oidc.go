@@ -101,7 +101,9 @@ func (v *Validator) Run(ctx context.Context) {
 	defer tick.Stop()
 	for {
 		if cfg, ok := v.o.Config(); ok && cfg.IssuerURL != "" {
-			v.current(ctx, cfg.IssuerURL, func(k *keyring) bool { return v.o.Now().Sub(k.heard) > refreshAfter })
+			if k := v.known(cfg.IssuerURL); v.o.Now().Sub(k.heard) > refreshAfter {
+				v.refresh(ctx, cfg.IssuerURL)
+			}
 		}
 		select {
 		case <-ctx.Done():
@@ -208,71 +210,76 @@ func (s *keySet) VerifySignature(ctx context.Context, token string) ([]byte, err
 	if err != nil {
 		return nil, err
 	}
-	now := s.v.o.Now()
-	verify := func(k *keyring) (payload []byte, ok bool) {
-		for i := range k.keys {
-			key := &k.keys[i]
-			if id := jws.Signatures[0].Header.KeyID; id != "" && key.KeyID != "" && id != key.KeyID {
-				continue
-			}
-			if payload, err := jws.Verify(key); err == nil {
-				return payload, true
-			}
-		}
-		return nil, false
+	k := s.v.known(s.issuer)
+	payload, ok := k.verify(jws)
+	if !ok || s.v.stale(k) {
+		k = s.v.refresh(ctx, s.issuer)
+		payload, ok = k.verify(jws)
 	}
-	k := s.v.current(ctx, s.issuer, func(k *keyring) bool {
-		_, ok := verify(k)
-		return !ok || now.Sub(k.heard) > MaxStale
-	})
-	if len(k.keys) == 0 || now.Sub(k.heard) > MaxStale {
+	switch {
+	case s.v.stale(k):
 		s.away = refusal.New(refusal.IdentityAway, "The identity provider %s can't be reached, so nobody's token can be checked: %v. Try again in a moment; an administrator finds more in the Workspace's condition IdentityReady.", s.issuer, k.err)
 		return nil, s.away
-	}
-	payload, ok := verify(&k)
-	if !ok {
+	case !ok:
 		return nil, errors.New("no key of the provider verifies it")
 	}
 	return payload, nil
 }
 
-// current gives the keys of an issuer, read anew where stale says so and the last attempt is not too recent.
-func (v *Validator) current(ctx context.Context, issuer string, stale func(*keyring) bool) keyring {
-	ca := v.CA()
-	look := func() (keyring, bool) {
-		v.mu.Lock()
-		defer v.mu.Unlock()
-		if v.keys.issuer != issuer || v.keys.ca != ca {
-			v.keys = keyring{issuer: issuer, ca: ca}
+// verify tries the keys that the token's header does not rule out.
+func (k *keyring) verify(jws *jose.JSONWebSignature) (payload []byte, ok bool) {
+	for i := range k.keys {
+		key := &k.keys[i]
+		if id := jws.Signatures[0].Header.KeyID; id != "" && key.KeyID != "" && id != key.KeyID {
+			continue
 		}
-		return v.keys, stale(&v.keys) && v.o.Now().Sub(v.keys.tried) >= retryAfter
+		if payload, err := jws.Verify(key); err == nil {
+			return payload, true
+		}
 	}
-	k, want := look()
-	if !want {
-		return k
-	}
-	v.fetching.Lock()
-	defer v.fetching.Unlock()
-	if k, want = look(); !want { // another request has asked meanwhile
-		return k
-	}
-	// Others wait for this answer too, so it does not end with the request that happened to ask.
-	fetchCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), fetchTimeout)
-	defer cancel()
-	keys, err := fetch(fetchCtx, issuer, ca)
-	now := v.o.Now()
+	return nil, false
+}
+
+// stale says that keys are too old, or were never read.
+func (v *Validator) stale(k keyring) bool {
+	return len(k.keys) == 0 || v.o.Now().Sub(k.heard) > MaxStale
+}
+
+// known gives what is known of an issuer: nothing yet, where it or its CA is another than before.
+func (v *Validator) known(issuer string) keyring {
+	ca := v.CA()
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if v.keys.issuer != issuer || v.keys.ca != ca {
-		return v.keys
-	}
-	v.keys.tried, v.keys.err = now, err
-	if err != nil {
-		v.o.Log.Warn("the identity provider does not answer", "issuer", issuer, "error", err, "lastHeard", v.keys.heard)
-	} else {
-		v.keys.keys, v.keys.heard = keys, now
+		v.keys = keyring{issuer: issuer, ca: ca}
 	}
 	return v.keys
+}
+
+// refresh asks the provider, unless somebody did a moment ago, and gives what is known then.
+func (v *Validator) refresh(ctx context.Context, issuer string) keyring {
+	v.fetching.Lock()
+	defer v.fetching.Unlock()
+	k := v.known(issuer)
+	if v.o.Now().Sub(k.tried) < retryAfter {
+		return k
+	}
+	// Others wait for this answer too, so it does not end with the request that happened to ask.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), fetchTimeout)
+	defer cancel()
+	keys, err := fetch(ctx, issuer, k.ca)
+	k.tried, k.err = v.o.Now(), err
+	if err != nil {
+		v.o.Log.Warn("the identity provider does not answer", "issuer", issuer, "error", err, "lastHeard", k.heard)
+	} else {
+		k.keys, k.heard = keys, k.tried
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.keys.issuer == k.issuer && v.keys.ca == k.ca {
+		v.keys = k
+	}
+	return k
 }
 
 // fetch reads the provider's discovery document and the keys that it names.
