@@ -5,7 +5,6 @@ package lint
 import (
 	"bufio"
 	"encoding/json"
-	"go/doc"
 	"go/parser"
 	"go/token"
 	"os/exec"
@@ -145,7 +144,7 @@ func TestEveryPackageSaysWhatItIsFor(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			documented = documented || (file.Doc != nil && len(doc.Synopsis(file.Doc.Text())) > 0)
+			documented = documented || (file.Doc != nil && len(strings.TrimSpace(file.Doc.Text())) > 0)
 		}
 		if !documented {
 			t.Errorf("%s has no package comment", p.ImportPath)
