@@ -49,7 +49,7 @@ type gatewayScope struct {
 }
 
 // +kubebuilder:rbac:groups=rendezvous.dev,resources=gateways,verbs=get;list;watch
-// +kubebuilder:rbac:groups=rendezvous.dev,resources=gateways/status,verbs=get;patch
+// +kubebuilder:rbac:groups=rendezvous.dev,resources=gateways/status,verbs=patch
 // +kubebuilder:rbac:groups=autoscaling,resources=horizontalpodautoscalers,verbs=create;delete;get;list;patch;watch
 
 func (r *gatewayReconciler) setup(mgr ctrl.Manager) error {

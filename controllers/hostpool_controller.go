@@ -48,7 +48,7 @@ type hostPoolScope struct {
 }
 
 // +kubebuilder:rbac:groups=rendezvous.dev,resources=hostpools,verbs=get;list;watch
-// +kubebuilder:rbac:groups=rendezvous.dev,resources=hostpools/status,verbs=get;patch
+// +kubebuilder:rbac:groups=rendezvous.dev,resources=hostpools/status,verbs=patch
 // +kubebuilder:rbac:groups=rendezvous.dev,resources=sessionhosts,verbs=create;delete;get;list;patch;watch
 
 func (r *hostPoolReconciler) setup(mgr ctrl.Manager) error {
@@ -119,7 +119,7 @@ func (r *hostPoolReconciler) applyRegistration(ctx context.Context, s *hostPoolS
 	if s.ws == nil {
 		return nil
 	}
-	seen, err := r.seenToken(ctx, pool, func(o client.Object) rdv.RegistrationStatus { return o.(*rdv.HostPool).Status.Registration })
+	seen, uid, err := r.seenToken(ctx, pool, func(o client.Object) rdv.RegistrationStatus { return o.(*rdv.HostPool).Status.Registration })
 	if err != nil {
 		return err
 	}
@@ -132,12 +132,17 @@ func (r *hostPoolReconciler) applyRegistration(ctx context.Context, s *hostPoolS
 	if err != nil {
 		return err
 	}
-	done, err := r.applyOne(ctx, &s.pass, pool, render.PoolRegistrationSecret(pool, render.Registration{
+	secret := render.PoolRegistrationSecret(pool, render.Registration{
 		Token: seen.Text, Expires: seen.Expires, CA: ca, Broker: render.PublicURL(s.ws),
-	}))
-	if err != nil || !done {
-		s.registration = plan.Token{} // a token that nobody has enrols nobody
+	})
+	secret.UID = uid
+	done, err := r.applyOne(ctx, &s.pass, pool, secret)
+	if err != nil {
 		return err
+	}
+	if !done {
+		s.registration = plan.Token{} // a token that is in no Secret enrols nobody
+		return nil
 	}
 	s.registration, s.expired = seen, decision.Expired
 	s.wakeAfter(decision.Next)

@@ -9,6 +9,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
@@ -32,26 +33,28 @@ func tokenPolicy(pool *rdv.HostPool, obj metav1.Object) plan.TokenPolicy {
 }
 
 // seenToken is the token that owner has: its text past the cache, for nobody should hold tokens in memory, and the rest
-// from the status. Where the two don't fit, the status is read past the cache too: it may only be late.
-func (b *base) seenToken(ctx context.Context, owner client.Object, status func(client.Object) rdv.RegistrationStatus) (plan.Token, error) {
+// from the status. Where the two don't fit, the status is read past the cache too: it may only be late. The UID is the
+// Secret's: applied with it, a Secret that somebody deletes meanwhile, to revoke its token, is not made anew with that token.
+func (b *base) seenToken(ctx context.Context, owner client.Object, status func(client.Object) rdv.RegistrationStatus) (plan.Token, types.UID, error) {
 	secret := &corev1.Secret{}
 	err := b.Live.Get(ctx, client.ObjectKey{Namespace: owner.GetNamespace(), Name: render.RegistrationSecretName(owner.GetName())}, secret)
 	if err != nil && !apierrors.IsNotFound(err) {
-		return plan.Token{}, fmt.Errorf("get registration Secret: %w", err)
+		return plan.Token{}, "", fmt.Errorf("get registration Secret: %w", err)
 	}
 	var text string
+	var uid types.UID
 	if metav1.IsControlledBy(secret, owner) {
-		text = string(secret.Data[render.KeyToken])
+		text, uid = string(secret.Data[render.KeyToken]), secret.UID
 	}
 	seen := tokenOf(text, status(owner))
 	if text != "" && seen.Hash != plan.HashToken(text) {
 		fresh := owner.DeepCopyObject().(client.Object)
 		if err := b.Live.Get(ctx, client.ObjectKeyFromObject(owner), fresh); err != nil {
-			return plan.Token{}, fmt.Errorf("get %s past the cache: %w", owner.GetName(), err)
+			return plan.Token{}, "", fmt.Errorf("get %s past the cache: %w", owner.GetName(), err)
 		}
 		seen = tokenOf(text, status(fresh))
 	}
-	return seen, nil
+	return seen, uid, nil
 }
 
 func tokenOf(text string, status rdv.RegistrationStatus) plan.Token {

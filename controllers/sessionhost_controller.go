@@ -48,7 +48,7 @@ type sessionHostScope struct {
 	hasSecret    bool
 }
 
-// +kubebuilder:rbac:groups=rendezvous.dev,resources=sessionhosts/status,verbs=get;patch
+// +kubebuilder:rbac:groups=rendezvous.dev,resources=sessionhosts/status,verbs=patch
 // +kubebuilder:rbac:groups="",resources=pods,verbs=create;delete;get;list;patch;watch
 
 func (r *sessionHostReconciler) setup(mgr ctrl.Manager) error {
@@ -200,7 +200,7 @@ func (r *sessionHostReconciler) applyRegistration(ctx context.Context, s *sessio
 	if s.pool == nil || s.ws == nil {
 		return nil
 	}
-	seen, err := r.seenToken(ctx, host, func(o client.Object) rdv.RegistrationStatus { return o.(*rdv.SessionHost).Status.Registration })
+	seen, uid, err := r.seenToken(ctx, host, func(o client.Object) rdv.RegistrationStatus { return o.(*rdv.SessionHost).Status.Registration })
 	if err != nil {
 		return err
 	}
@@ -228,12 +228,17 @@ func (r *sessionHostReconciler) applyRegistration(ctx context.Context, s *sessio
 	if s.wantPod != nil {
 		broker = r.render.BrokerURL(host.Namespace, s.ws.Name)
 	}
-	done, err := r.applyOne(ctx, &s.pass, host, render.HostRegistrationSecret(host, render.Registration{
+	secret := render.HostRegistrationSecret(host, render.Registration{
 		Token: seen.Text, Expires: seen.Expires, CA: s.feedCA, Broker: broker,
-	}))
-	if err != nil || !done {
-		s.registration = plan.Token{MadeFor: s.registration.MadeFor}
+	})
+	secret.UID = uid
+	done, err := r.applyOne(ctx, &s.pass, host, secret)
+	if err != nil {
 		return err
+	}
+	if !done {
+		s.registration = plan.Token{MadeFor: s.registration.MadeFor} // a token that is in no Secret enrols nobody
+		return nil
 	}
 	s.registration, s.hasSecret = seen, true
 	s.wakeAfter(decision.Next)

@@ -18,15 +18,18 @@ import (
 	"github.com/go-logr/logr"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/client-go/rest"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	ctrlconfig "sigs.k8s.io/controller-runtime/pkg/config"
 	"sigs.k8s.io/controller-runtime/pkg/envtest"
 	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
+	"sigs.k8s.io/yaml"
 
 	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
 	"rendezvous.dev/rendezvous/controllers/render"
@@ -96,11 +99,15 @@ func startWorld() (*world, error) {
 		return nil, err
 	}
 	shared.stop = append(shared.stop, func() { _ = env.Stop() })
-	mgr, err := ctrl.NewManager(config, ctrl.Options{Scheme: NewScheme(), Metrics: metricsserver.Options{BindAddress: "0"}, Controller: ctrlconfig.Controller{MaxConcurrentReconciles: 4}})
+	direct, err := client.New(config, client.Options{Scheme: NewScheme()})
 	if err != nil {
 		return nil, err
 	}
-	direct, err := client.New(config, client.Options{Scheme: NewScheme()})
+	operator, err := operatorAccount(env, direct)
+	if err != nil {
+		return nil, err
+	}
+	mgr, err := ctrl.NewManager(operator, ctrl.Options{Scheme: NewScheme(), Metrics: metricsserver.Options{BindAddress: "0"}, Controller: ctrlconfig.Controller{MaxConcurrentReconciles: 4}})
 	if err != nil {
 		return nil, err
 	}
@@ -123,6 +130,27 @@ func startWorld() (*world, error) {
 		return nil, errors.New("the caches were not filled")
 	}
 	return w, nil
+}
+
+// operatorAccount is the operator's service account, with the rights of config/rbac and no others.
+func operatorAccount(env *envtest.Environment, admin client.Client) (*rest.Config, error) {
+	for file, obj := range map[string]client.Object{"role.yaml": &rbacv1.ClusterRole{}, "role_binding.yaml": &rbacv1.ClusterRoleBinding{}} {
+		text, err := os.ReadFile(filepath.Join("..", "config", "rbac", file))
+		if err != nil {
+			return nil, err
+		}
+		if err := yaml.UnmarshalStrict(text, obj); err != nil {
+			return nil, fmt.Errorf("%s: %w", file, err)
+		}
+		if err := admin.Create(context.Background(), obj); err != nil {
+			return nil, err
+		}
+	}
+	user, err := env.AddUser(envtest.User{Name: "system:serviceaccount:rendezvous-system:rendezvous-manager"}, nil)
+	if err != nil {
+		return nil, err
+	}
+	return user.Config(), nil
 }
 
 // certManagerCRDs finds cert-manager's CRDs in its Go module.

@@ -49,22 +49,24 @@ type workspaceScope struct {
 	deployment *appsv1.Deployment
 }
 
-// The brokers' Role is granted by the operator, which must hold all that it grants: hence patch on sessionhosts/status and
-// gateways/status, create on sessionhosts, and the verbs on certificaterequests. Finalizers are updated by nobody; clusters
-// that check blockOwnerDeletion ask for the right all the same.
+// Children are removed by garbage collection, so delete is asked for only where they can become unwanted while their owner
+// stays. The brokers' Role is granted by the operator, which must hold all that it grants: hence the verbs on
+// certificaterequests, and some on sessionhosts and gateways. Finalizers are updated by nobody; clusters that check
+// blockOwnerDeletion ask for the right all the same.
+// Secrets: those of certificates are adopted and their ca.crt is read; registration tokens are kept in some; a Workspace
+// may name one.
 // +kubebuilder:rbac:groups=rendezvous.dev,resources=workspaces,verbs=get;list;watch
-// +kubebuilder:rbac:groups=rendezvous.dev,resources=workspaces/status,verbs=get;patch
+// +kubebuilder:rbac:groups=rendezvous.dev,resources=workspaces/status,verbs=patch
 // +kubebuilder:rbac:groups=rendezvous.dev,resources=workspaces/finalizers;hostpools/finalizers;sessionhosts/finalizers;gateways/finalizers,verbs=update
 // +kubebuilder:rbac:groups=cert-manager.io,resources=certificaterequests,verbs=create;delete;get;list;watch
 // +kubebuilder:rbac:groups=cert-manager.io,resources=certificates;issuers,verbs=create;delete;get;list;patch;watch
 // +kubebuilder:rbac:groups=cert-manager.io,resources=clusterissuers,verbs=get;list;watch
-// +kubebuilder:rbac:groups=apps,resources=deployments,verbs=create;delete;get;list;patch;watch
-// +kubebuilder:rbac:groups="",resources=configmaps;services;serviceaccounts,verbs=create;delete;get;list;patch;watch
-// Secrets: certificates' Secrets are adopted and their ca.crt read; registration tokens are kept in Secrets; a Workspace may name one.
+// +kubebuilder:rbac:groups=apps,resources=deployments,verbs=create;get;list;patch;watch
+// +kubebuilder:rbac:groups="",resources=configmaps;services;serviceaccounts,verbs=create;get;list;patch;watch
 // +kubebuilder:rbac:groups="",resources=secrets,verbs=create;delete;get;list;patch;watch
-// +kubebuilder:rbac:groups=rbac.authorization.k8s.io,resources=roles;rolebindings,verbs=create;delete;get;list;patch;watch
-// +kubebuilder:rbac:groups=policy,resources=poddisruptionbudgets,verbs=create;delete;get;list;patch;watch
-// +kubebuilder:rbac:groups=networking.k8s.io,resources=networkpolicies,verbs=create;delete;get;list;patch;watch
+// +kubebuilder:rbac:groups=rbac.authorization.k8s.io,resources=roles;rolebindings,verbs=create;get;list;patch;watch
+// +kubebuilder:rbac:groups=policy,resources=poddisruptionbudgets,verbs=create;get;list;patch;watch
+// +kubebuilder:rbac:groups=networking.k8s.io,resources=networkpolicies,verbs=create;get;list;patch;watch
 
 func (r *workspaceReconciler) setup(mgr ctrl.Manager) error {
 	c := mgr.GetClient()
