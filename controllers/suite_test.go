@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -202,7 +203,7 @@ func (p *providers) answer(issuer string, err error) {
 func eventually(t *testing.T, check func() error) {
 	t.Helper()
 	var err error
-	for deadline := time.Now().Add(30 * time.Second); time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
 		if err = check(); err == nil {
 			return
 		}
@@ -445,4 +446,28 @@ func changed(before, after map[string]string) map[string]bool {
 		}
 	}
 	return diff
+}
+
+// onlyChanges waits until what is wanted has changed since before, and then says what else has, apart from the object that
+// was edited. It gives the versions now.
+func (w *world) onlyChanges(t *testing.T, step, ns string, before map[string]string, edited string, want ...string) map[string]string {
+	t.Helper()
+	eventually(t, func() error {
+		diff := changed(before, w.versions(t, ns))
+		for _, name := range want {
+			if !diff[name] {
+				return fmt.Errorf("%s: %s is not changed", step, name)
+			}
+		}
+		return nil
+	})
+	after := w.settled(t, ns)
+	diff := changed(before, after)
+	for _, name := range append(want, edited) {
+		delete(diff, name)
+	}
+	if len(diff) > 0 {
+		t.Errorf("%s: changed besides: %v", step, slices.Sorted(maps.Keys(diff)))
+	}
+	return after
 }

@@ -132,3 +132,11 @@ func TestDecidePod(t *testing.T) {
 		})
 	}
 }
+
+func TestReplaceAtOnce(t *testing.T) {
+	for hosts, want := range map[int]int{0: 1, 1: 1, 4: 1, 7: 1, 8: 2, 100: 25} {
+		if got := ReplaceAtOnce(hosts); got != want {
+			t.Errorf("of %d hosts: got %d, want %d", hosts, got, want)
+		}
+	}
+}
