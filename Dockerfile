@@ -16,8 +16,9 @@ COPY wire/ wire/
 ARG TARGETOS=linux TARGETARCH VERSION=(devel)
 RUN CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH go build -trimpath -ldflags="-s -w -X 'main.version=$VERSION'" -o /out/ ./cmd/...
 
-# Static binaries: no libc, no shell; the roots are there for brokers and agents that trust public issuers.
-FROM gcr.io/distroless/static:nonroot AS base
+# Static binaries: no libc, no shell; the CA certificates are there for brokers and agents that trust public issuers.
+FROM scratch AS base
+COPY --from=build /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/ca-certificates.crt
 USER 65532:65532
 
 FROM base AS manager

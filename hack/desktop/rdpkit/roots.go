@@ -47,7 +47,7 @@ func cacheDir() (string, error) {
 
 // Ensure returns the root file systems, building those that the cache lacks: about 90 seconds on two cores, with the
 // network, when it has none. It may be killed at any point and called again, and by many processes at once.
-// RDV_DEBIAN_MIRROR names another mirror than deb.debian.org.
+// RDV_DEBIAN_MIRROR names another Debian mirror than the one that this machine installs from.
 func Ensure(ctx context.Context, log *slog.Logger) (Roots, error) {
 	cache, err := cacheDir()
 	if err != nil {

@@ -5,7 +5,8 @@ set -eu
 kind=$1 target=$2 base=${3-}
 here=$(dirname "$0")
 suite=trixie
-mirror=${RDV_DEBIAN_MIRROR:-http://deb.debian.org/debian}
+# The mirror that this machine installs from, where it is a Debian that knows one; else debootstrap's own.
+mirror=${RDV_DEBIAN_MIRROR:-$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Label: Debian' | head -n 1)}
 export DEBIAN_FRONTEND=noninteractive LC_ALL=C
 
 install_packages() {
@@ -26,7 +27,7 @@ slim() {
 
 case $kind in
 base)
-	debootstrap --variant=minbase "$suite" "$target" "$mirror"
+	debootstrap --variant=minbase "$suite" "$target" ${mirror:+"$mirror"}
 	cp "$here/dpkg-slim.cfg" "$target/etc/dpkg/dpkg.cfg.d/slim"
 	rm -rf "$target"/usr/share/doc/* "$target"/usr/share/man/* "$target"/usr/share/info/* "$target"/usr/share/locale/*
 	rm -f "$target"/var/cache/apt/archives/*.deb
