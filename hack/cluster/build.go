@@ -223,7 +223,7 @@ type image struct{ ref, tar string }
 func programImage(dir, program string) (image, error) {
 	base := filepath.Base(dir)
 	img := image{
-		ref: "docker.io/rdv-cluster/" + program + ":" + base[strings.LastIndex(base, "-")+1:],
+		ref: "localhost/rdv-cluster/" + program + ":" + base[strings.LastIndex(base, "-")+1:],
 		tar: filepath.Join(dir, program+".tar"),
 	}
 	if _, err := os.Stat(img.tar); err == nil {

@@ -37,7 +37,7 @@ func golden(t *testing.T, name, text string) {
 }
 
 func TestNodeConfigs(t *testing.T) {
-	files, err := layout{"/state"}.nodeConfigs("docker.io/rdv-cluster/pause:key")
+	files, err := layout{"/state"}.nodeConfigs("localhost/rdv-cluster/pause:key")
 	if err != nil {
 		t.Fatal(err)
 	}

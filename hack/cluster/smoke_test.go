@@ -196,12 +196,12 @@ spec:
   terminationGracePeriodSeconds: 60
   initContainers:
   - name: linger
-    image: docker.io/rdv-cluster/probe:smoke
+    image: localhost/rdv-cluster/probe:smoke
     restartPolicy: Always
     args: [linger, 8s]
   containers:
   - name: serve
-    image: docker.io/rdv-cluster/probe:smoke
+    image: localhost/rdv-cluster/probe:smoke
     args: [serve]
     ports: [{containerPort: 8080}]
     readinessProbe: {tcpSocket: {port: 8080}, periodSeconds: 1}
@@ -244,7 +244,7 @@ func loadProbe(t *testing.T, c *cluster, probe string) {
 	t.Helper()
 	tar := filepath.Join(t.TempDir(), "probe.tar")
 	err := imagetar.WriteFile(tar, imagetar.Image{
-		Ref: "docker.io/rdv-cluster/probe:smoke", Entrypoint: []string{"/probe"},
+		Ref: "localhost/rdv-cluster/probe:smoke", Entrypoint: []string{"/probe"},
 		Files: []imagetar.File{{Path: "/probe", Source: probe, Mode: 0o755}},
 	})
 	if err != nil {

@@ -37,7 +37,7 @@ import (
 // Image says what goes into one image.
 type Image struct {
 	// Ref is the full reference, such as "rendezvous/relay:dev". Containerd
-	// stores short names under docker.io/, as the kubelet looks them up.
+	// completes short names the way the kubelet does.
 	Ref string
 
 	// Root, when not empty, is a directory whose whole content becomes the
