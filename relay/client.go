@@ -67,6 +67,22 @@ func (c *client) take(ev wsframe.Event) ([]byte, error) {
 	return nil, nil
 }
 
+// unwrapAll turns what the client sent into the bytes for the host, span by span.
+func (c *client) unwrapAll(b *batch) error {
+	filled := b.filled()
+	b.spans, b.content = 0, 0
+	for _, s := range filled {
+		out, err := c.unwrap(b.mem[s.at:s.end()])
+		if len(out) > 0 {
+			b.add(len(b.mem)-cap(out), len(out)) // no slice of mem is cut short at its end, so its capacity tells where it begins
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // unwrap turns what the client sent, in place, into the bytes for the host: b loses its frames and packets, and what is
 // left moves together. What came before an error is still good.
 func (c *client) unwrap(b []byte) (out []byte, err error) {
@@ -111,55 +127,6 @@ func together(out, part []byte) []byte {
 		return part
 	}
 	return append(out, part...)
-}
-
-const (
-	// recordSize is TLS's largest record: a packet that fills one, headers included, costs one record on the way out.
-	recordSize = 16 << 10
-	// bufferSize holds a few records, so that one read's worth leaves in one write.
-	bufferSize = 4 * recordSize
-)
-
-// headroom is what stands before the bytes of a packet to the client, at its longest.
-func (c *client) headroom() int {
-	if c.tsgu {
-		return 4 + tsgu.DataHeaderLen
-	}
-	return 4
-}
-
-// seal writes the headers of a packet whose n bytes stand at b[headroom:], and returns where the packet begins and ends.
-// The bytes may move: a short packet's header is shorter.
-func (c *client) seal(b []byte, n int, first bool) (start, end int) {
-	head := c.headroom()
-	size := n + head - 4
-	if wsframe.HeaderLen(size) == 2 {
-		if first {
-			start = 2 // nothing before it: the packet may begin later
-		} else {
-			copy(b[head-2:], b[head:head+n])
-			end = -2
-		}
-	}
-	h := wsframe.PutHeader(b[start:], wsframe.Binary, size)
-	if c.tsgu {
-		tsgu.PutDataHeader(b[start+h:], n)
-	}
-	return start, end + head + n
-}
-
-// sealAll writes the headers of all packets in buf, whose total bytes stand as fillFromHost left them, and returns where the
-// first packet begins and the last one ends.
-func (c *client) sealAll(buf *[bufferSize]byte, total int) (start, end int) {
-	per := recordSize - c.headroom()
-	for at := 0; total > 0; at += recordSize {
-		n := min(total, per)
-		total -= n
-		b, e := c.seal(buf[at:], n, at == 0)
-		start += b // not 0 for the first only
-		end = at + e
-	}
-	return start, end
 }
 
 // send writes one packet as one message. TLS writes whole slices, so packets of several goroutines never mix.

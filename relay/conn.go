@@ -1,7 +1,8 @@
 package relay
 
 import (
-	"crypto/tls"
+	"bytes"
+	"encoding/binary"
 	"io"
 	"net"
 	"syscall"
@@ -24,6 +25,7 @@ func (again) Temporary() bool { return true }
 
 // conn is the TCP connection under a TLS one. It adds what crypto/tls has no word for:
 //   - the ClientHello is kept until its server name is known, so that the connection can be handed on untouched;
+//   - during the handshake crypto/tls gets one record at a time, so that it holds nothing when leg.takeOver asks;
 //   - reads that don't wait, and waiting without a buffer, so that an idle session holds none;
 //   - whether the end of the stream was TCP's (a client that vanished) or TLS's (one that said good-bye).
 type conn struct {
@@ -31,10 +33,16 @@ type conn struct {
 	raw syscall.RawConn
 
 	// Until the TLS handshake has ended; owned by the accepting goroutine.
+	secrets *handshakeSecrets // nil after
 	peeking bool
 	hello   []byte
-	foreign string // the instance that the server name asks for, where it isn't this one
-	mute    bool   // the handshake was given up: TLS must not send its alert
+	record  [recordHeader]byte // header of the record that crypto/tls reads
+	have    int                // bytes of it
+	left    int                // bytes of the record's body that crypto/tls has not got
+	last    []byte             // the last record that crypto/tls wrote
+	early   []byte             // read, not handed out; afterwards, what came behind the handshake
+	foreign string             // the instance that the server name asks for, where it isn't this one
+	mute    bool               // the handshake was given up: TLS must not send its alert
 
 	// Owned by whichever goroutine reads.
 	polling bool // reads don't wait
@@ -54,7 +62,7 @@ func newConn(tc *net.TCPConn) (*conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &conn{TCPConn: tc, raw: raw, peeking: true}
+	c := &conn{TCPConn: tc, raw: raw, peeking: true, secrets: &handshakeSecrets{}}
 	c.tryFn, c.readyFn = c.try, c.ready
 	tc.SetNoDelay(true)
 	tc.SetKeepAliveConfig(net.KeepAliveConfig{Enable: true, Idle: 30 * time.Second, Interval: 10 * time.Second, Count: 3})
@@ -66,15 +74,63 @@ func newConn(tc *net.TCPConn) (*conn, error) {
 
 // Read is for crypto/tls.
 func (c *conn) Read(p []byte) (int, error) {
+	if c.secrets != nil {
+		return c.readInRecord(p)
+	}
+	if len(c.early) > 0 {
+		n := copy(p, c.early)
+		c.early = c.early[n:]
+		return n, nil
+	}
 	if c.polling {
 		return c.readNow(p)
 	}
 	n, err := c.TCPConn.Read(p)
-	if c.peeking {
-		c.hello = append(c.hello, p[:n]...)
-	}
 	c.eof = c.eof || err == io.EOF
 	return n, err
+}
+
+// handshakeRead is what one read during the handshake may bring: more than a client's flight.
+const handshakeRead = 2 << 10
+
+// readInRecord never reads past a record's end.
+func (c *conn) readInRecord(p []byte) (int, error) {
+	if len(c.early) == 0 {
+		if cap(c.early) < handshakeRead {
+			c.early = make([]byte, handshakeRead)
+		}
+		buf := c.early[:cap(c.early)]
+		n, err := c.TCPConn.Read(buf)
+		if n == 0 {
+			c.eof = c.eof || err == io.EOF
+			return 0, err
+		}
+		c.early = buf[:n:n]
+		if c.peeking {
+			c.hello = append(c.hello, c.early...)
+		}
+	}
+	var n int
+	if c.left == 0 {
+		n = copy(p, c.early[:min(len(c.early), recordHeader-c.have)])
+		copy(c.record[c.have:], p[:n])
+		if c.have += n; c.have == recordHeader {
+			c.have, c.left = 0, int(binary.BigEndian.Uint16(c.record[3:]))
+		}
+	} else {
+		n = copy(p, c.early[:min(len(c.early), c.left)])
+		c.left -= n
+	}
+	c.early = c.early[n:]
+	return n, nil
+}
+
+// handshakeOver returns the last record of the handshake. What crypto/tls reads from now on is no longer cut.
+func (c *conn) handshakeOver() (last []byte) {
+	last = c.last
+	c.secrets, c.last = nil, nil
+	c.early = bytes.Clone(c.early) // its buffer was larger
+	return last
 }
 
 // Write is for crypto/tls.
@@ -82,7 +138,25 @@ func (c *conn) Write(p []byte) (int, error) {
 	if c.mute {
 		return len(p), nil
 	}
+	if c.secrets != nil {
+		c.last = bytes.Clone(lastRecord(p))
+	}
 	return c.TCPConn.Write(p)
+}
+
+// lastRecord is the last of the records in p, nil where p is not made of whole records.
+func lastRecord(p []byte) (last []byte) {
+	for len(p) > 0 {
+		if len(p) < recordHeader {
+			return nil
+		}
+		n := recordHeader + int(binary.BigEndian.Uint16(p[3:]))
+		if n > len(p) {
+			return nil
+		}
+		last, p = p[:n], p[n:]
+	}
+	return last
 }
 
 // readNow reads what is there, or fails with errAgain.
@@ -136,60 +210,4 @@ func (c *conn) ready(fd uintptr) bool {
 	c.poll[0] = unix.PollFd{Fd: int32(fd), Events: unix.POLLIN | unix.POLLRDHUP}
 	n, err := unix.Poll(c.poll[:], 0)
 	return n > 0 || err != nil && err != unix.EINTR
-}
-
-// leg is one side of a session: a client's or an agent's TLS connection.
-type leg struct {
-	*tls.Conn
-	tcp *conn
-	// unread was read already, by whoever had the leg before.
-	unread []byte
-}
-
-// Read gives what is unread first. A stream that ends without TLS's good-bye is io.ErrUnexpectedEOF.
-func (l *leg) Read(p []byte) (int, error) {
-	if len(l.unread) > 0 {
-		n := copy(p, l.unread)
-		l.unread = l.unread[n:]
-		if len(l.unread) == 0 {
-			l.unread = nil
-		}
-		return n, nil
-	}
-	n, err := l.Conn.Read(p)
-	if err == io.EOF && l.tcp.eof {
-		err = io.ErrUnexpectedEOF
-	}
-	return n, err
-}
-
-// maxEarly bounds what a client may say while it waits for its host.
-const maxEarly = 4 << 10
-
-// watch reads the leg while nothing is expected from it, and calls gone when it ends. What it reads stays unread. The
-// function that it returns ends the watch.
-func (l *leg) watch(gone func()) (stop func()) {
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		var early []byte
-		defer func() { l.unread = append(l.unread, early...) }()
-		buf := make([]byte, 512)
-		for len(early) < maxEarly {
-			n, err := l.Conn.Read(buf)
-			early = append(early, buf[:n]...)
-			if ne, ok := err.(net.Error); ok && ne.Timeout() {
-				return
-			}
-			if err != nil {
-				gone()
-				return
-			}
-		}
-	}()
-	return func() {
-		l.SetReadDeadline(time.Unix(1, 0))
-		<-done
-		l.SetReadDeadline(time.Time{})
-	}
 }

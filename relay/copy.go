@@ -1,110 +1,59 @@
 package relay
 
-import "sync"
-
 // writeError says that the other leg failed, not the one that was read.
 type writeError struct{ error }
 
-// buffers lends what a direction reads into. An idle direction holds none: it waits for its socket first.
-var buffers = sync.Pool{New: func() any { return new([bufferSize]byte) }}
-
-func getBuffer() *[bufferSize]byte  { return buffers.Get().(*[bufferSize]byte) }
-func putBuffer(b *[bufferSize]byte) { buffers.Put(b) }
-
-// copyHostToClient puts the host's bytes into packets, in place: it reads behind room for the headers, fills packets while
-// there is something to read, and sends them in one write. It returns why it ended: io.EOF when the host has.
+// copyHostToClient puts the host's bytes into packets for the client. It returns why it ended: io.EOF when the host has.
 func (s *session) copyHostToClient() error {
-	buf := getBuffer()
-	defer func() { putBuffer(buf) }()
-	first := true
-	for {
-		n, err := s.fillFromHost(buf)
-		if n > 0 {
-			if first {
-				first = false
-				s.firstBytes(buf[s.client.headroom():])
-			}
-			s.toClient.Add(uint64(n))
-			if werr := s.sendFilled(buf, n); werr != nil {
-				return writeError{werr}
-			}
+	return s.pump(s.host, func(b *batch) error {
+		s.count(&s.toClient, b)
+		b.frame(s.client.tsgu)
+		if err := s.client.leg.send(b); err != nil {
+			return writeError{err}
 		}
-		if err == errAgain {
-			putBuffer(buf)
-			buf = nil
-			err = s.host.tcp.wait()
-			buf = getBuffer()
-		}
-		if err != nil {
-			return err
-		}
-	}
+		return nil
+	})
 }
 
-// fillFromHost reads until buf is full or nothing more is there, leaving room for a header before each packet, and says
-// how many of the host's bytes buf holds.
-func (s *session) fillFromHost(buf *[bufferSize]byte) (total int, err error) {
-	head := s.client.headroom()
-	for at := 0; at < bufferSize; at += recordSize {
-		for have := head; have < recordSize; {
-			n, err := s.host.Read(buf[at+have : at+recordSize])
-			have += n
-			total += n
-			if err != nil {
-				return total, err
-			}
-		}
-	}
-	return total, nil
-}
-
-// sendFilled sends what fillFromHost read.
-func (s *session) sendFilled(buf *[bufferSize]byte, total int) error {
-	start, end := s.client.sealAll(buf, total)
-	_, err := s.client.Write(buf[start:end])
-	return err
-}
-
-// copyClientToHost takes the client's frames off, in place, and passes what is left on in one write. It returns why it
-// ended: io.EOF when the client has said good-bye.
+// copyClientToHost takes the client's frames off and passes what is left on. It returns why it ended: io.EOF when the
+// client has said good-bye.
 func (s *session) copyClientToHost() error {
-	buf := getBuffer()
-	defer func() { putBuffer(buf) }()
-	first := true
-	for {
-		n, err := s.fillFromClient(buf)
-		out, uerr := s.client.unwrap(buf[:n])
-		if len(out) > 0 {
-			if first {
-				first = false
-				s.firstBytes(out)
-			}
-			s.toHost.Add(uint64(len(out)))
-			if _, werr := s.host.Write(out); werr != nil && !s.ending.Load() {
-				return writeError{werr}
+	return s.pump(s.client.leg, func(b *batch) error {
+		uerr := s.client.unwrapAll(b)
+		if b.content > 0 {
+			s.count(&s.toHost, b)
+			if err := s.host.send(b); err != nil && !s.ending.Load() {
+				return writeError{err}
 			}
 		}
-		if uerr != nil {
-			return uerr
+		return uerr
+	})
+}
+
+// pump hands pass one batch after the other, until the leg ends or pass fails. It waits for the leg without a batch in
+// hand, unless part of a record has come.
+func (s *session) pump(from *leg, pass func(b *batch) error) error {
+	b := getBatch()
+	defer func() { putBatch(b) }()
+	for {
+		err := from.fill(b, readSize)
+		if b.spans > 0 {
+			if err := pass(b); err != nil {
+				return err
+			}
 		}
 		if err == errAgain {
-			putBuffer(buf)
-			buf = nil
-			err = s.client.tcp.wait()
-			buf = getBuffer()
+			if b.start == b.end {
+				putBatch(b)
+				b = nil
+			}
+			err = from.tcp.wait()
+			if b == nil {
+				b = getBatch()
+			}
 		}
 		if err != nil {
 			return err
 		}
 	}
-}
-
-// fillFromClient reads until buf is full or nothing more is there.
-func (s *session) fillFromClient(buf *[bufferSize]byte) (n int, err error) {
-	for n < bufferSize && err == nil {
-		var m int
-		m, err = s.client.leg.Read(buf[n:])
-		n += m
-	}
-	return n, err
 }

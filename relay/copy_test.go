@@ -13,42 +13,57 @@ import (
 	"rendezvous.dev/rendezvous/wire/wsframe"
 )
 
-// TestSealFitsRecords: whatever the size, packets come out whole, each in one record, and carry the bytes in order.
-func TestSealFitsRecords(t *testing.T) {
+// fillSpans puts content into b as records would have brought it.
+func fillSpans(b *batch, content []byte, records ...int) {
+	b.start, b.end, b.spans, b.content = room, room, 0, 0
+	at := room + recordHeader
+	for _, n := range records {
+		copy(b.mem[at:], content[:n])
+		content = content[n:]
+		b.add(at, n)
+		at += n + recordOverhead
+	}
+}
+
+// TestFrame: whatever records came, the headers stand before their content, nothing is lost, no record is too long, and
+// there is room around each.
+func TestFrame(t *testing.T) {
 	for _, inTSGU := range []bool{false, true} {
-		c := &client{tsgu: inTSGU}
-		per := recordSize - c.headroom()
-		for _, total := range []int{1, 64, 115, 116, 125, 126, 127, per - 1, per, per + 1, per + 100, per + 126, 2*per + 5, 4 * per} {
-			t.Run(fmt.Sprintf("tsgu %t %d bytes", inTSGU, total), func(t *testing.T) {
-				var buf [bufferSize]byte
+		for _, records := range [][]int{{1}, {64}, {115}, {116}, {125}, {126}, {maxContent - 15}, {maxContent - 14}, {maxContent - 13}, {maxContent - 4}, {maxContent - 3}, {maxContent},
+			{1, 1, 1}, {100, maxContent}, {maxContent, 100}, {maxContent, maxContent, maxContent}, {maxContent / 2, maxContent / 2, 1}, {9000, 9000, 9000, 9000, 9000, 9000, 9000}} {
+			t.Run(fmt.Sprintf("tsgu %t %v", inTSGU, records), func(t *testing.T) {
+				total := 0
+				for _, n := range records {
+					total += n
+				}
 				want := make([]byte, total)
 				for i := range want {
 					want[i] = byte(i * 7)
 				}
-				left := want
-				for at := 0; len(left) > 0; at += recordSize { // as fillFromHost leaves it
-					n := copy(buf[at+c.headroom():at+recordSize], left)
-					left = left[n:]
+				b := new(batch)
+				fillSpans(b, want, records...)
+				b.frame(inTSGU)
+				var out, got []byte
+				free := 0
+				for _, s := range b.filled() {
+					if s.n > maxContent || s.at-recordHeader < free {
+						t.Fatalf("spans %v", b.filled())
+					}
+					free = s.end() + recordOverhead - recordHeader
+					out = append(out, b.mem[s.at:s.end()]...)
 				}
-				start, end := c.sealAll(&buf, total)
 				var ws wsframe.Decoder
 				var ts tsgu.Decoder
-				var got []byte
-				for b := buf[start:end]; len(b) > 0; {
-					n, ev, err := ws.Decode(b)
-					if err != nil || ev.Op != wsframe.Binary || n > recordSize {
-						t.Fatalf("frame of %d bytes: op %#x, %v", n, ev.Op, err)
-					}
-					b = b[n:]
-					if !inTSGU {
-						got = append(got, ev.Payload...)
-						continue
-					}
+				n, ev, err := ws.Decode(out)
+				if err != nil || n != len(out) || ev.Op != wsframe.Binary {
+					t.Fatalf("no whole frame: %d of %d bytes, op %#x, %v", n, len(out), ev.Op, err)
+				}
+				if got = ev.Payload; inTSGU {
 					n, pkt, err := ts.Decode(ev.Payload)
 					if err != nil || n != len(ev.Payload) || pkt.Type != tsgu.TypeData {
 						t.Fatalf("a message is not one DATA packet: %d of %d bytes, type %#x, %v", n, len(ev.Payload), pkt.Type, err)
 					}
-					got = append(got, pkt.Body...)
+					got = pkt.Body
 				}
 				if !bytes.Equal(got, want) {
 					t.Errorf("%d bytes came out of %d, or others", len(got), len(want))
@@ -66,13 +81,13 @@ func TestFramingDoesNotAllocate(t *testing.T) {
 			in = append(in, rdp.frame(make([]byte, 700))...)
 		}
 		c := &client{tsgu: inTSGU, ws: wsframe.Decoder{Masked: true}}
-		var buf [bufferSize]byte
+		b := new(batch)
 		if n := testing.AllocsPerRun(200, func() {
-			n := copy(buf[:], in)
-			if out, err := c.unwrap(buf[:n]); err != nil || len(out) != 3500 {
-				t.Fatal(len(out), err)
+			fillSpans(b, in, len(in)-1000, 1000)
+			if err := c.unwrapAll(b); err != nil || b.content != 3500 {
+				t.Fatal(b.content, err)
 			}
-			c.sealAll(&buf, 40000)
+			b.frame(inTSGU)
 		}); n != 0 {
 			t.Errorf("tsgu %t: %v allocations per message", inTSGU, n)
 		}

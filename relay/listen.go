@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"sync"
 	"time"
 
 	"rendezvous.dev/rendezvous/wire/refusal"
@@ -82,6 +83,9 @@ func (r *Relay) accept(l net.Listener) error {
 	}
 }
 
+// heads lends what request heads are read into.
+var heads = sync.Pool{New: func() any { return new([maxHead]byte) }}
+
 // serve is one connection's goroutine.
 func (r *Relay) serve(tc *net.TCPConn) {
 	v := &visitor{r: r, accepted: time.Now()}
@@ -101,8 +105,9 @@ func (r *Relay) serve(tc *net.TCPConn) {
 
 	timeout := time.Duration(r.config.Load().HandshakeTimeoutSeconds) * time.Second
 	c.SetDeadline(time.Now().Add(timeout))
-	v.leg = &leg{Conn: tls.Server(c, r.tls), tcp: c}
-	if err := v.Handshake(); err != nil {
+	v.leg = &leg{tls: tls.Server(c, r.tls), tcp: c}
+	secrets := c.secrets
+	if err := v.tls.Handshake(); err != nil {
 		if c.foreign != "" {
 			r.spliceTo(v, c)
 			return
@@ -111,13 +116,18 @@ func (r *Relay) serve(tc *net.TCPConn) {
 		r.log.Debug("TLS handshake failed", "peer", c.RemoteAddr().String(), "error", err)
 		return
 	}
+	if err := v.takeOver(secrets); err != nil {
+		r.metrics.handshakeFailed("tls")
+		r.log.Error("TLS records can't be taken over", "peer", c.RemoteAddr().String(), "error", err)
+		return
+	}
 
 	for range maxRequests {
 		c.SetDeadline(time.Now().Add(timeout))
-		buf := getBuffer()
-		req, err := readHead(v.leg, buf[:maxHead])
-		clear(buf[:maxHead]) // a ticket may have been in it
-		putBuffer(buf)
+		buf := heads.Get().(*[maxHead]byte)
+		req, err := readHead(v.leg, buf[:])
+		clear(buf[:]) // a ticket may have been in it
+		heads.Put(buf)
 		if err != nil {
 			var bad *badHead
 			if errors.As(err, &bad) {
@@ -143,7 +153,7 @@ func (r *Relay) onHello(h *tls.ClientHelloInfo) (*tls.Config, error) {
 		return nil, errForeign
 	}
 	c.hello = nil
-	return nil, nil
+	return c.secrets.capture(r.tls), nil
 }
 
 // route answers one request; done says that the connection was used up.

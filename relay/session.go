@@ -265,14 +265,15 @@ func (s *session) report() *admission.Session {
 		Host: s.hostName, Transport: s.transport, Started: timestamppb.New(s.started), BytesToClient: s.toClient.Load(), BytesToHost: s.toHost.Load()}
 }
 
-// firstBytes notes that a direction has carried its first bytes; after both, RDP's handshake is under way.
-func (s *session) firstBytes(b []byte) {
+// count adds a batch to a direction's bytes. Once both directions have carried their first, RDP's handshake is under way.
+func (s *session) count(carried *atomic.Uint64, b *batch) {
 	const tpkt = 3 // what X.224 requests and confirms open with (T.123)
-	if s.opened.Add(1) != 2 {
+	n := uint64(b.content)
+	if carried.Add(n) != n || s.opened.Add(1) != 2 {
 		return
 	}
 	detail := "first bytes both ways"
-	if b[0] == tpkt {
+	if b.mem[b.span[0].at] == tpkt {
 		detail += ", X.224"
 	}
 	s.r.reports.step(s.activity, s.workspace, trace.StepRDP, s.started, time.Since(s.started), detail, "")
