@@ -65,7 +65,7 @@ func TestLines(t *testing.T) {
 	}
 	for name, f := range map[string]File{
 		"desktop.rdp": desktopFile(),
-		"app.rdp":     {Resource: app, Gateway: gw, Address: "linux.ns.rdv.internal", Ticket: "TICKET"},
+		"app.rdp":     {Resource: app, Gateway: gw, Address: "linux.ns.rdv.internal", Ticket: "TICKET", Verified: true},
 		"custom.rdp":  custom,
 	} {
 		t.Run(name, func(t *testing.T) { golden(t, name, []byte(strings.Join(Lines(f), "\n")+"\n")) })
@@ -164,7 +164,7 @@ func verify(t *testing.T, file, ca []byte) error {
 
 func TestSignatureByOpenSSL(t *testing.T) {
 	cert, ca := signer(t)
-	for name, f := range map[string]File{"desktop": desktopFile(), "app": {Resource: app, Gateway: gw, Address: "a", Ticket: "T"}} {
+	for name, f := range map[string]File{"desktop": desktopFile(), "app": {Resource: app, Gateway: gw, Address: "a", Ticket: "T", Verified: true}} {
 		t.Run(name, func(t *testing.T) {
 			signed, err := Sign(Lines(f), cert)
 			if err != nil {
@@ -183,6 +183,7 @@ func TestSignatureByOpenSSL(t *testing.T) {
 			}
 			for _, c := range [][2]string{
 				{"gatewayhostname:s:gateway-a", "gatewayhostname:s:gateway-b"}, {"redirectclipboard:i:1", "redirectclipboard:i:0"},
+				{"authentication level:i:" + map[bool]string{true: "1", false: "2"}[f.Verified], "authentication level:i:0"},
 				{"alternate full address:s:", "alternate full address:s:x"}, {"signscope:s:Full Address,", "signscope:s:"},
 			} {
 				if verify(t, replace(c[0], c[1]), ca) == nil {

@@ -23,6 +23,8 @@ type File struct {
 	Gateway  *model.Gateway
 	// Address is the name that the client asks the gateway for, and that the host's certificate carries.
 	Address string
+	// Verified says that the host's certificate is of an issuer that the pool names, so that a client may insist on it.
+	Verified bool
 	// Ticket is the secret that the client shows to the gateway. It is not covered by the signature.
 	Ticket string
 	// Properties are the pool's own lines; they replace those of the same name that they may replace.
@@ -48,7 +50,8 @@ func Lines(f File) []string {
 	number("gatewayusagemethod", 1)        // always, never try a direct connection
 	number("gatewayprofileusagemethod", 1) // by these lines, not by the client's defaults
 	number("gatewaycredentialssource", 5)  // by the access token
-	number("authentication level", 2)      // warn where the host's certificate is not right
+	// Where the pool's issuer gives its hosts certificates, a wrong one ends the connect; elsewhere the user is warned.
+	number("authentication level", map[bool]int{true: 1, false: 2}[f.Verified])
 	number("enablecredsspsupport", 1)
 	number("negotiate security layer", 1)
 	number("autoreconnection enabled", 1)

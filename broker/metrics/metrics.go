@@ -9,6 +9,8 @@ type Metrics struct {
 	Connects *prometheus.CounterVec
 	// ConnectSeconds from a gateway's request to the answer, by result "accepted" or "refused".
 	ConnectSeconds *prometheus.HistogramVec
+	// PlacementSeconds of one decision.
+	PlacementSeconds prometheus.Histogram
 	// HostTries counts hosts asked for a session, by answer: "accepted", or the refusal's code.
 	HostTries *prometheus.CounterVec
 	// Feed counts answers of the HTTPS API by path and code.
@@ -22,15 +24,16 @@ type Metrics struct {
 // New makes the handles and registers them; with a nil registry they work and show nowhere.
 func New(reg prometheus.Registerer) *Metrics {
 	m := &Metrics{
-		Connects:       counter("connects_total", "Connect requests answered.", "result"),
-		ConnectSeconds: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "rendezvous_broker_connect_seconds", Help: "Time to answer a connect request.", Buckets: []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30}}, []string{"result"}),
-		HostTries:      counter("host_tries_total", "Session hosts asked for a session.", "result"),
-		Feed:           counter("http_requests_total", "Requests to the feed and enrolment API.", "path", "code"),
-		Enrolments:     counter("enrolments_total", "Certificates asked for by session hosts.", "kind", "result"),
-		Writes:         counter("writes_total", "Writes to the Kubernetes API.", "object", "result"),
+		Connects:         counter("connects_total", "Connect requests answered.", "result"),
+		ConnectSeconds:   prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "rendezvous_broker_connect_seconds", Help: "Time to answer a connect request.", Buckets: []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30}}, []string{"result"}),
+		PlacementSeconds: prometheus.NewHistogram(prometheus.HistogramOpts{Name: "rendezvous_broker_placement_seconds", Help: "Time to find the host to ask.", Buckets: []float64{.00001, .0001, .001, .0025, .005, .01, .05, .25}}),
+		HostTries:        counter("host_tries_total", "Session hosts asked for a session.", "result"),
+		Feed:             counter("http_requests_total", "Requests to the feed and enrolment API.", "path", "code"),
+		Enrolments:       counter("enrolments_total", "Certificates asked for by session hosts.", "kind", "result"),
+		Writes:           counter("writes_total", "Writes to the Kubernetes API.", "object", "result"),
 	}
 	if reg != nil {
-		reg.MustRegister(m.Connects, m.ConnectSeconds, m.HostTries, m.Feed, m.Enrolments, m.Writes)
+		reg.MustRegister(m.Connects, m.ConnectSeconds, m.PlacementSeconds, m.HostTries, m.Feed, m.Enrolments, m.Writes)
 	}
 	return m
 }

@@ -8,7 +8,6 @@ import (
 	"context"
 	"errors"
 	"slices"
-	"strings"
 	"time"
 
 	"rendezvous.dev/rendezvous/wire/config"
@@ -22,18 +21,6 @@ type Snapshot struct {
 	Hosts     map[string]*Host
 	// Gateways are those that the workspace's selector picks, by name.
 	Gateways []*Gateway
-}
-
-// PoolHosts gives the hosts of one pool, by name.
-func (s *Snapshot) PoolHosts(pool string) []*Host {
-	var hosts []*Host
-	for _, h := range s.Hosts {
-		if h.Pool == pool {
-			hosts = append(hosts, h)
-		}
-	}
-	slices.SortFunc(hosts, func(a, b *Host) int { return strings.Compare(a.Name, b.Name) })
-	return hosts
 }
 
 // Gateway finds a gateway of the workspace, nil if there is none of that name.

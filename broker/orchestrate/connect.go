@@ -42,7 +42,9 @@ type connect struct {
 	resource *model.Resource // set by authorise
 	gateway  *model.Gateway  // set by authorise
 	pool     *model.Pool     // set by place
-	tries    []try           // hosts that were asked in vain
+	tries    []try           // what was answered in vain
+	// asked are the hosts that were asked, with the sequence of the report after which to ask again, or 0 for never.
+	asked map[string]uint64
 }
 
 type try struct {
@@ -61,7 +63,7 @@ func (b *Orchestrator) onConnect(ctx context.Context, m *nats.Msg) {
 // answerConnect answers one request, once.
 func (b *Orchestrator) answerConnect(ctx context.Context, m *nats.Msg) {
 	begin := b.o.Now()
-	c := &connect{b: b}
+	c := &connect{b: b, asked: map[string]uint64{}}
 	if !b.decode(m, &c.req) {
 		return
 	}
@@ -106,34 +108,66 @@ func (b *Orchestrator) answerConnect(ctx context.Context, m *nats.Msg) {
 }
 
 // run is the connect: authorise, then place and ask a host, until one accepts. It places anew for each question, because
-// in a storm the world is another by then.
+// in a storm the world is another by then, and looks again for a moment before it says that every place is taken.
 func (c *connect) run(ctx context.Context) (string, error) {
 	if err := c.authorise(); err != nil {
 		return "", err
 	}
-	asked := map[string]bool{}
+	c.b.arrived(c.req.Gateway, c.claims.ID)
+	giveUp := time.NewTimer(c.b.o.Settle)
+	defer giveUp.Stop()
+	pause := lookAgain
 	for {
-		candidates, why, err := c.place()
-		if err != nil {
-			return "", err
-		}
-		i := slices.IndexFunc(candidates, func(cand placement.Candidate) bool { return !asked[cand.Host] })
-		if i < 0 || ctx.Err() != nil {
-			return "", c.failed(why)
-		}
-		cand := candidates[i]
-		asked[cand.Host] = true
-		mine, refused := c.assign(ctx, cand)
-		if mine && refused == nil {
-			refused = c.ask(ctx, cand)
-		}
+		cand, found, why, err := c.place()
 		switch {
-		case refused != nil:
-			c.tries = append(c.tries, try{cand.Host, refused})
-		case mine:
-			return cand.Host, nil
+		case err != nil:
+			return "", err
+		case ctx.Err() != nil:
+			return "", c.failed(&why)
+		case found:
+			if c.try(ctx, cand) {
+				return cand.Host, nil
+			}
+			continue
+		case why.Full() == 0 && !c.refusedAsFull():
+			return "", c.failed(&why)
+		}
+		select {
+		case <-time.After(pause):
+			pause *= 2
+		case <-giveUp.C:
+			return "", c.failed(&why)
+		case <-ctx.Done():
 		}
 	}
+}
+
+// refusedAsFull says whether a host that was asked may have a place by now.
+func (c *connect) refusedAsFull() bool {
+	for _, after := range c.asked {
+		if after > 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// try asks a host, after it was given to the user where need be, and says whether it takes the session.
+func (c *connect) try(ctx context.Context, cand placement.Candidate) bool {
+	c.asked[cand.Host] = 0
+	mine, refused := c.assign(ctx, cand)
+	var after uint64
+	if mine && refused == nil {
+		refused, after = c.ask(ctx, cand)
+	}
+	if refused == nil {
+		return mine
+	}
+	if refused.Code == refusal.HostFull {
+		c.asked[cand.Host] = after // a later report may tell of a free place
+	}
+	c.tries = append(c.tries, try{cand.Host, refused})
+	return false
 }
 
 // assign gives a host to the user for good, where the candidate asks for it. mine is false where it went to somebody
@@ -184,29 +218,29 @@ func (c *connect) authorise() error {
 	return nil
 }
 
-// place gives the hosts to ask, as things stand now.
-func (c *connect) place() ([]placement.Candidate, *placement.Why, error) {
+// place finds the host to ask next, as things stand now.
+func (c *connect) place() (placement.Candidate, bool, placement.Why, error) {
 	snap := c.b.o.Source.Snapshot()
 	if c.pool = snap.Pools[c.resource.Pool]; c.pool == nil {
-		return nil, nil, refusal.New(refusal.NoHost, "Resource %q names HostPool %q, which does not exist in this workspace: an administrator must make it, or change the resource's hostPoolRef.", c.resource.Name, c.resource.Pool)
+		return placement.Candidate{}, false, placement.Why{}, refusal.New(refusal.NoHost, "Resource %q names HostPool %q, which does not exist in this workspace: an administrator must make it, or change the resource's hostPoolRef.", c.resource.Name, c.resource.Pool)
 	}
-	p := placement.Pool{
-		Name: c.pool.Name, Personal: c.pool.Personal, Automatic: c.pool.Automatic, DepthFirst: c.pool.DepthFirst, MaxSessions: c.pool.MaxSessions,
-	}
-	candidates, why := placement.Place(p, c.b.live.placementHosts(c.pool, snap.PoolHosts(c.pool.Name)), c.claims.User)
-	return candidates, why, nil
+	begin := time.Now()
+	cand, found, why := c.b.live.best(c.pool, c.b.poolHosts(snap, c.pool.Name), c.claims.User, c.asked)
+	c.b.o.Metrics.PlacementSeconds.Observe(time.Since(begin).Seconds())
+	return cand, found, why, nil
 }
 
-// ask tells a host's agent to dial, and gives its refusal, nil where it accepts.
-func (c *connect) ask(ctx context.Context, cand placement.Candidate) *refusal.Error {
+// ask tells a host's agent to dial, and gives its refusal, nil where it accepts, and the sequence of its last report
+// before that.
+func (c *connect) ask(ctx context.Context, cand placement.Candidate) (*refusal.Error, uint64) {
 	o, begin := c.b.o, c.b.o.Now()
 	k := hostKey{c.pool.Name, cand.Host}
-	settle := func(bool) {}
+	settle := func(bool, uint64) {}
 	if !cand.Resume {
 		settle = c.b.live.promise(k, c.req.SessionID, c.claims.User, c.deadline.Add(promiseGrace))
 	}
-	refused := c.request(ctx, k)
-	settle(refused == nil)
+	refused, after := c.request(ctx, k)
+	settle(refused == nil, after)
 	result := "accepted"
 	event := trace.Event{
 		ActivityID: c.req.ActivityID, Step: trace.StepOrchestrate, Component: "broker/" + o.Name, At: begin,
@@ -219,34 +253,34 @@ func (c *connect) ask(ctx context.Context, cand placement.Candidate) *refusal.Er
 	}
 	c.b.Trace(event)
 	o.Metrics.HostTries.WithLabelValues(result).Inc()
-	return refused
+	return refused, after
 }
 
-func (c *connect) request(ctx context.Context, k hostKey) *refusal.Error {
+func (c *connect) request(ctx context.Context, k hostKey) (refused *refusal.Error, after uint64) {
 	data, err := json.Marshal(bus.HostConnect{
 		ActivityID: c.req.ActivityID, SessionID: c.req.SessionID, User: c.claims.User, Resource: c.resource.Name,
 		Address: net.JoinHostPort(c.gateway.Hostname, strconv.Itoa(int(c.gateway.Port))), ServerName: c.gateway.Hostname,
 		CABundle: c.gateway.CABundle, Instance: c.req.Instance, JoinSecret: c.req.JoinSecret, Deadline: c.req.Deadline,
 	})
 	if err != nil {
-		return refusal.From(err)
+		return refusal.From(err), 0
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.pool.ConnectTimeout)
 	defer cancel()
 	m, err := c.b.o.Conn.RequestWithContext(ctx, bus.HostConnectSubject(k.pool, k.host), data)
 	switch {
 	case errors.Is(err, nats.ErrNoResponders):
-		return refusal.New(refusal.HostTimeout, "Host %s is not connected to the broker.", k.host)
+		return refusal.New(refusal.HostTimeout, "Host %s is not connected to the broker.", k.host), 0
 	case err != nil && ctx.Err() != nil:
-		return refusal.New(refusal.HostTimeout, "Host %s did not answer within %v.", k.host, c.pool.ConnectTimeout)
+		return refusal.New(refusal.HostTimeout, "Host %s did not answer within %v.", k.host, c.pool.ConnectTimeout), 0
 	case err != nil:
-		return refusal.New(refusal.HostTimeout, "Host %s can't be asked: %v.", k.host, err)
+		return refusal.New(refusal.HostTimeout, "Host %s can't be asked: %v.", k.host, err), 0
 	}
 	var reply bus.HostReply
 	if err := json.Unmarshal(m.Data, &reply); err != nil {
-		return refusal.New(refusal.HostRefused, "Host %s gave an answer that can't be read; is its agent much older than the broker?", k.host)
+		return refusal.New(refusal.HostRefused, "Host %s gave an answer that can't be read; is its agent much older than the broker?", k.host), 0
 	}
-	return reply.Err
+	return reply.Err, reply.Sequence
 }
 
 // failed sums up why no host took the session: the host's own refusal where the pool has one host, else all of it.

@@ -15,6 +15,7 @@ import (
 	"log/slog"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -36,6 +37,8 @@ const (
 	// pushAgain is how long a host has to report a configuration that it was sent before it is sent again.
 	pushAgain = 5 * time.Second
 	forget    = 10 * time.Minute
+	// settle is Options.Settle; within it a connect looks again first after lookAgain, then after twice as long each time.
+	settle, lookAgain = 500 * time.Millisecond, 20 * time.Millisecond
 )
 
 // Options of an Orchestrator. All but Now, Log and Metrics are required.
@@ -49,9 +52,12 @@ type Options struct {
 	Conn *nats.Conn
 	// TicketKey verifies tickets.
 	TicketKey func() (ed25519.PublicKey, error)
-	Now       func() time.Time
-	Log       *slog.Logger
-	Metrics   *metrics.Metrics
+	// Settle is for how long a connect that finds every place taken looks again before it is refused, so that reports on
+	// their way arrive; 500 ms if 0.
+	Settle  time.Duration
+	Now     func() time.Time
+	Log     *slog.Logger
+	Metrics *metrics.Metrics
 }
 
 // Orchestrator is the broker's part on the bus.
@@ -63,6 +69,26 @@ type Orchestrator struct {
 	slots   chan struct{}
 	subs    []*nats.Subscription
 	work    sync.WaitGroup
+	pools   atomic.Pointer[poolIndex]
+}
+
+// poolIndex is the hosts of each pool in one snapshot.
+type poolIndex struct {
+	snap  *model.Snapshot
+	hosts map[string][]*model.Host
+}
+
+// poolHosts gives the hosts of a pool, in no order. A snapshot is gone through once, not for every connect.
+func (b *Orchestrator) poolHosts(snap *model.Snapshot, pool string) []*model.Host {
+	if i := b.pools.Load(); i != nil && i.snap == snap {
+		return i.hosts[pool]
+	}
+	i := &poolIndex{snap: snap, hosts: map[string][]*model.Host{}}
+	for _, h := range snap.Hosts {
+		i.hosts[h.Pool] = append(i.hosts[h.Pool], h)
+	}
+	b.pools.Store(i)
+	return i.hosts[pool]
 }
 
 // New makes an Orchestrator; Start has it listen.
@@ -75,6 +101,9 @@ func New(o Options) *Orchestrator {
 	}
 	if o.Metrics == nil {
 		o.Metrics = metrics.New(nil)
+	}
+	if o.Settle == 0 {
+		o.Settle = settle
 	}
 	b := &Orchestrator{o: o, started: o.Now(), live: newRegistry(o.Now), slots: make(chan struct{}, maxConnects)}
 	b.status = newStatusWriter(b)
@@ -90,6 +119,7 @@ func (b *Orchestrator) Start(ctx context.Context) error {
 		{bus.AllReports, "", b.onReport},
 		{bus.AllGatewayReports, "", b.onGatewayReport},
 		{subjectPresence, "", b.onPresence},
+		{subjectJourney, "", b.onJourney},
 		{bus.SubjectConnect, bus.Brokers, b.onConnect},
 	} {
 		handle := func(m *nats.Msg) { s.handle(ctx, m) }
@@ -256,12 +286,6 @@ func (b *Orchestrator) sweep(ctx context.Context) {
 		b.status.lookForSilence(snap)
 		b.live.prune(func(k hostKey) bool { _, h := declared(snap, k); return h != nil }, forget)
 	}
-}
-
-// Connections counts a gateway's live sessions and those on their way.
-func (b *Orchestrator) Connections(gateway string) int32 {
-	sessions, pending, _ := b.live.gatewayLoad(gateway)
-	return sessions + pending
 }
 
 // Counts gives the hosts that are there, those on this replica, and the sessions that hosts report.

@@ -17,6 +17,7 @@ import (
 	"rendezvous.dev/rendezvous/broker/internal/fake"
 	"rendezvous.dev/rendezvous/broker/internal/testca"
 	"rendezvous.dev/rendezvous/broker/model"
+	"rendezvous.dev/rendezvous/broker/placement"
 	"rendezvous.dev/rendezvous/broker/traces"
 	"rendezvous.dev/rendezvous/wire/brokerapi"
 	"rendezvous.dev/rendezvous/wire/bus"
@@ -505,7 +506,7 @@ func TestAssignmentConflict(t *testing.T) {
 			lagging.Source = &stale{w.fake, 2} // for authorise and the first place
 			b := New(lagging)
 			b.live = w.brokers[0].live
-			con := &connect{b: b, deadline: time.Now().Add(patience), req: request(w.ticket(func(c *ticket.Claims) {
+			con := &connect{b: b, asked: map[string]uint64{}, deadline: time.Now().Add(patience), req: request(w.ticket(func(c *ticket.Claims) {
 				c.Groups, c.Resource, c.Target = []string{"engineers"}, "mine", brokerapi.PoolName(ns, "personal")
 			}), func(r *bus.ConnectRequest) { r.Target = "" })}
 			host, err := con.run(t.Context())
@@ -659,8 +660,8 @@ func TestGatewayLoad(t *testing.T) {
 	}
 	gw.Flush()
 	b := w.brokers[0]
-	eventually(t, "the pods' load adds up", func() bool { return b.Connections("gw") == 8 })
-	if b.Connections("lies") != 0 {
+	eventually(t, "the pods' load adds up", func() bool { return b.Connections()["gw"] == 8 })
+	if b.Connections()["lies"] != 0 {
 		t.Error("a gateway reported for another")
 	}
 	b.status.lookForSilence(w.fake.Snapshot())
@@ -673,7 +674,9 @@ func TestRegistry(t *testing.T) {
 	k, pool := hostKey{"p", "h"}, &model.Pool{Name: "p", HeartbeatTimeout: 30 * time.Second}
 	declared := []*model.Host{{Name: "h", Pool: "p"}}
 	view := func() string {
-		h := r.placementHosts(pool, declared)[0]
+		var h placement.Host
+		for h = range r.placementHosts(pool, declared) {
+		}
 		return fmt.Sprint(h.Connected, len(h.Sessions), len(h.Reserved))
 	}
 	check := func(what, want string) {
@@ -695,9 +698,9 @@ func TestRegistry(t *testing.T) {
 	settle := r.promise(k, "s1", "u", now.Add(10*time.Second))
 	r.promise(k, "s2", "v", now.Add(10*time.Second))
 	check("promised", "true 0 2")
-	settle(false)
+	settle(false, 0)
 	check("refused", "true 0 1")
-	r.promise(k, "s4", "u", now.Add(10*time.Second))(true)
+	r.promise(k, "s4", "u", now.Add(10*time.Second))(true, 0)
 	check("accepted", "true 1 1")
 	r.report(k, report("1", 6, "s2", "s4"))
 	check("a promise kept is counted once", "true 2 0")

@@ -1,7 +1,9 @@
 package orchestrate
 
 import (
+	"iter"
 	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -9,9 +11,6 @@ import (
 	"rendezvous.dev/rendezvous/broker/placement"
 	"rendezvous.dev/rendezvous/wire/bus"
 )
-
-// gatewaySilence is how long a gateway pod's last report counts.
-const gatewaySilence = 30 * time.Second
 
 // registry is the live state of hosts and gateways: what they reported, and what was promised since. It is soft: a broker
 // that starts learns it from the next reports.
@@ -21,22 +20,17 @@ type registry struct {
 	mu       sync.Mutex
 	hosts    map[hostKey]*liveHost
 	gateways map[gatewayKey]liveGateway
+	onTheWay map[string]journey // by ticket id
 }
 
 type hostKey struct{ pool, host string }
 
-type gatewayKey struct{ gateway, instance string }
-
-type liveGateway struct {
-	report bus.GatewayReport
-	at     time.Time
-}
-
 // liveHost is one host's last report and what happened since.
 type liveHost struct {
-	report  bus.HostReport
-	at      time.Time // when it came; zero where there is none yet
-	oldBoot string    // of the agent's life before this one: what still comes of it is late
+	report   bus.HostReport
+	sessions []placement.Session // of report; never changed
+	at       time.Time           // when it came; zero where there is none yet
+	oldBoot  string              // of the agent's life before this one: what still comes of it is late
 	// conn names the agent's newest connection, empty where this broker did not see it begin. The brokers tell each other.
 	conn  string
 	local bool // conn is on this broker
@@ -50,6 +44,8 @@ type promise struct {
 	user     string
 	until    time.Time
 	accepted bool // by the host
+	// after is the sequence of the last report that did not know of it, 0 where the host didn't say.
+	after uint64
 }
 
 // pushedConfig is the last configuration that this broker sent, so that it is not sent with every report meanwhile.
@@ -59,7 +55,7 @@ type pushedConfig struct {
 }
 
 func newRegistry(now func() time.Time) *registry {
-	return &registry{now: now, hosts: map[hostKey]*liveHost{}, gateways: map[gatewayKey]liveGateway{}}
+	return &registry{now: now, hosts: map[hostKey]*liveHost{}, gateways: map[gatewayKey]liveGateway{}, onTheWay: map[string]journey{}}
 }
 
 // host gives the entry of a host. mu is held.
@@ -83,14 +79,18 @@ func (r *registry) report(k hostKey, rep bus.HostReport) bool {
 			return false
 		case rep.Boot != h.report.Boot:
 			h.oldBoot = h.report.Boot
+			maps.DeleteFunc(h.promises, func(_ string, p promise) bool { return p.accepted }) // by one who is no more
 		case rep.Sequence <= h.report.Sequence:
 			return false
 		}
 	}
 	h.report, h.at, h.gone = rep, r.now(), rep.Leaving
+	h.sessions = make([]placement.Session, 0, len(rep.Sessions))
 	for _, s := range rep.Sessions {
+		h.sessions = append(h.sessions, placement.Session{User: s.User, Disconnected: s.State == bus.SessionDisconnected, Assumed: s.Assumed})
 		delete(h.promises, s.SessionID)
 	}
+	maps.DeleteFunc(h.promises, func(_ string, p promise) bool { return p.known(rep.Sequence) })
 	return true
 }
 
@@ -108,22 +108,26 @@ func (r *registry) presence(k hostKey, conn string, local, connected bool) {
 	}
 }
 
-// promise counts a session on a host that has yet to report it. Until settle is told whether the host accepted, it may
-// come to nothing; then it is taken, or forgotten.
-func (r *registry) promise(k hostKey, session, user string, until time.Time) (settle func(accepted bool)) {
+// known says whether the report of that sequence tells all there is of an accepted session, even that it has ended.
+func (p promise) known(sequence uint64) bool { return p.accepted && p.after > 0 && sequence > p.after }
+
+// promise counts a session on a host that has yet to report it. Until settle is told whether the host accepted, and
+// after which of its reports, it may come to nothing; then it is taken, or forgotten.
+func (r *registry) promise(k hostKey, session, user string, until time.Time) (settle func(accepted bool, after uint64)) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	h := r.host(k)
 	h.promises[session] = promise{user: user, until: until}
-	return func(accepted bool) {
+	return func(accepted bool, after uint64) {
 		r.mu.Lock()
 		defer r.mu.Unlock()
 		p, there := h.promises[session] // the host's report may have been faster than its answer
-		if p.accepted = accepted; there && accepted {
-			h.promises[session] = p
+		p.accepted, p.after = accepted, after
+		if !there || !accepted || p.known(h.report.Sequence) {
+			delete(h.promises, session)
 			return
 		}
-		delete(h.promises, session)
+		h.promises[session] = p
 	}
 }
 
@@ -132,37 +136,54 @@ func (r *registry) connected(h *liveHost, timeout time.Duration) bool {
 	return h != nil && !h.at.IsZero() && !h.gone && r.now().Sub(h.at) < timeout
 }
 
-// placementHosts joins what is declared of a pool's hosts with what is live.
-func (r *registry) placementHosts(pool *model.Pool, declared []*model.Host) []placement.Host {
+// best finds the host to ask. asked has those that refused, with the sequence of the report after which to ask again, or
+// 0 for never.
+func (r *registry) best(pool *model.Pool, declared []*model.Host, user string, asked map[string]uint64) (placement.Candidate, bool, placement.Why) {
+	rules := placement.Pool{
+		Name: pool.Name, Personal: pool.Personal, Automatic: pool.Automatic, DepthFirst: pool.DepthFirst, MaxSessions: pool.MaxSessions,
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	return placement.Best(rules, r.placementHosts(pool, declared), user, func(host string) bool {
+		after, was := asked[host]
+		return was && (after == 0 || r.hosts[hostKey{pool.Name, host}].report.Sequence <= after)
+	})
+}
+
+// placementHosts joins what is declared of a pool's hosts with what is live. mu is held, also while it is read.
+func (r *registry) placementHosts(pool *model.Pool, declared []*model.Host) iter.Seq[placement.Host] {
 	now := r.now()
-	hosts := make([]placement.Host, 0, len(declared))
-	for _, d := range declared {
-		p := placement.Host{Name: d.Name, AssignedUser: d.AssignedUser, Draining: d.Draining(now)}
-		if p.Draining {
-			p.DrainReason = d.Drain.Reason
-		}
-		if h := r.hosts[hostKey{pool.Name, d.Name}]; r.connected(h, pool.HeartbeatTimeout) {
-			p.Connected, p.Ready, p.Message = true, h.report.RDPReady, h.report.Message
-			for _, s := range h.report.Sessions {
-				p.Sessions = append(p.Sessions, placement.Session{User: s.User, Disconnected: s.State == bus.SessionDisconnected})
+	return func(yield func(placement.Host) bool) {
+		for _, d := range declared {
+			p := placement.Host{Name: d.Name, AssignedUser: d.AssignedUser, Draining: d.Draining(now)}
+			if p.Draining {
+				p.DrainReason = d.Drain.Reason
 			}
-			for id, pr := range h.promises {
-				if now.After(pr.until) {
-					delete(h.promises, id)
-					continue
-				}
-				if pr.accepted {
-					p.Sessions = append(p.Sessions, placement.Session{User: pr.user})
-				} else {
-					p.Reserved = append(p.Reserved, placement.Session{User: pr.user})
-				}
+			if h := r.hosts[hostKey{pool.Name, d.Name}]; r.connected(h, pool.HeartbeatTimeout) {
+				p.Connected, p.Ready, p.Message = true, h.report.RDPReady, h.report.Message
+				p.Sessions, p.Reserved = h.taken(now)
+			}
+			if !yield(p) {
+				return
 			}
 		}
-		hosts = append(hosts, p)
 	}
-	return hosts
+}
+
+// taken gives the sessions that a host reports or has accepted since, and those that it is only being asked for.
+func (h *liveHost) taken(now time.Time) (sessions, reserved []placement.Session) {
+	sessions = slices.Clip(h.sessions)
+	for id, p := range h.promises {
+		switch {
+		case now.After(p.until):
+			delete(h.promises, id)
+		case p.accepted:
+			sessions = append(sessions, placement.Session{User: p.user})
+		default:
+			reserved = append(reserved, placement.Session{User: p.user})
+		}
+	}
+	return sessions, reserved
 }
 
 // live gives a copy of a host's state.
@@ -208,24 +229,8 @@ func (r *registry) prune(declared func(hostKey) bool, silence time.Duration) {
 			delete(r.gateways, k)
 		}
 	}
-}
-
-func (r *registry) gatewayReport(k gatewayKey, rep bus.GatewayReport) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.gateways[k] = liveGateway{rep, r.now()}
-}
-
-// gatewayLoad sums a gateway's pods: live sessions, and those on their way. heard is false where no pod reports.
-func (r *registry) gatewayLoad(gateway string) (sessions, pending int32, heard bool) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for k, g := range r.gateways {
-		if k.gateway == gateway && r.now().Sub(g.at) < gatewaySilence {
-			sessions, pending, heard = sessions+g.report.Sessions, pending+g.report.Pending, true
-		}
-	}
-	return sessions, pending, heard
+	now := r.now()
+	maps.DeleteFunc(r.onTheWay, func(_ string, j journey) bool { return now.After(j.until) })
 }
 
 // counts of hosts that are there, on this broker, and of sessions that they report.
@@ -237,7 +242,7 @@ func (r *registry) counts() (hosts, local, sessions int) {
 			continue
 		}
 		hosts++
-		sessions += len(h.report.Sessions)
+		sessions += int(sessionsOn(h.report))
 		if h.local {
 			local++
 		}

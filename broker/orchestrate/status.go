@@ -146,7 +146,7 @@ func agentStatus(h liveHost, connected bool, last model.AgentStatus, cfg bus.Hos
 	r := h.report
 	s := model.AgentStatus{
 		Connected: true, LastHeartbeat: h.at.Truncate(time.Second), Version: r.AgentVersion, OS: r.OS, RDPReady: r.RDPReady, Message: r.Message,
-		Sessions: int32(len(r.Sessions)), CertificateFingerprint: r.CertificateFingerprint,
+		Sessions: sessionsOn(r), CertificateFingerprint: r.CertificateFingerprint,
 		// An agent that holds the configuration with the drain refuses new sessions.
 		DrainAcknowledged: cfg.Draining && r.ConfigGeneration == cfg.Generation,
 	}
@@ -154,6 +154,16 @@ func agentStatus(h liveHost, connected bool, last model.AgentStatus, cfg bus.Hos
 		s.CertificateExpires = t
 	}
 	return s
+}
+
+// sessionsOn counts the sessions that a host knows to be there.
+func sessionsOn(r bus.HostReport) (n int32) {
+	for _, s := range r.Sessions {
+		if !s.Assumed {
+			n++
+		}
+	}
+	return n
 }
 
 // worthWriting says whether two states differ in more than a recent heartbeat.
@@ -171,8 +181,9 @@ func worthWriting(last, want model.AgentStatus) bool {
 // writeGateways writes the sessions through each gateway, seldom.
 func (w *statusWriter) writeGateways(ctx context.Context, snap *model.Snapshot) {
 	now := w.b.o.Now()
+	loads := w.b.live.gatewayLoads()
 	for _, g := range snap.Gateways {
-		sessions, _, heard := w.b.live.gatewayLoad(g.Name)
+		sessions, heard := loads[g.Name].sessions, loads[g.Name].heard
 		if !heard && now.Sub(w.b.started) < gatewaySilence || sessions == g.Sessions || now.Sub(w.gatewayWritten[g.Name]) < gatewayWriteEvery {
 			continue
 		}

@@ -1,13 +1,15 @@
 // Package placement decides which session hosts to ask for a user's session, and in which order. It is a pure function
 // of what is declared and what hosts report: every broker that sees the same decides the same.
 //
-// A host's agent has the last word, against its own limit. So an answer is a list of candidates to ask one by one, and a
-// snapshot that is a moment old costs a further question, never an overfull host.
+// A host's agent has the last word, against its own limit. So an answer is the best host to ask, and, when that one
+// refuses, the next by what is known then: a snapshot that is a moment old costs a further question, never an overfull
+// host. One decision is one pass over the hosts, which sorts nothing and keeps nothing.
 package placement
 
 import (
 	"cmp"
 	"fmt"
+	"iter"
 	"slices"
 	"strings"
 )
@@ -39,6 +41,8 @@ type Host struct {
 type Session struct {
 	User         string
 	Disconnected bool
+	// Assumed says that the session may be over: it draws its user back and takes no place.
+	Assumed bool
 }
 
 // Candidate is one host to ask.
@@ -52,49 +56,65 @@ type Candidate struct {
 
 // Why says why a host, or all hosts of a pool, can't take a session.
 type Why struct {
-	Pool    Pool
-	Hosts   int // looked at
-	reasons []reason
+	Hosts  int // looked at
+	counts [reasons]int
+	// details are the first few by name, each once, so that they don't hang on the order of the hosts.
+	details [reasons][]string
 }
 
-type reason struct {
-	kind, detail string
-}
+type reason int
 
 // What keeps a host out, in the order in which they are told.
 const (
-	notConnected = "not connected"
-	notReady     = "not ready"
-	draining     = "draining"
-	full         = "full"
-	otherPersons = "assigned to other users"
-	notAssigned  = "not assigned to anybody"
-	nothing      = ""
+	nothing reason = iota
+	notConnected
+	notReady
+	draining
+	full
+	otherPersons
+	notAssigned
+	askedBefore
+	reasons
 )
 
-var order = []string{notConnected, notReady, draining, full, otherPersons, notAssigned}
+var titles = [reasons]string{
+	notConnected: "not connected", notReady: "not ready", draining: "draining", full: "full",
+	otherPersons: "assigned to other users", notAssigned: "not assigned to anybody", askedBefore: "asked in vain",
+}
 
-// String tells it to a person: `3 hosts: 1 not connected, 1 draining ("new image"), 1 full`.
+// maxDetails bounds what is told of one reason.
+const maxDetails = 3
+
+func (w *Why) add(r reason, detail string) {
+	w.counts[r]++
+	if detail == "" {
+		return
+	}
+	d := w.details[r]
+	i, known := slices.BinarySearch(d, detail)
+	if known || i == maxDetails {
+		return
+	}
+	d = slices.Insert(d, i, detail)
+	w.details[r] = d[:min(len(d), maxDetails)]
+}
+
+// Full counts the hosts where a session's end would make a place.
+func (w *Why) Full() int { return w.counts[full] }
+
+// String tells it to a person: `3 hosts: 1 not connected, 1 draining (new image), 1 full`.
 func (w *Why) String() string {
 	if w.Hosts == 0 {
 		return "the pool has no hosts"
 	}
-	counts, details := map[string]int{}, map[string][]string{}
-	for _, r := range w.reasons {
-		counts[r.kind]++
-		if r.detail != "" && !slices.Contains(details[r.kind], r.detail) {
-			details[r.kind] = append(details[r.kind], r.detail)
-		}
-	}
 	var parts []string
-	for _, kind := range order {
-		if counts[kind] == 0 {
+	for r, n := range w.counts {
+		if n == 0 {
 			continue
 		}
-		part := fmt.Sprintf("%d %s", counts[kind], kind)
-		if d := details[kind]; len(d) > 0 {
-			slices.Sort(d)
-			part += fmt.Sprintf(" (%s)", strings.Join(d[:min(len(d), 3)], "; "))
+		part := fmt.Sprintf("%d %s", n, titles[r])
+		if d := w.details[r]; len(d) > 0 {
+			part += fmt.Sprintf(" (%s)", strings.Join(d, "; "))
 		}
 		parts = append(parts, part)
 	}
@@ -108,98 +128,120 @@ func (w *Why) String() string {
 	return fmt.Sprintf("%d %s: %s", w.Hosts, noun, strings.Join(parts, ", "))
 }
 
-// Place gives the hosts to ask for the user's session, best first, and why the others are not among them.
+// Best gives the host to ask for the user's session, but for those that asked names, and why the others are out of the
+// question. The order in which the hosts come makes no difference; names are unique.
 //
 //  1. Where the user has a session already, a disconnected one before another: also on a draining or full host.
 //  2. Personal: the user's own hosts; only where there are none, and under Automatic assignment, hosts of nobody.
 //  3. Pooled: hosts with a free place; the emptiest first, or with DepthFirst the fullest first.
 //  4. Hosts whose last places are promised but not taken: a promise may still come to nothing.
 //
-// Only connected hosts whose RDP server answers count, and in 2 to 4 only those that don't drain. Ties go by name.
-func Place(pool Pool, hosts []Host, user string) ([]Candidate, *Why) {
-	why := &Why{Pool: pool, Hosts: len(hosts)}
-	owns := pool.Personal && slices.ContainsFunc(hosts, func(h Host) bool { return h.AssignedUser == user })
-	var ranked []ranking
-	for i := range hosts {
-		r, out := rank(pool, &hosts[i], user, owns)
-		if out.kind != nothing {
-			why.reasons = append(why.reasons, out)
-			continue
+// Only connected hosts whose RDP server answers count, and in 2 to 4 only those that don't drain. Ties go by name. asked
+// is called with candidates only; nil leaves none out. hosts is gone through twice where the pool is Personal.
+func Best(pool Pool, hosts iter.Seq[Host], user string, asked func(host string) bool) (best Candidate, found bool, why Why) {
+	owns := pool.Personal && owns(hosts, user)
+	var top ranking
+	for h := range hosts {
+		why.Hosts++
+		r, out, detail := rank(pool, &h, user, owns)
+		if out == nothing && asked != nil && asked(h.Name) {
+			out = askedBefore
 		}
-		ranked = append(ranked, r)
+		switch {
+		case out != nothing:
+			why.add(out, detail)
+		case !found || r.before(top):
+			top, found = r, true
+		}
 	}
-	slices.SortFunc(ranked, func(a, b ranking) int {
-		return cmp.Or(cmp.Compare(a.class, b.class), cmp.Compare(a.load, b.load), strings.Compare(a.Host, b.Host))
-	})
-	candidates := make([]Candidate, len(ranked))
-	for i, r := range ranked {
-		candidates[i] = r.Candidate
-	}
-	return candidates, why
+	return top.Candidate, found, why
 }
 
-// ranking is a candidate with what sorts it: classes first, then load.
+func owns(hosts iter.Seq[Host], user string) bool {
+	for h := range hosts {
+		if h.AssignedUser == user {
+			return true
+		}
+	}
+	return false
+}
+
+// ranking is a candidate with what orders it: classes first, then load.
 type ranking struct {
 	Candidate
 	class, load int
+}
+
+func (r ranking) before(o ranking) bool {
+	return cmp.Or(cmp.Compare(r.class, o.class), cmp.Compare(r.load, o.load), strings.Compare(r.Host, o.Host)) < 0
 }
 
 // Classes of candidates, best first.
 const (
 	ownDisconnected = iota
 	ownSession
-	free
+	hasRoom
 	promised
 )
 
 // rank says how good a host is for the user, or what keeps it out.
-func rank(pool Pool, h *Host, user string, owns bool) (ranking, reason) {
-	r := ranking{Candidate: Candidate{Host: h.Name}}
+func rank(pool Pool, h *Host, user string, owns bool) (r ranking, out reason, detail string) {
+	r.Host = h.Name
 	if pool.Personal {
 		switch {
 		case h.AssignedUser == user:
 		case h.AssignedUser != "":
-			return r, reason{otherPersons, ""}
+			return r, otherPersons, ""
 		case owns || !pool.Automatic:
-			return r, reason{notAssigned, ""}
+			return r, notAssigned, ""
 		default:
 			r.Assign = true
 		}
 	}
 	switch {
 	case !h.Connected:
-		return r, reason{notConnected, ""}
+		return r, notConnected, ""
 	case !h.Ready:
-		return r, reason{notReady, h.Message}
+		return r, notReady, h.Message
 	}
 	if mine, disconnected := h.sessionOf(user); mine {
 		r.Resume, r.class = true, ownSession
 		if disconnected {
 			r.class = ownDisconnected
 		}
-		return r, reason{}
+		return r, nothing, ""
 	}
 	if h.Draining {
-		return r, reason{draining, h.DrainReason}
+		return r, draining, h.DrainReason
 	}
-	taken := len(h.Sessions) + len(h.Reserved)
+	reported, taken := h.places()
 	switch {
-	case len(h.Sessions) >= int(pool.MaxSessions):
-		return r, reason{full, ""}
+	case reported >= int(pool.MaxSessions):
+		return r, full, ""
 	case taken >= int(pool.MaxSessions):
 		r.class = promised
 	default:
-		r.class = free
+		r.class = hasRoom
 	}
 	r.load = taken
-	if pool.DepthFirst && !pool.Personal && r.class == free {
+	if pool.DepthFirst && !pool.Personal && r.class == hasRoom {
 		r.load = -taken
 	}
-	return r, reason{}
+	return r, nothing, ""
+}
+
+// places counts those that sessions take, and those with what is promised.
+func (h *Host) places() (reported, taken int) {
+	for _, s := range h.Sessions {
+		if !s.Assumed {
+			reported++
+		}
+	}
+	return reported, reported + len(h.Reserved)
 }
 
 func (h *Host) sessionOf(user string) (mine, disconnected bool) {
-	for _, list := range [][]Session{h.Sessions, h.Reserved} {
+	for _, list := range [...][]Session{h.Sessions, h.Reserved} {
 		for _, s := range list {
 			if s.User == user {
 				mine, disconnected = true, disconnected || s.Disconnected

@@ -11,7 +11,6 @@ import (
 	"rendezvous.dev/rendezvous/broker/feed"
 	"rendezvous.dev/rendezvous/broker/model"
 	"rendezvous.dev/rendezvous/wire/brokerapi"
-	"rendezvous.dev/rendezvous/wire/choose"
 	"rendezvous.dev/rendezvous/wire/refusal"
 	"rendezvous.dev/rendezvous/wire/ticket"
 	"rendezvous.dev/rendezvous/wire/trace"
@@ -63,10 +62,11 @@ func (a *api) resources(w http.ResponseWriter, r *request) error {
 			Name: res.Name, DisplayName: res.DisplayName, Type: res.Type, HostPool: res.Pool, RDPFile: filePath(res.Name),
 		})
 	}
+	connections := a.o.Gateways.Connections()
 	for _, g := range snap.Gateways {
 		if g.Ready {
 			answer.Gateways = append(answer.Gateways, brokerapi.Gateway{
-				Name: g.Name, Region: g.Region, Hostname: g.Hostname, Port: g.Port, PingPath: pingPath, Connections: a.o.Connections(g.Name),
+				Name: g.Name, Region: g.Region, Hostname: g.Hostname, Port: g.Port, PingPath: pingPath, Connections: connections[g.Name],
 			})
 		}
 	}
@@ -116,10 +116,10 @@ func (a *api) file(w http.ResponseWriter, r *request) error {
 	case isPNG:
 		return write(w, http.StatusOK, "image/png", res.Icon)
 	}
-	data, gateway, err := a.connectionFile(snap, res, r)
+	data, through, err := a.connectionFile(snap, res, r)
 	e := trace.Event{
 		ActivityID: r.activity, Step: trace.StepFeed, Component: "feed/" + a.o.Name, At: r.begin, Duration: a.o.Now().Sub(r.begin), User: r.user.Name,
-		Detail: fmt.Sprintf("%s for %s through gateway %s", file, r.user.Name, gateway),
+		Detail: fmt.Sprintf("%s for %s through gateway %s", file, r.user.Name, through),
 	}
 	if err != nil {
 		refused := refusal.From(err)
@@ -133,53 +133,54 @@ func (a *api) file(w http.ResponseWriter, r *request) error {
 	return write(w, http.StatusOK, "application/x-rdp", data)
 }
 
-// connectionFile makes a signed file with a fresh ticket, for the gateway that the client chose, or we.
-func (a *api) connectionFile(snap *model.Snapshot, res *model.Resource, r *request) (data []byte, gateway string, err error) {
+// connectionFile makes a signed file with a fresh ticket, for the gateway that the client chose, or we. through names the
+// gateway and says why it is that one.
+func (a *api) connectionFile(snap *model.Snapshot, res *model.Resource, r *request) (data []byte, through string, err error) {
 	pool := snap.Pools[res.Pool]
 	if pool == nil {
 		return nil, "", refusal.New(refusal.NoHost, "Resource %q names HostPool %q, which does not exist in this workspace: an administrator must make it, or change the resource's hostPoolRef.", res.Name, res.Pool)
-	}
-	gw, err := a.gateway(snap, r.URL.Query().Get("gateway"))
-	if err != nil {
-		return nil, "", err
 	}
 	key, err := a.o.TicketKey()
 	if err != nil {
 		return nil, "", fmt.Errorf("the broker can't sign tickets: %w", err)
 	}
+	id := rand.Text()
+	gw, through, err := a.gateway(snap, r.URL.Query().Get("gateway"), id)
+	if err != nil {
+		return nil, "", err
+	}
 	address, now := brokerapi.PoolName(a.o.Namespace, res.Pool), a.o.Now()
 	raw, err := ticket.Sign(ticket.Claims{
-		ID: rand.Text(), Namespace: a.o.Namespace, Workspace: a.o.Workspace, User: r.user.Name, Resource: res.Name, Target: address,
+		ID: id, Namespace: a.o.Namespace, Workspace: a.o.Workspace, User: r.user.Name, Resource: res.Name, Target: address,
 		Groups: snap.Workspace.GrantedGroups(r.user.Groups), ActivityID: given(r.Request), RedirectFlags: feed.RedirectFlags(res.Redirection),
 		IssuedAt: now, Expires: now.Add(snap.Workspace.TicketLifetime),
 	}, key)
 	if err != nil {
 		return nil, "", err
 	}
-	lines, err := feed.Sign(feed.Lines(feed.File{Resource: res, Gateway: gw, Address: address, Ticket: raw, Properties: pool.Properties}), a.o.Signer())
+	lines, err := feed.Sign(feed.Lines(feed.File{
+		Resource: res, Gateway: gw, Address: address, Ticket: raw, Properties: pool.Properties, Verified: pool.RDPIssuer != nil,
+	}), a.o.Signer())
 	if err != nil {
 		return nil, "", err
 	}
-	return feed.Encode(lines), gw.Name, nil
+	return feed.Encode(lines), through, nil
 }
 
-// gateway gives the named gateway, or, where none is named, the ready one with the fewest connections.
-func (a *api) gateway(snap *model.Snapshot, name string) (*model.Gateway, error) {
+// gateway gives the named gateway, or, where none is named, the one that serves the ticket's holder best, and says why.
+func (a *api) gateway(snap *model.Snapshot, name, ticket string) (gw *model.Gateway, why string, err error) {
 	if name != "" {
 		if g := snap.Gateway(name); g != nil {
-			return g, nil
+			a.o.Gateways.Expect(name, ticket)
+			return g, name + ", which the client chose", nil
 		}
-		return nil, refusal.New(refusal.UnknownInstance, "Workspace %s has no gateway %q.", a.o.Workspace, name)
+		return nil, "", refusal.New(refusal.UnknownInstance, "Workspace %s has no gateway %q.", a.o.Workspace, name)
 	}
-	var candidates []choose.Candidate
-	for _, g := range snap.Gateways {
-		candidates = append(candidates, choose.Candidate{Name: g.Name, Answered: g.Ready, Connections: int(a.o.Connections(g.Name))})
+	g, weighed := a.o.Gateways.Choose(snap.Gateways, ticket)
+	if g == nil {
+		return nil, "", refusal.New(refusal.AdmissionAway, "No gateway of workspace %s is ready (%d there): try again in a moment; an administrator finds more with `kubectl get gateways.rendezvous.dev`.", a.o.Workspace, len(snap.Gateways))
 	}
-	ranked, ok := choose.Gateway(candidates)
-	if !ok {
-		return nil, refusal.New(refusal.AdmissionAway, "No gateway of workspace %s is ready (%d there): try again in a moment; an administrator finds more with `kubectl get gateways.rendezvous.dev`.", a.o.Workspace, len(candidates))
-	}
-	return snap.Gateway(ranked[0].Name), nil
+	return g, fmt.Sprintf("%s, the emptiest (%s)", g.Name, weighed), nil
 }
 
 // maxAdded bounds the steps that a client may add in one request.

@@ -41,6 +41,16 @@ type Identity interface {
 	CA() string
 }
 
+// Gateways knows how much goes through each gateway; *orchestrate.Orchestrator does.
+type Gateways interface {
+	// Connections counts each gateway's live sessions and those on their way to it.
+	Connections() map[string]int32
+	// Choose picks the gateway for a ticket's holder, nil where none is ready, and tells what it weighed.
+	Choose(gateways []*model.Gateway, ticket string) (chosen *model.Gateway, weighed string)
+	// Expect counts a ticket's holder, who chose the gateway, among those on their way to it.
+	Expect(gateway, ticket string)
+}
+
 // Options of the API. All but Now, Log and Metrics are required.
 type Options struct {
 	Namespace, Workspace string
@@ -51,9 +61,8 @@ type Options struct {
 	Enrol    *enrol.Service
 	Traces   *traces.Store
 	// Trace publishes a step of a connect to all replicas, this one included.
-	Trace func(trace.Event)
-	// Connections counts a gateway's live sessions and those on their way.
-	Connections func(gateway string) int32
+	Trace    func(trace.Event)
+	Gateways Gateways
 	// TicketKey signs tickets.
 	TicketKey func() (ed25519.PrivateKey, error)
 	// Signer signs connection files.

@@ -110,11 +110,28 @@ func setUp(t *testing.T) *fixture {
 		Namespace: ns, Workspace: ws, Name: "b0", Source: f.world, Identity: people{"alice": {"engineers", "x"}, "bob": nil, "carol": nil},
 		Enrol:  enrol.New(enrol.Options{Namespace: ns, Workspace: ws, Source: f.world, Writer: f.world, Now: clock}),
 		Traces: f.traces, Trace: func(e trace.Event) { f.traces.Hear("rdv.trace.broker", e) },
-		Connections: func(g string) int32 { return f.load[g] },
-		TicketKey:   func() (ed25519.PrivateKey, error) { return f.key, nil },
-		Signer:      func() *tls.Certificate { return signer }, Now: clock,
+		Gateways:  loads{f},
+		TicketKey: func() (ed25519.PrivateKey, error) { return f.key, nil },
+		Signer:    func() *tls.Certificate { return signer }, Now: clock,
 	})
 	return f
+}
+
+// loads chooses by the fixture's load, and counts those on their way in it.
+type loads struct{ f *fixture }
+
+func (l loads) Connections() map[string]int32 { return l.f.load }
+func (l loads) Expect(gateway, _ string)      { l.f.load[gateway]++ }
+func (l loads) Choose(gateways []*model.Gateway, ticket string) (best *model.Gateway, weighed string) {
+	for _, g := range gateways {
+		if g.Ready && (best == nil || l.f.load[g.Name] < l.f.load[best.Name]) {
+			best = g
+		}
+	}
+	if best != nil {
+		l.Expect(best.Name, ticket)
+	}
+	return best, "WEIGHED"
 }
 
 func (f *fixture) do(method, path, token, body string) *httptest.ResponseRecorder {

@@ -155,6 +155,9 @@ type HostConnect struct {
 // HostReply is the agent's last word: it accepts, or refuses against its own limit. Err set means refused.
 type HostReply struct {
 	Err *refusal.Error `json:"error,omitempty"`
+	// Sequence is of the last report before this answer: any later one was made with it in mind, and lists the session
+	// unless it has ended since. 0 from agents that don't say.
+	Sequence uint64 `json:"sequence,omitempty"`
 }
 
 // HostConfig is what a host's agent must hold to. Brokers send it when it changes and when an agent reports another Generation.
@@ -209,6 +212,9 @@ type HostSession struct {
 	Resource   string    `json:"resource,omitempty"`
 	State      string    `json:"state"`
 	Since      time.Time `json:"since"`
+	// Assumed says that the host can't see whether the session lives on: its user's connection ended a moment ago. It
+	// draws the user back and takes no place.
+	Assumed bool `json:"assumed,omitempty"`
 }
 
 // GatewayReport is one gateway pod's load, sent every few seconds and after a change.
