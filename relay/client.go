@@ -121,12 +121,19 @@ func (c *client) unwrap(b []byte) (out []byte, err error) {
 	return out, nil
 }
 
-// together appends part to out where both lie in one buffer, part behind out: it moves down, and nothing is allocated.
+// together joins out and part, which lies behind it in one buffer: the shorter one moves to the other, and nothing is
+// allocated. Neither slice is cut short at its end, so that capacities tell where they stand.
 func together(out, part []byte) []byte {
 	if len(out) == 0 {
 		return part
 	}
-	return append(out, part...)
+	if len(out) >= len(part) {
+		return append(out, part...)
+	}
+	at := cap(out) - cap(part)
+	from := at - len(out)
+	copy(out[from:at], out)
+	return out[from : at+len(part)]
 }
 
 // send writes one packet as one message. TLS writes whole slices, so packets of several goroutines never mix.

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/pprof"
 	"net/netip"
 	"os"
 	"os/signal"
@@ -42,6 +43,7 @@ func run() error {
 	tlsDir := flag.String("tls-dir", config.TLSDir, "folder with tls.crt and tls.key")
 	socket := flag.String("admission-socket", config.AdmissionSocket, "Unix socket of the gateway container")
 	podIP := flag.String("pod-ip", os.Getenv("POD_IP"), "this pod's address, which names the instance")
+	profile := flag.Bool("pprof", false, "serve Go's profiles at /debug/pprof/ beside the metrics")
 	level := slog.LevelInfo
 	flag.TextVar(&level, "log-level", level, "debug, info, warn or error")
 	flag.Parse()
@@ -81,7 +83,7 @@ func run() error {
 	go certs.Poll(done, 10*time.Second)
 	go reload(done, *file, r, log)
 
-	metrics := &http.Server{Addr: *metricsAddr, Handler: observe(registry, r), ReadHeaderTimeout: 5 * time.Second}
+	metrics := &http.Server{Addr: *metricsAddr, Handler: observe(registry, r, *profile), ReadHeaderTimeout: 5 * time.Second}
 	ml, err := net.Listen("tcp", *metricsAddr)
 	if err != nil {
 		return err
@@ -98,8 +100,12 @@ func run() error {
 }
 
 // observe serves what Kubernetes and Prometheus ask for.
-func observe(registry *prometheus.Registry, r *relay.Relay) http.Handler {
+func observe(registry *prometheus.Registry, r *relay.Relay, profile bool) http.Handler {
 	mux := http.NewServeMux()
+	if profile {
+		mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
+		mux.HandleFunc("/debug/pprof/", pprof.Index)
+	}
 	mux.Handle("/metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{EnableOpenMetrics: true}))
 	mux.HandleFunc("/healthz", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusOK) })
 	mux.HandleFunc("/readyz", func(w http.ResponseWriter, _ *http.Request) {
