@@ -9,9 +9,11 @@ import (
 	"context"
 	"crypto/sha256"
 	"crypto/subtle"
+	"crypto/x509"
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -202,7 +204,7 @@ func (s *Service) Enroll(ctx context.Context, r brokerapi.EnrollRequest) (res br
 		return res, err
 	}
 	// Only now, and only for one of those who try at once, does the token count as used; the certificates go to that one.
-	if err := s.mark(ctx, g, r.Host); err != nil {
+	if err := s.mark(ctx, g, r.Host, serial(certs.ClientCertificate)); err != nil {
 		return res, err
 	}
 	s.awaitSeen(ctx, r.Host, g.hash)
@@ -239,7 +241,7 @@ func (s *Service) admit(ctx context.Context, g grant, host string) error {
 }
 
 // mark records the enrolment. A host's own token is spent by it.
-func (s *Service) mark(ctx context.Context, g grant, host string) error {
+func (s *Service) mark(ctx context.Context, g grant, host, serial string) error {
 	var err error
 	for range markTries {
 		var h *model.Host
@@ -255,7 +257,7 @@ func (s *Service) mark(ctx context.Context, g grant, host string) error {
 				return refusal.New(refusal.RegistrationInvalid, "The registration token of SessionHost %s was replaced meanwhile: read its Secret again.", host)
 			}
 		}
-		if err = s.o.Writer.MarkEnrolled(ctx, host, version, g.hash, s.o.Now()); err == nil {
+		if err = s.o.Writer.MarkEnrolled(ctx, host, version, model.Enrolment{TokenHash: g.hash, Serial: serial, At: s.o.Now()}); err == nil {
 			return nil
 		}
 		if !errors.Is(err, model.ErrConflict) {
@@ -263,6 +265,19 @@ func (s *Service) mark(ctx context.Context, g grant, host string) error {
 		}
 	}
 	return s.apiAway(err)
+}
+
+// serial is a certificate's serial number in hex, empty where the issuer's answer can't be read: it is there for people.
+func serial(chain string) string {
+	block, _ := pem.Decode([]byte(chain))
+	if block == nil {
+		return ""
+	}
+	cert, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		return ""
+	}
+	return cert.SerialNumber.Text(16)
 }
 
 // awaitSeen waits until the snapshot shows the enrolment, or has had time enough: the agent comes again if it must.

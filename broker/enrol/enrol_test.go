@@ -126,6 +126,9 @@ func TestPoolToken(t *testing.T) {
 	if id, err := identity.FromCertificate(cert); err != nil || id != identity.Agent(ns, ws, "machines", "m1") {
 		t.Errorf("identity %v %v", id, err)
 	}
+	if got, want := f.world.Serial("m1"), cert.SerialNumber.Text(16); got != want {
+		t.Errorf("recorded serial %q, want %q", got, want)
+	}
 	if res.BusCA != "CA" || len(res.BusURLs) != 1 || res.RDPCertificate != "" {
 		t.Errorf("%+v", res)
 	}

@@ -214,17 +214,20 @@ func TestAgainstAPIServer(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := c.MarkEnrolled(t.Context(), "h1", version, "hash", time.Now()); err != nil {
+		if err := c.MarkEnrolled(t.Context(), "h1", version, model.Enrolment{TokenHash: "hash", Serial: "ab12", At: time.Now()}); err != nil {
 			t.Fatal(err)
 		}
-		if err := c.MarkEnrolled(t.Context(), "h1", version, "other", time.Now()); !errors.Is(err, model.ErrConflict) {
+		if err := c.MarkEnrolled(t.Context(), "h1", version, model.Enrolment{TokenHash: "other", Serial: "ab12", At: time.Now()}); !errors.Is(err, model.ErrConflict) {
 			t.Errorf("the loser of a race: %v", err)
 		}
 		if h, _, err := c.GetHost(t.Context(), "h1"); err != nil || h.EnrolledWith != "hash" {
 			t.Errorf("%+v %v", h, err)
 		}
-		if err := c.MarkEnrolled(t.Context(), "none", "", "hash", time.Now()); !errors.Is(err, model.ErrNotFound) {
+		if err := c.MarkEnrolled(t.Context(), "none", "", model.Enrolment{TokenHash: "hash", Serial: "ab12", At: time.Now()}); !errors.Is(err, model.ErrNotFound) {
 			t.Errorf("a host that isn't there: %v", err)
+		}
+		if e := c.sessionHost(t, "h1").Status.Enrolment; e.CertificateSerial != "ab12" {
+			t.Errorf("%+v", e)
 		}
 	})
 
@@ -255,7 +258,7 @@ func TestAgainstAPIServer(t *testing.T) {
 			t.Error("writing the same again changed the object")
 		}
 		_, v, _ := c.GetHost(t.Context(), "h1")
-		if err := c.MarkEnrolled(t.Context(), "h1", v, "again", time.Now()); err != nil {
+		if err := c.MarkEnrolled(t.Context(), "h1", v, model.Enrolment{TokenHash: "again", Serial: "ab12", At: time.Now()}); err != nil {
 			t.Fatal(err)
 		}
 		if c.sessionHost(t, "h1").Status.Agent == nil {

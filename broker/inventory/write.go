@@ -53,9 +53,9 @@ func (i *Inventory) GetHost(ctx context.Context, name string) (*model.Host, stri
 }
 
 // MarkEnrolled implements model.Writer.
-func (i *Inventory) MarkEnrolled(ctx context.Context, name, version, tokenHash string, at time.Time) error {
+func (i *Inventory) MarkEnrolled(ctx context.Context, name, version string, e model.Enrolment) error {
 	return i.applyStatus(ctx, "SessionHost", name, version, fieldManager, map[string]any{
-		"enrolment": v1alpha1.Enrolment{Time: metav1.NewTime(at), TokenHash: tokenHash},
+		"enrolment": v1alpha1.Enrolment{Time: metav1.NewTime(e.At), TokenHash: e.TokenHash, CertificateSerial: e.Serial},
 	})
 }
 

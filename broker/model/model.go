@@ -143,6 +143,14 @@ type Host struct {
 	Agent *AgentStatus
 }
 
+// Enrolment is what is kept of one.
+type Enrolment struct {
+	TokenHash string // SHA-256 in hex, of the token that was used
+	// Serial of the identity that was issued, in hex.
+	Serial string
+	At     time.Time
+}
+
 // Drain keeps new sessions off a host until Until, if that is set.
 type Drain struct {
 	Reason string
@@ -211,8 +219,8 @@ type Writer interface {
 	CreateHost(ctx context.Context, pool *Pool, host string) error
 	// GetHost reads a host from the API server itself, with a version for MarkEnrolled; ErrNotFound where there is none.
 	GetHost(ctx context.Context, host string) (h *Host, version string, err error)
-	// MarkEnrolled records the token that a host enrolled with, provided that the host is still at version; otherwise ErrConflict.
-	MarkEnrolled(ctx context.Context, host, version, tokenHash string, at time.Time) error
+	// MarkEnrolled records an enrolment, provided that the host is still at version; otherwise ErrConflict.
+	MarkEnrolled(ctx context.Context, host, version string, e Enrolment) error
 	// WriteAgent records an agent's state.
 	WriteAgent(ctx context.Context, host string, status AgentStatus) error
 	// Assign gives an unassigned host to a user for good. It returns whose host it is afterwards: somebody else's, where

@@ -6,6 +6,8 @@ import (
 	"crypto/rand"
 	"encoding/json"
 	"fmt"
+	rand2 "math/rand/v2"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -160,6 +162,8 @@ type agent struct {
 	refuse   *refusal.Error // answers this
 	asked    []bus.HostConnect
 	most     int
+	// late, where set, is called before each report and may take its time.
+	late func()
 }
 
 func (w *world) agent(replica int, pool, name string, limit int) *agent {
@@ -217,13 +221,29 @@ func (a *agent) onConnect(m *nats.Msg) {
 		a.sessions = append(a.sessions, bus.HostSession{SessionID: req.SessionID, User: req.User, State: bus.SessionActive})
 		a.most = max(a.most, len(a.sessions))
 	}
+	reply.Sequence = a.sequence
 	a.mu.Unlock()
 	data, _ := json.Marshal(reply)
 	m.Respond(data)
+	if a.late != nil {
+		go a.report() // as a real agent, whose report doesn't hold up its answers
+		return
+	}
 	a.report()
 }
 
+// end ends a session and reports it, sooner or later.
+func (a *agent) end(session string) {
+	a.mu.Lock()
+	a.sessions = slices.DeleteFunc(a.sessions, func(s bus.HostSession) bool { return s.SessionID == session })
+	a.mu.Unlock()
+	go a.report()
+}
+
 func (a *agent) report() {
+	if a.late != nil {
+		a.late()
+	}
 	a.mu.Lock()
 	a.sequence++
 	r := bus.HostReport{
@@ -569,6 +589,59 @@ func TestStorm(t *testing.T) {
 	t.Logf("%d accepted, refusals %v, %d questions to hosts", accepted, codes, asked)
 }
 
+// While there is a place, nobody is refused, however late the reports are and whichever sessions end before a report
+// could tell of them.
+func TestNeverRefusedWhileAPlaceIsFree(t *testing.T) {
+	w := newWorld(t, 3)
+	const hosts, limit, connects = 6, 3, 400
+	for _, b := range w.brokers {
+		b.o.Settle = patience // what is tried is whether a place is found, not how fast this machine is
+	}
+	w.fake.Edit(func(s *model.Snapshot) {
+		p := *s.Pools["pool"]
+		p.MaxSessions, p.ConnectTimeout = limit, 10*time.Second
+		s.Pools["pool"] = &p
+	})
+	agents := map[string]*agent{}
+	for i := range hosts {
+		a := w.agent(i%3, "pool", fmt.Sprintf("h%02d", i), limit)
+		a.late = func() { time.Sleep(rand2.N(40 * time.Millisecond)) }
+		agents[a.name] = a
+	}
+	var gws []*nats.Conn
+	for i := range 3 {
+		gws = append(gws, w.dial(i, identity.Gateway(ns, ws, "gw")))
+	}
+	places := make(chan struct{}, hosts*limit) // one who holds a token has a place somewhere
+	var wg sync.WaitGroup
+	for i := range connects {
+		wg.Go(func() {
+			places <- struct{}{}
+			defer func() { <-places }()
+			raw := w.ticket(func(c *ticket.Claims) { c.User, c.Groups = fmt.Sprint("user", i), []string{"engineers"} })
+			req := request(raw, nil)
+			reply := connectVia(t, gws[i%3], req)
+			if reply.Err != nil {
+				t.Errorf("user%d was refused: %v", i, reply.Err)
+				return
+			}
+			if i%2 == 0 { // the others end before any report
+				time.Sleep(rand2.N(30 * time.Millisecond))
+			}
+			agents[reply.Host].end(req.SessionID)
+		})
+	}
+	wg.Wait()
+	asked := 0
+	for _, a := range agents {
+		asked += len(a.asked)
+		if a.most > limit {
+			t.Errorf("%s held %d sessions, limit %d", a.name, a.most, limit)
+		}
+	}
+	t.Logf("%d questions to hosts for %d connects", asked, connects)
+}
+
 func TestConfigIsPushed(t *testing.T) {
 	w := newWorld(t, 2)
 	a := w.agent(1, "pool", "h1", 2)
@@ -668,6 +741,85 @@ func TestGatewayLoad(t *testing.T) {
 	eventually(t, "the sessions are written", func() bool { n, ok := w.fake.GatewaySessions("gw"); return ok && n == 7 })
 }
 
+// Clients that are given a gateway at one time are spread, at one broker or at several.
+func TestGatewayChoiceCountsThoseOnTheirWay(t *testing.T) {
+	w := newWorld(t, 2)
+	var gateways []*model.Gateway
+	for _, n := range []string{"a", "b", "c"} {
+		gateways = append(gateways, &model.Gateway{Name: n, Ready: n != "c"})
+	}
+	conns := map[string]*nats.Conn{}
+	report := func(name string, r bus.GatewayReport) {
+		if conns[name] == nil {
+			conns[name] = w.dial(0, identity.Gateway(ns, ws, name))
+		}
+		data, _ := json.Marshal(r)
+		conns[name].Publish(bus.GatewayReportSubject(name, "pod"), data)
+		conns[name].Flush()
+	}
+	everywhere := func(what string, ok func(map[string]int32) bool) {
+		t.Helper()
+		eventually(t, what, func() bool { return ok(w.brokers[0].Connections()) && ok(w.brokers[1].Connections()) })
+	}
+	report("a", bus.GatewayReport{Sessions: 4})
+	report("b", bus.GatewayReport{Sessions: 5})
+	everywhere("the load is known", func(c map[string]int32) bool { return c["a"] == 4 && c["b"] == 5 })
+
+	chosen := map[string]int{}
+	for i := range 9 {
+		g, weighed := w.brokers[0].Choose(gateways, fmt.Sprint("t", i))
+		chosen[g.Name]++
+		if i == 1 && !strings.Contains(weighed, "a 4+0+1, b 5+0+0, c 0+0+0 (not ready)") {
+			t.Errorf("weighed %q", weighed)
+		}
+	}
+	if chosen["a"] != 5 || chosen["b"] != 4 {
+		t.Errorf("nine at one time were spread %v over 4 and 5 sessions", chosen)
+	}
+	w.brokers[0].Expect("b", "own choice")
+	everywhere("the other broker counts them too", func(c map[string]int32) bool { return c["a"] == 9 && c["b"] == 10 })
+
+	// One of them arrives, at another gateway than foreseen, and is counted once throughout.
+	w.brokers[1].arrived("b", "t0")
+	everywhere("the arrival is counted where it is", func(c map[string]int32) bool { return c["a"] == 8 && c["b"] == 11 })
+	report("b", bus.GatewayReport{Sessions: 6})
+	everywhere("and by the gateway's report", func(c map[string]int32) bool { return c["a"] == 8 && c["b"] == 11 })
+
+	report("a", bus.GatewayReport{Sessions: 0, Draining: true})
+	report("b", bus.GatewayReport{Sessions: 10, MaxSessions: 11})
+	everywhere("the drain is known", func(c map[string]int32) bool { return c["a"] == 4 && c["b"] == 15 })
+	if g, weighed := w.brokers[1].Choose(gateways, "x"); g.Name != "b" || !strings.Contains(weighed, "a 0+0+4 (full or draining)") {
+		t.Errorf("a draining gateway: chose %s of %s", g.Name, weighed)
+	}
+	if g, weighed := w.brokers[1].Choose(gateways[2:], "y"); g != nil {
+		t.Errorf("a gateway that is not ready was chosen of %s", weighed)
+	}
+}
+
+// Who has a ticket and never comes is forgotten.
+func TestJourneysEnd(t *testing.T) {
+	now := time.Unix(1000, 0)
+	r := newRegistry(func() time.Time { return now })
+	r.travel("t1", "a", false)
+	r.travel("t2", "a", true)
+	r.travel("t2", "a", false) // heard late
+	check := func(want int32) {
+		t.Helper()
+		if got := r.gatewayLoads()["a"].connections(); got != want {
+			t.Errorf("%d on their way, want %d", got, want)
+		}
+	}
+	check(2)
+	now = now.Add(arrivalTime)
+	check(1)
+	now = now.Add(journeyTime)
+	check(0)
+	r.prune(func(hostKey) bool { return true }, time.Hour)
+	if len(r.onTheWay) != 0 {
+		t.Errorf("%v is kept", r.onTheWay)
+	}
+}
+
 func TestRegistry(t *testing.T) {
 	now := time.Unix(1000, 0)
 	r := newRegistry(func() time.Time { return now })
@@ -712,13 +864,22 @@ func TestRegistry(t *testing.T) {
 	if r.report(k, report("1", 7, "s2")) {
 		t.Error("a report of the life before was taken")
 	}
+	settle = r.promise(k, "s5", "w", now.Add(10*time.Second))
+	settle(true, 1)
+	check("accepted after the last report", "true 1 0")
+	r.report(k, report("2", 2))
+	check("a later report has the last word, also on what it doesn't list", "true 0 0")
+	settle = r.promise(k, "s6", "w", now.Add(10*time.Second))
+	r.report(k, report("2", 3))
+	settle(true, 2)
+	check("the report was faster than the answer", "true 0 0")
 	r.promise(k, "s3", "u", now.Add(10*time.Second))
 	now = now.Add(11 * time.Second)
 	check("a promise lapsed", "true 0 0")
 	now = now.Add(19 * time.Second)
 	check("silent", "false 0 0")
-	r.report(k, report("2", 2))
-	leaving := report("2", 3)
+	r.report(k, report("2", 4))
+	leaving := report("2", 5)
 	leaving.Leaving = true
 	r.report(k, leaving)
 	check("leaving", "false 0 0")

@@ -228,6 +228,15 @@ func TestConnectionFile(t *testing.T) {
 		t.Errorf("%+v", events)
 	}
 
+	if f.load["a"] != 6 {
+		t.Errorf("the client is not counted on its way to gateway a: %v", f.load)
+	}
+	f.do("GET", brokerapi.PathResources+"/desk.rdp?activity=00000000-0000-4000-8000-000000000002", "alice", "")
+	f.get(brokerapi.PathActivities+"00000000-0000-4000-8000-000000000002", "alice", &events)
+	if d := events[len(events)-1].Detail; d != "desk.rdp for alice through gateway b, the emptiest (WEIGHED)" {
+		t.Errorf("the trace says %q", d)
+	}
+
 	// Without a wish, the ready gateway with the fewest connections; without an activity, none in the ticket.
 	l = lines(t, f.do("GET", brokerapi.PathResources+"/own.rdp", "bob", "").Body.Bytes())
 	if l["gatewayhostname"] != "b.test:8443" {

@@ -7,7 +7,6 @@ import (
 	"maps"
 	"strconv"
 	"sync"
-	"time"
 
 	"rendezvous.dev/rendezvous/broker/model"
 )
@@ -26,6 +25,7 @@ type World struct {
 	version  map[string]int
 	agents   []AgentWrite
 	gateways map[string]int32
+	serials  map[string]string
 	signed   int
 	onChange []func()
 }
@@ -38,7 +38,7 @@ type AgentWrite struct {
 
 // New makes a world. The snapshot's maps are copied, so that a change makes a new one.
 func New(s *model.Snapshot) *World {
-	return &World{snap: clone(s), version: map[string]int{}, gateways: map[string]int32{}}
+	return &World{snap: clone(s), version: map[string]int{}, gateways: map[string]int32{}, serials: map[string]string{}}
 }
 
 func clone(s *model.Snapshot) *model.Snapshot {
@@ -120,7 +120,7 @@ func (w *World) GetHost(_ context.Context, host string) (*model.Host, string, er
 	return h, strconv.Itoa(w.version[host]), nil
 }
 
-func (w *World) MarkEnrolled(_ context.Context, host, version, hash string, at time.Time) error {
+func (w *World) MarkEnrolled(_ context.Context, host, version string, e model.Enrolment) error {
 	if w.Away != nil {
 		return w.Away
 	}
@@ -130,7 +130,8 @@ func (w *World) MarkEnrolled(_ context.Context, host, version, hash string, at t
 	conflict := false
 	w.Edit(func(s *model.Snapshot) {
 		if conflict = strconv.Itoa(w.version[host]) != version; !conflict {
-			w.editHost(s, host, func(h *model.Host) { h.EnrolledWith, h.EnrolledAt = hash, at })
+			w.serials[host] = e.Serial
+			w.editHost(s, host, func(h *model.Host) { h.EnrolledWith, h.EnrolledAt = e.TokenHash, e.At })
 		}
 	})
 	if conflict {
@@ -211,4 +212,11 @@ func (w *World) Signed() int {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.signed
+}
+
+// Serial gives the serial number of the identity that a host enrolled with.
+func (w *World) Serial(host string) string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.serials[host]
 }
