@@ -46,7 +46,7 @@ type plan struct {
 }
 
 var (
-	thorough = plan{rounds: 5, duration: 2 * time.Second, idle: []int{2000, 10000}, wide: 1}
+	thorough = plan{rounds: 5, duration: 1500 * time.Millisecond, idle: []int{2000, 10000}, wide: 1}
 	quick    = plan{rounds: 1, duration: 700 * time.Millisecond, idle: []int{500}, wide: 1}
 )
 

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"crypto/ed25519"
+	"crypto/rand"
 	"crypto/tls"
 	"encoding/base64"
 	"encoding/json"
@@ -41,7 +42,7 @@ type gatewayPod struct {
 	meet     *meet
 	clients  *tlsDialer
 	agents   *tlsDialer
-	ticket   string
+	key      ed25519.PrivateKey // signs tickets, as a broker's feed does
 	target   string
 	bus      *bus.Server
 	resume   atomic.Bool // whether agents resume TLS sessions now
@@ -62,9 +63,7 @@ func newGatewayPod(ctx context.Context, dir, bin string, ca *authority, m *meet)
 	if err == nil {
 		err = os.WriteFile(filepath.Join(member, config.TicketCert), signer, 0o600)
 	}
-	if err == nil {
-		err = g.sign(key)
-	}
+	g.key = key
 	if err != nil {
 		return nil, err
 	}
@@ -88,11 +87,11 @@ func newGatewayPod(ctx context.Context, dir, bin string, ca *authority, m *meet)
 
 func (g *gatewayPod) path(name string) string { return filepath.Join(g.dir, name) }
 
-// sign makes the ticket that every client shows.
-func (g *gatewayPod) sign(key ed25519.PrivateKey) (err error) {
-	g.ticket, err = ticket.Sign(ticket.Claims{ID: "bench", Namespace: namespace, Workspace: workspace, User: "alice@bench.test", Groups: []string{"engineers"},
-		Resource: "desktop", Target: g.target, IssuedAt: time.Now(), Expires: time.Now().Add(2 * time.Hour)}, key)
-	return err
+// ticket makes a ticket for one session: no part of the path may live off having seen it before.
+func (g *gatewayPod) ticket() (string, error) {
+	now := time.Now()
+	return ticket.Sign(ticket.Claims{ID: rand.Text(), Namespace: namespace, Workspace: workspace, User: "alice@bench.test", Groups: []string{"engineers"},
+		Resource: "desktop", Target: g.target, IssuedAt: now, Expires: now.Add(time.Hour)}, g.key)
 }
 
 // build compiles relay and gateway into a folder.
@@ -166,36 +165,30 @@ func (g *gatewayPod) stop() {
 func (g *gatewayPod) processes() []*process { return []*process{g.relay, g.gateway} }
 
 func (g *gatewayPod) dialRaw(resume bool) (stream, error) {
-	c, err := g.dial(resume)
-	if err != nil {
-		return nil, err
-	}
-	return opened(openRaw(c, g.ticket))
+	return g.dial(resume, openRaw)
 }
 
 func (g *gatewayPod) dialTSGU(resume bool) (stream, error) {
-	c, err := g.dial(resume)
+	return g.dial(resume, func(c *tls.Conn, ticket string) (*client, error) { return openTSGU(c, ticket, g.target) })
+}
+
+func (g *gatewayPod) dial(resume bool, open func(c *tls.Conn, ticket string) (*client, error)) (stream, error) {
+	ticket, err := g.ticket()
 	if err != nil {
 		return nil, err
 	}
-	return opened(openTSGU(c, g.ticket, g.target))
-}
-
-// opened keeps a nil client from becoming a stream that isn't nil.
-func opened(c *client, err error) (stream, error) {
+	g.resume.Store(resume)
+	tc, err := g.clients.dial(loopback(g.port), resume, &clientLegs)
 	if err != nil {
 		return nil, err
+	}
+	tc.SetDeadline(time.Now().Add(patience))
+	c, err := open(tc, ticket)
+	if err != nil {
+		tc.Close()
+		return nil, err // not c, which as a stream would not be nil
 	}
 	return c, nil
-}
-
-func (g *gatewayPod) dial(resume bool) (*tls.Conn, error) {
-	g.resume.Store(resume)
-	c, err := g.clients.dial(loopback(g.port), resume, &clientLegs)
-	if err == nil {
-		c.SetDeadline(time.Now().Add(patience))
-	}
-	return c, err
 }
 
 // orchestrate answers a gateway's request as a broker would whose host accepts at once.

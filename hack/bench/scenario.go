@@ -104,7 +104,7 @@ func scenarios() []scenario {
 				case i == len(thorough.idle)-1:
 					return p.wide
 				}
-				return min(p.rounds, 3)
+				return min(p.rounds, 2)
 			},
 			measure: func(ctx context.Context, b *bench, c *contender, p plan, add func(metric, float64)) error {
 				n := p.idle[i]
