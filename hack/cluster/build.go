@@ -222,10 +222,9 @@ type image struct{ ref, tar string }
 // is the directory's key.
 func programImage(dir, program string) (image, error) {
 	base := filepath.Base(dir)
-	img := image{
-		ref: "localhost/rdv-cluster/" + program + ":" + base[strings.LastIndex(base, "-")+1:],
-		tar: filepath.Join(dir, program+".tar"),
-	}
+	img := image{ref: "localhost/rdv-cluster/" + program + ":" + base[strings.LastIndex(base, "-")+1:]}
+	// The tar holds its reference, so a tar of another reference won't do.
+	img.tar = filepath.Join(dir, strings.NewReplacer("/", "_", ":", "_").Replace(img.ref)+".tar")
 	if _, err := os.Stat(img.tar); err == nil {
 		return img, nil
 	}
