@@ -240,8 +240,10 @@ func (l *leg) breach(err error) error {
 	var a alert
 	if errors.As(err, &a) && l.wmu.TryLock() {
 		defer l.wmu.Unlock()
-		l.tcp.SetWriteDeadline(time.Now().Add(lingerTime))
-		l.alertLocked(a, errShutdown)
+		if l.werr == nil {
+			l.tcp.SetWriteDeadline(time.Now().Add(lingerTime))
+			l.alertLocked(a, errShutdown)
+		}
 	}
 	return err
 }
