@@ -8,6 +8,8 @@
 //	channel.go   the control channel: one bus connection, remade for ever
 //	report.go    presence: what brokers know of this host
 //	ledger.go    the host's own word on whether one session more fits
+//	desktops*.go which sessions the RDP server holds
+//	presence.go  whose those are, and what is told of them
 //	reverse.go   steps 9 to 11: dial the gateway, join, copy
 //	probe.go     whether the RDP server really answers, and with which certificate
 //	health.go    a Unix socket in the state folder, for liveness probes
@@ -56,12 +58,14 @@ type Options struct {
 	// Log gets everything; nil means slog.Default.
 	Log *slog.Logger
 
-	timing timing
+	timing   timing
+	desktops func() map[desktop]bool // readDesktops, but for tests
 }
 
 // timing is what tests shorten.
 type timing struct {
 	probeReady   time.Duration // between probes of a server that answers
+	look         time.Duration // between looks at the RDP server's sessions
 	probeUnready time.Duration // between probes of one that does not
 	retryMin     time.Duration // first delay after a transient failure
 	retryMax     time.Duration // and the longest
@@ -77,6 +81,7 @@ func (t timing) withDefaults() timing {
 		}
 	}
 	def(&t.probeReady, 10*time.Second)
+	def(&t.look, time.Second)
 	def(&t.probeUnready, time.Second)
 	def(&t.retryMin, 500*time.Millisecond)
 	def(&t.retryMax, 15*time.Second)
@@ -91,6 +96,9 @@ func (o Options) withDefaults() (Options, error) {
 	o.timing = o.timing.withDefaults()
 	if o.Log == nil {
 		o.Log = slog.Default()
+	}
+	if o.desktops == nil {
+		o.desktops = readDesktops
 	}
 	if o.StateDir == "" {
 		return o, errors.New("--state-dir: give the folder that keeps this host's keys and certificates")
@@ -176,7 +184,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	// The channel, the reports and the probe outlive ctx: a draining host still says how it is.
 	serving, stopServing := context.WithCancel(context.WithoutCancel(ctx))
 	var wg sync.WaitGroup
-	for _, loop := range []func(context.Context){a.keepProbing, a.keepReporting, a.keepRenewing, a.keepChannel} {
+	for _, loop := range []func(context.Context){a.keepProbing, a.keepLooking, a.keepReporting, a.keepRenewing, a.keepChannel} {
 		wg.Go(func() { loop(serving) })
 	}
 

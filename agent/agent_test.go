@@ -17,6 +17,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math/big"
 	"net"
 	"net/http"
@@ -64,7 +65,8 @@ type world struct {
 	renewals  int
 	reports   []bus.HostReport
 	traces    []trace.Event
-	busAgents []string // client certificates' serials, as they connected
+	desktops  map[desktop]bool // that the agent sees, nil for none ever
+	busAgents []string         // client certificates' serials, as they connected
 }
 
 type authority struct {
@@ -309,7 +311,8 @@ func (w *world) options() Options {
 	return Options{
 		Broker: w.broker.URL, CAFile: ca, TokenFile: w.token, Host: host, StateDir: shortDir(w.t), RDPAddr: w.rdp.addr, RDPCertDir: w.dir,
 		Drain: 10 * time.Second, Version: "test", Log: slog.New(slog.DiscardHandler),
-		timing: timing{probeReady: 50 * time.Millisecond, probeUnready: 20 * time.Millisecond, retryMin: 10 * time.Millisecond,
+		desktops: w.look,
+		timing: timing{look: 10 * time.Millisecond, probeReady: 50 * time.Millisecond, probeUnready: 20 * time.Millisecond, retryMin: 10 * time.Millisecond,
 			retryMax: 50 * time.Millisecond, refusedMax: 50 * time.Millisecond, closeGrace: time.Second, joinMin: 500 * time.Millisecond},
 	}
 }
@@ -366,6 +369,16 @@ func (w *world) configure(c bus.HostConfig) {
 	}
 }
 
+// assumed counts the reported sessions that take no place; w.mu is held.
+func (w *world) assumed() (n int) {
+	for _, s := range w.last().Sessions {
+		if s.Assumed {
+			n++
+		}
+	}
+	return n
+}
+
 // last is the newest report; w.mu is held.
 func (w *world) last() bus.HostReport {
 	if len(w.reports) == 0 {
@@ -397,6 +410,13 @@ func (w *world) request(session string) bus.HostConnect {
 		ActivityID: "activity-" + session, SessionID: session, User: "alice", Resource: "desktop", Address: w.gateway.addr,
 		ServerName: gatewayName, CABundle: w.ca.pem, Instance: "gateway-a-0", JoinSecret: secret, Deadline: time.Now().Add(time.Second),
 	}
+}
+
+// other is request by another user, who has nothing on the host to come back to.
+func (w *world) other(session string) bus.HostConnect {
+	req := w.request(session)
+	req.User = "other"
+	return req
 }
 
 func (w *world) connect(req bus.HostConnect) *refusal.Error {
@@ -576,7 +596,7 @@ func TestSession(t *testing.T) {
 	if rest, err := io.ReadAll(c); err != nil || len(rest) > 0 {
 		t.Errorf("after the client's end: %q, %v", rest, err)
 	}
-	w.eventually("report without the session", func() bool { return len(w.last().Sessions) == 0 })
+	w.eventually("report without the session", func() bool { return len(w.last().Sessions) == w.assumed() })
 }
 
 func TestRefusals(t *testing.T) {
@@ -593,7 +613,7 @@ func TestRefusals(t *testing.T) {
 		t.Fatal(refused)
 	}
 	j := <-w.gateway.joins
-	if refused := w.connect(w.request("s2")); refused == nil || refused.Code != refusal.HostFull {
+	if refused := w.connect(w.other("s2")); refused == nil || refused.Code != refusal.HostFull {
 		t.Errorf("over the limit: %v", refused)
 	}
 	if refused := w.connect(first); refused != nil {
@@ -610,10 +630,10 @@ func TestRefusals(t *testing.T) {
 		t.Errorf("without a secret: %v", refused)
 	}
 	j.Close()
-	w.eventually("a free place", func() bool { return len(w.last().Sessions) == 0 })
+	w.eventually("a free place", func() bool { return len(w.last().Sessions) == w.assumed() })
 
 	w.ready(bus.HostConfig{Generation: 2, MaxSessions: 1, Draining: true, DrainReason: "new disk"})
-	if refused := w.connect(w.request("s4")); refused == nil || refused.Code != refusal.HostDraining || !strings.Contains(refused.Message, "new disk") {
+	if refused := w.connect(w.other("s4")); refused == nil || refused.Code != refusal.HostDraining || !strings.Contains(refused.Message, "new disk") {
 		t.Errorf("while draining: %v", refused)
 	}
 	// A recreated object begins at generation 1 again, and still counts.
@@ -668,7 +688,7 @@ func TestFailedJoins(t *testing.T) {
 					return e.ActivityID == req.ActivityID && e.Step == trace.StepReverse && e.Error == string(tt.code)
 				})
 			})
-			w.eventually("free place", func() bool { return len(w.last().Sessions) == 0 })
+			w.eventually("free place", func() bool { return len(w.last().Sessions) == w.assumed() })
 			select {
 			case <-w.gateway.joins:
 				t.Error("it joined all the same")
@@ -697,7 +717,7 @@ func TestRenewal(t *testing.T) {
 		return w.renewals == 1 && r.CertificateFingerprint != before && r.RDPReady && w.busAgents[len(w.busAgents)-1] != first[0]
 	})
 	w.echo(c, "after")
-	if refused := w.connect(w.request("s2")); refused == nil || refused.Code != refusal.HostFull {
+	if refused := w.connect(w.other("s2")); refused == nil || refused.Code != refusal.HostFull {
 		t.Errorf("over the new channel: %v, want the host to know its session still", refused)
 	}
 	if len(w.enrolled) != 1 {
@@ -911,4 +931,72 @@ func TestStateFiles(t *testing.T) {
 	if _, err := a.store.load(); err == nil {
 		t.Error("a broken key was loaded")
 	}
+}
+
+// look gives the test's desktops.
+func (w *world) look() map[desktop]bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return maps.Clone(w.desktops)
+}
+
+func (w *world) setDesktops(attached map[desktop]bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.desktops = attached
+}
+
+// A user who leaves the desktop without logging out keeps it, is reported with it, and gets back to it while the host
+// drains and is full; nobody else does.
+func TestDisconnectedDesktop(t *testing.T) {
+	w := newWorld(t)
+	w.run(w.options())
+	w.ready(bus.HostConfig{Generation: 1, MaxSessions: 1})
+	d := desktop{uid: "1000", display: 10}
+	join := func(id string) *joined {
+		t.Helper()
+		if refused := w.connect(w.request(id)); refused != nil {
+			t.Fatal(refused)
+		}
+		return <-w.gateway.joins
+	}
+	reported := func(state, session string) {
+		t.Helper()
+		w.eventually(state+" session of alice", func() bool {
+			s := w.last().Sessions
+			return len(s) == 1 && s[0].User == "alice" && s[0].State == state && s[0].SessionID == session && !s[0].Assumed
+		})
+	}
+	j := join("s1")
+	reported(bus.SessionActive, "s1")
+	w.setDesktops(map[desktop]bool{d: true})
+	time.Sleep(50 * time.Millisecond) // some looks
+	reported(bus.SessionActive, "s1")
+	j.Close()
+	w.setDesktops(map[desktop]bool{d: false})
+	reported(bus.SessionDisconnected, "")
+
+	w.ready(bus.HostConfig{Generation: 2, MaxSessions: 1, Draining: true})
+	if refused := w.connect(w.other("s2")); refused == nil || refused.Code != refusal.HostDraining {
+		t.Errorf("another user on a draining host: %v", refused)
+	}
+	w.ready(bus.HostConfig{Generation: 3, MaxSessions: 1})
+	if refused := w.connect(w.other("s3")); refused == nil || refused.Code != refusal.HostFull {
+		t.Errorf("another user beside a desktop that takes the only place: %v", refused)
+	}
+	w.ready(bus.HostConfig{Generation: 4, MaxSessions: 1, Draining: true})
+	j = join("s4")
+	w.setDesktops(map[desktop]bool{d: true})
+	reported(bus.SessionActive, "s4")
+
+	// The client lost its gateway and comes again before its old connection is missed: it takes that one's place.
+	again := join("s5")
+	w.eventually("end of the old connection", func() bool {
+		s := w.last().Sessions
+		return len(s) == 1 && s[0].SessionID == "s5" && s[0].State == bus.SessionActive
+	})
+	j.Close()
+	again.Close()
+	w.setDesktops(map[desktop]bool{})
+	w.eventually("nothing after the logout", func() bool { return len(w.last().Sessions) == 0 })
 }

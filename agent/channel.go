@@ -190,8 +190,12 @@ func (a *Agent) onConnect(msg *nats.Msg) {
 	}
 }
 
+// reply answers. A report that is made from now on knows of what is answered.
 func (a *Agent) reply(msg *nats.Msg, refused *refusal.Error) {
-	data, err := json.Marshal(bus.HostReply{Err: refused})
+	a.mu.Lock()
+	sequence := a.sequence
+	a.mu.Unlock()
+	data, err := json.Marshal(bus.HostReply{Err: refused, Sequence: sequence})
 	if err == nil {
 		err = msg.Respond(data)
 	}

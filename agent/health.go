@@ -54,7 +54,7 @@ func (a *Agent) serveHealth() (*http.Server, error) {
 }
 
 func (a *Agent) health() Health {
-	_, stopping := a.ledger.held()
+	_, stopping := a.ledger.inForce()
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return Health{

@@ -21,7 +21,7 @@ const (
 func (a *Agent) keepReporting(ctx context.Context) {
 	for {
 		a.publishReport()
-		config, _ := a.ledger.held()
+		config, _ := a.ledger.inForce()
 		every := reportEveryDefault
 		if config.ReportEvery > 0 {
 			every = min(max(time.Duration(config.ReportEvery)*time.Second, reportEveryMin), reportEveryMax)
@@ -46,11 +46,11 @@ func (a *Agent) publishReport() {
 		return
 	}
 	a.sequence++
-	config, stopping := a.ledger.held()
+	config, stopping := a.ledger.inForce()
 	r := bus.HostReport{
 		Pool: a.member.Pool, Host: a.member.Host, Boot: a.boot, Sequence: a.sequence, ConfigGeneration: config.Generation,
 		AgentVersion: a.opts.Version, OS: runtime.GOOS + "/" + runtime.GOARCH, RDPReady: a.probed.ready, Message: a.probed.why,
-		Sessions: SessionSource(a.ledger).Sessions(), Load: load(), Leaving: stopping,
+		Sessions: a.ledger.Sessions(), Load: load(), Leaving: stopping,
 	}
 	if !a.probed.ready && r.Message == "" {
 		r.Message = "the RDP server has not been asked yet"

@@ -66,7 +66,7 @@ func (a *Agent) traceAccept(req bus.HostConnect, began time.Time, refused *refus
 func (a *Agent) serveSession(req bus.HostConnect) {
 	log := a.log.With("activity", req.ActivityID, "session", req.SessionID, "user", req.User)
 	defer signal(a.changed)
-	defer a.ledger.release(req.SessionID)
+	defer func() { a.ledger.release(req.SessionID, time.Now()) }()
 
 	began := time.Now()
 	gateway, host, err := a.openLegs(req)
