@@ -61,7 +61,6 @@ func (r *Relay) newAttempt(v *visitor, transport, activity string) (*attempt, *r
 	if e := r.reserve(); e != nil {
 		return nil, a.refused(e)
 	}
-	v.vouch()
 	return a, nil
 }
 
@@ -111,6 +110,7 @@ func (a *attempt) authenticate(ticket string) *refusal.Error {
 		a.step(trace.StepAdmit, a.asked, a.asking, e.Message, e.Code)
 		return a.refused(e)
 	}
+	a.v.vouch()
 	a.ticket = ticket
 	return nil
 }

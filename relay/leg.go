@@ -32,6 +32,14 @@ type leg struct {
 	werr error // ends writing
 }
 
+func newLeg(tc *net.TCPConn, conf *tls.Config) (*leg, error) {
+	c, err := newConn(tc)
+	if err != nil {
+		return nil, err
+	}
+	return &leg{tcp: c, tls: tls.Server(c, conf)}, nil
+}
+
 var errShutdown = errors.New("relay: the leg was closed for writing")
 
 // maxUseless bounds empty records and key updates in a row, as in crypto/tls: they cost us and carry nothing.

@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"container/list"
 	"crypto/tls"
 	"encoding/base64"
 	"errors"
@@ -39,17 +40,15 @@ type visitor struct {
 	*leg
 	r        *Relay
 	accepted time.Time
-	known    bool // no longer counted among the strangers
 	handed   bool // somebody else closes it
+
+	// Guarded by strangers.mu.
+	place *list.Element // among the strangers, nil once somebody vouched for it
+	agent bool          // it named an instance
 }
 
-// vouch takes the visitor off the strangers' count: a ticket, a join secret or a reservation stands for it now.
-func (v *visitor) vouch() {
-	if !v.known {
-		v.known = true
-		v.r.strangers.Add(-1)
-	}
-}
+// vouch takes the visitor off the strangers: a good ticket or join secret stands for it now.
+func (v *visitor) vouch() { v.r.strangers.leave(v) }
 
 // accept takes connections until l closes. Failures (no descriptors left) back off from 5 ms to 1 s.
 func (r *Relay) accept(l net.Listener) error {
@@ -72,14 +71,19 @@ func (r *Relay) accept(l net.Listener) error {
 			nc.Close()
 			return errors.New("relay: the listener is not TCP")
 		}
-		if r.strangers.Add(1) > r.config.Load().MaxPending {
-			r.strangers.Add(-1)
-			r.metrics.handshakeFailed("limit")
-			tc.SetLinger(0)
+		v := &visitor{r: r, accepted: time.Now()}
+		if v.leg, err = newLeg(tc, r.tls); err != nil {
 			tc.Close()
 			continue
 		}
-		r.legs.Go(func() { r.serve(tc) })
+		v.tcp.onName = func() { r.strangers.name(v) }
+		if old := r.strangers.enter(v, int(r.config.Load().MaxPending)); old != nil {
+			r.metrics.handshakeFailed("limit")
+			r.log.Debug("too many strangers: the oldest has to go", "peer", old.tcp.RemoteAddr().String())
+			old.tcp.SetLinger(0)
+			old.tcp.Close()
+		}
+		r.legs.Go(func() { r.serve(v) })
 	}
 }
 
@@ -87,14 +91,9 @@ func (r *Relay) accept(l net.Listener) error {
 var heads = sync.Pool{New: func() any { return new([maxHead]byte) }}
 
 // serve is one connection's goroutine.
-func (r *Relay) serve(tc *net.TCPConn) {
-	v := &visitor{r: r, accepted: time.Now()}
+func (r *Relay) serve(v *visitor) {
 	defer v.vouch()
-	c, err := newConn(tc)
-	if err != nil {
-		tc.Close()
-		return
-	}
+	c := v.tcp
 	r.adopt(c)
 	defer r.disown(c)
 	defer func() {
@@ -105,7 +104,6 @@ func (r *Relay) serve(tc *net.TCPConn) {
 
 	timeout := time.Duration(r.config.Load().HandshakeTimeoutSeconds) * time.Second
 	c.SetDeadline(time.Now().Add(timeout))
-	v.leg = &leg{tls: tls.Server(c, r.tls), tcp: c}
 	secrets := c.secrets
 	if err := v.tls.Handshake(); err != nil {
 		if c.foreign != "" {
@@ -148,6 +146,9 @@ func (r *Relay) onHello(h *tls.ClientHelloInfo) (*tls.Config, error) {
 	c.peeking = false
 	host := r.config.Load().Hostname
 	instance, ok := strings.CutSuffix(strings.ToLower(h.ServerName), ".join."+strings.ToLower(host))
+	if ok {
+		c.onName()
+	}
 	if ok && host != "" && instance != r.instance {
 		c.foreign, c.mute = instance, true
 		return nil, errForeign

@@ -50,18 +50,17 @@ func (s *tlsServer) accept() (*leg, error) {
 		return nil, err
 	}
 	s.t.Cleanup(func() { nc.Close() })
-	c, err := newConn(nc.(*net.TCPConn))
+	l, err := newLeg(nc.(*net.TCPConn), s.conf)
 	if err != nil {
 		return nil, err
 	}
-	c.SetDeadline(time.Now().Add(patience))
-	l := &leg{tls: tls.Server(c, s.conf), tcp: c}
-	secrets := c.secrets
+	l.SetDeadline(time.Now().Add(patience))
+	secrets := l.tcp.secrets
 	if err := l.tls.Handshake(); err != nil {
 		return nil, err
 	}
 	if !s.own {
-		c.handshakeOver()
+		l.tcp.handshakeOver()
 		return l, nil
 	}
 	return l, l.takeOver(secrets)

@@ -70,7 +70,7 @@ type Relay struct {
 	config    atomic.Pointer[config.Relay]
 	draining  atomic.Bool
 	serving   atomic.Bool
-	strangers atomic.Int32   // connections that nobody has vouched for yet
+	strangers strangers
 	legs      sync.WaitGroup // every connection's goroutine
 
 	mu       sync.Mutex

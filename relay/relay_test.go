@@ -566,7 +566,7 @@ func (s *stack) idle() {
 		defer s.relay.mu.Unlock()
 		s.relay.joins.mu.Lock()
 		defer s.relay.joins.mu.Unlock()
-		return s.relay.pending == 0 && len(s.relay.sessions) == 0 && len(s.relay.joins.waiting) == 0 && len(s.relay.conns) == 0 && s.relay.strangers.Load() == 0
+		return s.relay.pending == 0 && len(s.relay.sessions) == 0 && len(s.relay.joins.waiting) == 0 && len(s.relay.conns) == 0 && s.relay.strangers.len() == 0
 	})
 }
 
@@ -626,23 +626,32 @@ func TestLimits(t *testing.T) {
 	})
 	t.Run("strangers", func(t *testing.T) {
 		s := newStack(t, func(o *Options, _ *fakeAdmission) { o.Config.MaxPending = 2 })
-		for range 2 {
+		var silent []net.Conn
+		for i := range 3 {
 			c, err := net.Dial("tcp", s.addr) // says nothing
 			if err != nil {
 				t.Fatal(err)
 			}
 			defer c.Close()
+			silent = append(silent, c)
+			eventually(t, "it is counted", func() bool { return s.relay.strangers.len() == min(i+1, 2) })
 		}
-		eventually(t, "both are counted", func() bool { return s.relay.strangers.Load() == 2 })
-		third, err := net.Dial("tcp", s.addr)
-		if err != nil {
-			return // reset before Dial had returned
+		gone(t, silent[0])
+		if n := s.relay.strangers.len(); n != 2 {
+			t.Errorf("%d strangers are there", n)
 		}
-		defer third.Close()
-		third.SetReadDeadline(time.Now().Add(patience))
-		if _, err := third.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
-			t.Errorf("the third stranger: %v, want its connection closed", err)
+	})
+	t.Run("a flood of strangers keeps no session from starting", func(t *testing.T) {
+		s := newStack(t, func(o *Options, _ *fakeAdmission) { o.Config.MaxPending = 4 })
+		for range 40 {
+			c, err := net.Dial("tcp", s.addr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
 		}
+		s.session(transportRaw)
+		s.session(transportTSGU)
 	})
 	t.Run("silent strangers are sent away", func(t *testing.T) {
 		s := newStack(t, func(o *Options, _ *fakeAdmission) { o.Config.HandshakeTimeoutSeconds = 1 })
@@ -657,6 +666,47 @@ func TestLimits(t *testing.T) {
 		}
 		s.idle()
 	})
+}
+
+// gone waits until the relay has closed c.
+func gone(t *testing.T, c net.Conn) {
+	t.Helper()
+	c.SetReadDeadline(time.Now().Add(patience))
+	if _, err := c.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("the stranger may stay: %v", err)
+	}
+}
+
+// TestAgentsAreSpared: clients that say nothing more push each other out, and not the agent that is about to join; agents
+// that say nothing more push clients out, up to half of the places.
+func TestAgentsAreSpared(t *testing.T) {
+	s := newStack(t, func(o *Options, _ *fakeAdmission) { o.Config.MaxPending = 4 })
+	var clients, agents []net.Conn
+	come := func(to *[]net.Conn, name string) {
+		t.Helper()
+		c, err := s.dial(s.addr, name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		*to = append(*to, c)
+	}
+	agentName := testInstance + ".join." + testHost
+	come(&agents, agentName)
+	for range 5 {
+		come(&clients, testHost)
+	}
+	gone(t, clients[0])
+	gone(t, clients[1])
+	for range 5 {
+		come(&agents, agentName)
+	}
+	gone(t, agents[0])
+	for _, c := range []net.Conn{agents[5], agents[4]} {
+		fmt.Fprintf(c, "GET %s HTTP/1.1\r\n\r\n", pathPing)
+		expect(t, c, "HTTP/1.1 204")
+	}
+	s.session(transportTSGU)
 }
 
 func TestGatewayContainerAway(t *testing.T) {
@@ -854,6 +904,7 @@ func TestSlowReader(t *testing.T) {
 				a.Write(chunk)
 			}
 		}()
+		eventually(t, "the session runs", func() bool { return len(s.relay.live()) == 1 })
 		session := s.relay.live()[0]
 		last := uint64(0)
 		eventually(t, "the host is stopped", func() bool {

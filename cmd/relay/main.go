@@ -49,6 +49,9 @@ func run() error {
 	flag.Parse()
 	log := slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
 	slog.SetDefault(log)
+	if limit := limitMemory(os.DirFS("/")); limit > 0 {
+		log.Info("memory is limited", "bytes", limit)
+	}
 
 	addr, err := netip.ParseAddr(*podIP)
 	if err != nil {
