@@ -51,6 +51,8 @@ type Options struct {
 	// RDPCertDir is where tls.crt and tls.key for the RDP server go. Empty: on Windows the listener's own
 	// configuration is set, elsewhere the host keeps its own certificate.
 	RDPCertDir string
+	// UnixTable is the kernel's table of Unix sockets, which tells the RDP server's sessions; /proc/net/unix if empty.
+	UnixTable string
 	// Drain is how long a stopping agent waits for its sessions to end.
 	Drain time.Duration
 	// Version is reported to the brokers.
@@ -59,7 +61,7 @@ type Options struct {
 	Log *slog.Logger
 
 	timing   timing
-	desktops func() map[desktop]bool // readDesktops, but for tests
+	desktops func() map[desktop]bool // readDesktops, but for some tests
 }
 
 // timing is what tests shorten.
@@ -98,7 +100,7 @@ func (o Options) withDefaults() (Options, error) {
 		o.Log = slog.Default()
 	}
 	if o.desktops == nil {
-		o.desktops = readDesktops
+		o.desktops = func() map[desktop]bool { return readDesktops(o.UnixTable) }
 	}
 	if o.StateDir == "" {
 		return o, errors.New("--state-dir: give the folder that keeps this host's keys and certificates")

@@ -108,14 +108,14 @@ func (b *Orchestrator) answerConnect(ctx context.Context, m *nats.Msg) {
 }
 
 // run is the connect: authorise, then place and ask a host, until one accepts. It places anew for each question, because
-// in a storm the world is another by then, and looks again for a moment before it says that every place is taken.
+// in a storm the world is another by then. It looks again for a moment before it says that every place is taken, and for
+// some longer where a host is likely on its way back, as after this broker or another was replaced.
 func (c *connect) run(ctx context.Context) (string, error) {
 	if err := c.authorise(); err != nil {
 		return "", err
 	}
 	c.b.arrived(c.req.Gateway, c.claims.ID)
-	giveUp := time.NewTimer(c.b.o.Settle)
-	defer giveUp.Stop()
+	settled := time.Now().Add(c.b.o.Settle)
 	pause := lookAgain
 	for {
 		cand, found, why, err := c.place()
@@ -129,14 +129,14 @@ func (c *connect) run(ctx context.Context) (string, error) {
 				return cand.Host, nil
 			}
 			continue
-		case why.Full() == 0 && !c.refusedAsFull():
+		}
+		placeMayCome := (why.Full() > 0 || c.refusedAsFull()) && time.Now().Before(settled)
+		if !placeMayCome && !c.b.hostMayReturn(c.pool.Name) {
 			return "", c.failed(&why)
 		}
 		select {
 		case <-time.After(pause):
-			pause *= 2
-		case <-giveUp.C:
-			return "", c.failed(&why)
+			pause = min(2*pause, longestPause)
 		case <-ctx.Done():
 		}
 	}

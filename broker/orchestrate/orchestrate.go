@@ -39,6 +39,10 @@ const (
 	forget    = 10 * time.Minute
 	// settle is Options.Settle; within it a connect looks again first after lookAgain, then after twice as long each time.
 	settle, lookAgain = 500 * time.Millisecond, 20 * time.Millisecond
+	// longestPause between two looks.
+	longestPause = 250 * time.Millisecond
+	// returning is how long an agent whose broker has gone may take to be heard through another.
+	returning = 10 * time.Second
 )
 
 // Options of an Orchestrator. All but Now, Log and Metrics are required.
@@ -89,6 +93,18 @@ func (b *Orchestrator) poolHosts(snap *model.Snapshot, pool string) []*model.Hos
 	}
 	b.pools.Store(i)
 	return i.hosts[pool]
+}
+
+// hostMayReturn says whether a host of the pool that isn't connected is likely to be so in a moment: this broker has only
+// just begun to listen, or the agent lost its channel only just now, without saying that it leaves.
+func (b *Orchestrator) hostMayReturn(pool string) bool {
+	young := b.o.Now().Sub(b.started) < returning
+	for _, h := range b.poolHosts(b.o.Source.Snapshot(), pool) {
+		if h.Agent != nil && b.live.mayReturn(hostKey{pool, h.Name}, young) {
+			return true
+		}
+	}
+	return false
 }
 
 // New makes an Orchestrator; Start has it listen.

@@ -136,6 +136,18 @@ func (r *registry) connected(h *liveHost, timeout time.Duration) bool {
 	return h != nil && !h.at.IsZero() && !h.gone && r.now().Sub(h.at) < timeout
 }
 
+// mayReturn says whether a host that isn't connected is likely to be in a moment. young says that this broker may not
+// have heard of everyone yet.
+func (r *registry) mayReturn(k hostKey, young bool) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	h := r.hosts[k]
+	if h == nil || h.at.IsZero() {
+		return young
+	}
+	return h.gone && !h.report.Leaving && r.now().Sub(h.at) < returning
+}
+
 // best finds the host to ask. asked has those that refused, with the sequence of the report after which to ask again, or
 // 0 for never.
 func (r *registry) best(pool *model.Pool, declared []*model.Host, user string, asked map[string]uint64) (placement.Candidate, bool, placement.Why) {
