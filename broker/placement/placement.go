@@ -204,7 +204,8 @@ func rank(pool Pool, h *Host, user string, owns bool) (r ranking, out reason, de
 	case !h.Ready:
 		return r, notReady, h.Message
 	}
-	if mine, disconnected := h.sessionOf(user); mine {
+	reported, taken, mine, disconnected := h.look(user)
+	if mine {
 		r.Resume, r.class = true, ownSession
 		if disconnected {
 			r.class = ownDisconnected
@@ -214,7 +215,6 @@ func rank(pool Pool, h *Host, user string, owns bool) (r ranking, out reason, de
 	if h.Draining {
 		return r, draining, h.DrainReason
 	}
-	reported, taken := h.places()
 	switch {
 	case reported >= int(pool.MaxSessions):
 		return r, full, ""
@@ -230,23 +230,19 @@ func rank(pool Pool, h *Host, user string, owns bool) (r ranking, out reason, de
 	return r, nothing, ""
 }
 
-// places counts those that sessions take, and those with what is promised.
-func (h *Host) places() (reported, taken int) {
-	for _, s := range h.Sessions {
+// look counts the places that sessions take, and those with what is promised, and finds the user's own session.
+func (h *Host) look(user string) (reported, taken int, mine, disconnected bool) {
+	for i := range h.Sessions {
+		s := &h.Sessions[i]
 		if !s.Assumed {
 			reported++
 		}
-	}
-	return reported, reported + len(h.Reserved)
-}
-
-func (h *Host) sessionOf(user string) (mine, disconnected bool) {
-	for _, list := range [...][]Session{h.Sessions, h.Reserved} {
-		for _, s := range list {
-			if s.User == user {
-				mine, disconnected = true, disconnected || s.Disconnected
-			}
+		if s.User == user {
+			mine, disconnected = true, disconnected || s.Disconnected
 		}
 	}
-	return mine, disconnected
+	for i := range h.Reserved {
+		mine = mine || h.Reserved[i].User == user
+	}
+	return reported, reported + len(h.Reserved), mine, disconnected
 }

@@ -158,8 +158,7 @@ func TestProperties(t *testing.T) {
 		var last Candidate
 		for i, c := range got {
 			h := byName[c.Host]
-			mine, _ := h.sessionOf(user)
-			reported, _ := h.places()
+			reported, _, mine, _ := h.look(user)
 			switch {
 			case !h.Connected || !h.Ready:
 				t.Fatalf("seed %d: %s can't serve", seed, h.Name)
@@ -183,10 +182,8 @@ func TestProperties(t *testing.T) {
 
 // inOrder says whether a may be asked before b; both are candidates.
 func inOrder(pool Pool, a, b Host, user string) bool {
-	mineA, awayA := a.sessionOf(user)
-	mineB, awayB := b.sessionOf(user)
-	_, takenA := a.places()
-	_, takenB := b.places()
+	_, takenA, mineA, awayA := a.look(user)
+	_, takenB, mineB, awayB := b.look(user)
 	limit := int(pool.MaxSessions)
 	switch {
 	case mineA != mineB:
