@@ -723,6 +723,69 @@ func TestAgentMovesBetweenBrokers(t *testing.T) {
 	})
 }
 
+// A connect that comes while agents are on their way from one broker to another waits for them, and a host that has left
+// for good, or has never been there, is not waited for.
+func TestConnectWaitsForReturningHosts(t *testing.T) {
+	type answer struct {
+		reply bus.ConnectReply
+		asked time.Time
+	}
+	ask := func(w *world) <-chan answer {
+		gw := w.dial(0, identity.Gateway(ns, ws, "gw"))
+		c := make(chan answer, 1)
+		begin := time.Now()
+		go func() { c <- answer{connectVia(t, gw, request(w.ticket(nil), nil)), begin} }()
+		return c
+	}
+	stillWaiting := func(c <-chan answer) {
+		t.Helper()
+		select {
+		case a := <-c:
+			t.Errorf("answered at once: %+v", a.reply)
+		case <-time.After(2 * settle):
+		}
+	}
+	t.Run("a young broker has yet to hear of a host", func(t *testing.T) {
+		w := newWorld(t, 1)
+		w.fake.EditHost("h1", func(h *model.Host) { h.Pool, h.Generation, h.Agent = "pool", 1, &model.AgentStatus{} })
+		c := ask(w)
+		stillWaiting(c)
+		w.agent(0, "pool", "h1", 2)
+		if a := <-c; a.reply.Host != "h1" {
+			t.Errorf("got %+v", a.reply)
+		}
+	})
+	t.Run("an agent lost its channel just now", func(t *testing.T) {
+		w := newWorld(t, 1)
+		w.fake.EditHost("h1", func(h *model.Host) { h.Agent = &model.AgentStatus{Connected: true} })
+		a := w.agent(0, "pool", "h1", 2)
+		// A report still on its way when the channel closes would count as a sign of life.
+		eventually(t, "the host is configured", func() bool {
+			h, _ := w.brokers[0].live.live(hostKey{"pool", "h1"}, time.Hour)
+			return h.report.ConfigGeneration > 0
+		})
+		a.set(func() {})
+		a.nc.Close()
+		eventually(t, "the broker misses it", func() bool {
+			_, there := w.brokers[0].live.live(hostKey{"pool", "h1"}, time.Hour)
+			return !there
+		})
+		c := ask(w)
+		stillWaiting(c)
+		a.join(0)
+		if a := <-c; a.reply.Host != "h1" {
+			t.Errorf("got %+v", a.reply)
+		}
+	})
+	t.Run("nobody is on the way", func(t *testing.T) {
+		w := newWorld(t, 1)
+		w.fake.EditHost("h1", func(h *model.Host) { h.Pool, h.Generation = "pool", 1 })
+		if a := <-ask(w); a.reply.Err == nil || a.reply.Err.Code != refusal.NoHost || time.Since(a.asked) > returning/2 {
+			t.Errorf("got %+v after %s", a.reply, time.Since(a.asked))
+		}
+	})
+}
+
 func TestGatewayLoad(t *testing.T) {
 	w := newWorld(t, 1)
 	gw := w.dial(0, identity.Gateway(ns, ws, "gw"))
