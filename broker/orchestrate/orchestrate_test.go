@@ -757,7 +757,7 @@ func TestConnectWaitsForReturningHosts(t *testing.T) {
 	})
 	t.Run("an agent lost its channel just now", func(t *testing.T) {
 		w := newWorld(t, 1)
-		w.fake.EditHost("h1", func(h *model.Host) { h.Agent = &model.AgentStatus{Connected: true} })
+		w.fake.EditHost("h1", func(h *model.Host) { h.Pool, h.Agent = "pool", &model.AgentStatus{Connected: true} })
 		a := w.agent(0, "pool", "h1", 2)
 		// A report still on its way when the channel closes would count as a sign of life.
 		eventually(t, "the host is configured", func() bool {
