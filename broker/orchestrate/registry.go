@@ -34,7 +34,9 @@ type liveHost struct {
 	// conn names the agent's newest connection, empty where this broker did not see it begin. The brokers tell each other.
 	conn  string
 	local bool // conn is on this broker
-	gone  bool // conn has ended, or the agent said that it leaves; a further report takes it back
+	gone  bool // conn has ended, or the agent said that it leaves; the next conn or a later report takes it back
+	// lost is when conn ended. A report that comes at once after it was sent before it.
+	lost time.Time
 	// promises are sessions that the host accepted, or is being asked for, and has not reported yet.
 	promises map[string]promise
 	pushed   pushedConfig
@@ -53,6 +55,9 @@ type pushedConfig struct {
 	generation int64
 	at         time.Time
 }
+
+// overtaken is how long the news of a connection's end may be ahead of the last report on it: they take different ways.
+const overtaken = time.Second
 
 func newRegistry(now func() time.Time) *registry {
 	return &registry{now: now, hosts: map[hostKey]*liveHost{}, gateways: map[gatewayKey]liveGateway{}, onTheWay: map[string]journey{}}
@@ -84,7 +89,8 @@ func (r *registry) report(k hostKey, rep bus.HostReport) bool {
 			return false
 		}
 	}
-	h.report, h.at, h.gone = rep, r.now(), rep.Leaving
+	late := h.conn == "" && h.gone && r.now().Sub(h.lost) < overtaken
+	h.report, h.at, h.gone = rep, r.now(), rep.Leaving || late
 	h.sessions = make([]placement.Session, 0, len(rep.Sessions))
 	for _, s := range rep.Sessions {
 		h.sessions = append(h.sessions, placement.Session{User: s.User, Disconnected: s.State == bus.SessionDisconnected, Assumed: s.Assumed})
@@ -103,8 +109,9 @@ func (r *registry) presence(k hostKey, conn string, local, connected bool) {
 	switch {
 	case connected:
 		h.conn, h.local = conn, local
+		h.gone = h.report.Leaving
 	case h.conn == conn || h.conn == "":
-		h.conn, h.local, h.gone = "", false, true
+		h.conn, h.local, h.gone, h.lost = "", false, true, r.now()
 	}
 }
 
