@@ -278,3 +278,36 @@ func TestPeerConfigurations(t *testing.T) {
 		}
 	}
 }
+
+func TestFold(t *testing.T) {
+	const script = `
+  aa inner+0x1 (/bin/relay)
+  bb crypto/tls.(*Conn).Read+0x2f (/bin/relay)
+  cc main.main (/bin/relay)
+
+  dd tcp_sendmsg ([kernel.kallsyms])
+  cc main.main (/bin/relay)
+
+`
+	root, err := fold(strings.NewReader(script))
+	if err != nil {
+		t.Fatal(err)
+	}
+	main := root.calls["main.main"]
+	if root.n != 2 || main == nil || main.n != 2 || len(main.calls) != 2 {
+		t.Fatalf("folded to %+v", root)
+	}
+	if read := main.calls["crypto/tls.(*Conn).Read"]; read == nil || read.n != 1 || read.calls["inner"] == nil || read.kernel {
+		t.Errorf("Read is %+v", read)
+	}
+	if send := main.calls["tcp_sendmsg"]; send == nil || !send.kernel {
+		t.Errorf("tcp_sendmsg is %+v", send)
+	}
+	svg := root.draw("a <title>")
+	if err := xml.Unmarshal(svg, new(struct{})); err != nil {
+		t.Fatalf("%v in\n%s", err, svg)
+	}
+	if !bytes.Contains(svg, []byte("main.main: 100.0%")) || !bytes.Contains(svg, []byte("tcp_sendmsg: 50.0%")) {
+		t.Errorf("shares are missing in\n%s", svg)
+	}
+}

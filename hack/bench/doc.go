@@ -18,6 +18,7 @@
 //	relay.go      relay, gateway, bus, and the agents of the hosts; client.go: an RDP client's framing
 //	load.go       the load; scenario.go: what of it is measured, under which names
 //	process.go    processes, their CPU time and memory; install.go: Debian packages; certs.go: certificates
+//	flame.go      where the relay's CPU time goes
 //	result.go     samples, medians; table.go, plot.go, goals.go: what is made of them
 //
 // Costs are CPU time of the contender's processes and their resident memory. Wall-clock figures (rates, latencies) stand

@@ -8,14 +8,14 @@ import (
 	"strings"
 )
 
-// packages are the Debian packages of the peers.
-var packages = []string{"haproxy", "nginx", "libnginx-mod-stream", "stunnel4"}
+// peerPackages are the Debian packages of the peers.
+var peerPackages = []string{"haproxy", "nginx", "libnginx-mod-stream", "stunnel4"}
 
 // policyFile keeps Debian's maintainer scripts from starting services (Debian Policy 9.3.3.1): we run our own instances.
 const policyFile = "/usr/sbin/policy-rc.d"
 
-// install gets the packages that are missing. Their services are not started.
-func install() error {
+// install gets those packages that are missing. Their services are not started.
+func install(packages ...string) error {
 	var missing []string
 	for _, p := range packages {
 		out, err := exec.Command("dpkg-query", "-W", "-f=${Status}", p).Output()

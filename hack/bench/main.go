@@ -60,6 +60,7 @@ func run(ctx context.Context) error {
 	only := flag.String("run", "", "comma-separated scenarios (default all): "+strings.Join(scenarioNames(), ","))
 	with := flag.String("with", "", "comma-separated contenders (default all)")
 	bin := flag.String("bin", "", "folder with relay and gateway binaries to measure (default: they are built)")
+	flame := flag.String("flame", "", "draw a flame graph of the relay under one load ("+flameLoads+") and do nothing else; needs perf")
 	rounds := flag.Int("rounds", 0, "rounds of each scenario (default: 5, with -quick 1)")
 	flag.Parse()
 	if *from != "" {
@@ -85,6 +86,9 @@ func run(ctx context.Context) error {
 		return err
 	}
 	defer b.close()
+	if *flame != "" {
+		return b.flame(ctx, *flame, *out)
+	}
 	r, err := b.measure(ctx, p, list(*only), list(*with))
 	if err != nil {
 		return err
@@ -144,7 +148,7 @@ func prepare(ctx context.Context, bin string) (b *bench, err error) {
 		return b, err
 	}
 	progress("installing haproxy, nginx, stunnel where they are missing")
-	if err = install(); err != nil {
+	if err = install(peerPackages...); err != nil {
 		return b, err
 	}
 	if b.dir, err = os.MkdirTemp("", "rdv-bench-"); err != nil {
