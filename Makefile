@@ -52,6 +52,10 @@ unit: ## Unit, golden, CEL and envtest tests (kube-apiserver and etcd from the c
 e2e: ## The end-to-end tests, on the embedded cluster
 	go -C hack test ./e2e -count=1 -timeout 45m -v
 
+.PHONY: bench
+bench: ## Measure the relay beside HAProxy, nginx, stunnel and a naive proxy: a table, the goals, hack/bench/bench.svg
+	go -C hack/bench run .
+
 ##@ The embedded cluster
 .PHONY: cluster-up cluster-down
 cluster-up: ## Boot the embedded Kubernetes with cert-manager, DNS and Dex
