@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"mime"
 	"net/http"
+	"slices"
 	"strings"
 
 	"rendezvous.dev/rendezvous/broker/feed"
@@ -145,7 +146,7 @@ func (a *api) connectionFile(snap *model.Snapshot, res *model.Resource, r *reque
 		return nil, "", fmt.Errorf("the broker can't sign tickets: %w", err)
 	}
 	id := rand.Text()
-	gw, through, err := a.gateway(snap, r.URL.Query().Get("gateway"), id)
+	gw, through, err := a.gateway(snap, r.URL.Query()["gateway"], id)
 	if err != nil {
 		return nil, "", err
 	}
@@ -167,20 +168,30 @@ func (a *api) connectionFile(snap *model.Snapshot, res *model.Resource, r *reque
 	return feed.Encode(lines), through, nil
 }
 
-// gateway gives the named gateway, or, where none is named, the one that serves the ticket's holder best, and says why.
-func (a *api) gateway(snap *model.Snapshot, name, ticket string) (gw *model.Gateway, why string, err error) {
-	if name != "" {
-		if g := snap.Gateway(name); g != nil {
-			a.o.Gateways.Expect(name, ticket)
-			return g, name + ", which the client chose", nil
+// gateway gives the named gateway; of several, or where none is named, the one that serves the ticket's holder best. It
+// says why. Several are those that are equally near by the client's own measurements.
+func (a *api) gateway(snap *model.Snapshot, names []string, ticket string) (gw *model.Gateway, why string, err error) {
+	candidates, of := snap.Gateways, ""
+	if len(names) > 0 {
+		candidates, of = nil, " of those that are nearest"
+		for _, g := range snap.Gateways {
+			if slices.Contains(names, g.Name) {
+				candidates = append(candidates, g)
+			}
 		}
-		return nil, "", refusal.New(refusal.UnknownInstance, "Workspace %s has no gateway %q.", a.o.Workspace, name)
 	}
-	g, weighed := a.o.Gateways.Choose(snap.Gateways, ticket)
+	switch {
+	case len(names) > 0 && len(candidates) == 0:
+		return nil, "", refusal.New(refusal.UnknownInstance, "Workspace %s has no gateway %q.", a.o.Workspace, names[0])
+	case len(names) == 1:
+		a.o.Gateways.Expect(names[0], ticket)
+		return candidates[0], names[0] + ", which the client chose", nil
+	}
+	g, weighed := a.o.Gateways.Choose(candidates, ticket)
 	if g == nil {
 		return nil, "", refusal.New(refusal.AdmissionAway, "No gateway of workspace %s is ready (%d there): try again in a moment; an administrator finds more with `kubectl get gateways.rendezvous.dev`.", a.o.Workspace, len(snap.Gateways))
 	}
-	return g, fmt.Sprintf("%s, the emptiest (%s)", g.Name, weighed), nil
+	return g, fmt.Sprintf("%s, the emptiest%s (%s)", g.Name, of, weighed), nil
 }
 
 // maxAdded bounds the steps that a client may add in one request.

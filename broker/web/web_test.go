@@ -237,6 +237,14 @@ func TestConnectionFile(t *testing.T) {
 		t.Errorf("the trace says %q", d)
 	}
 
+	f.load["a"], f.load["b"] = 1, 2
+	f.do("GET", brokerapi.PathResources+"/desk.rdp?gateway=b&gateway=a&gateway=gone&activity=00000000-0000-4000-8000-000000000003", "alice", "")
+	f.get(brokerapi.PathActivities+"00000000-0000-4000-8000-000000000003", "alice", &events)
+	if d := events[len(events)-1].Detail; d != "desk.rdp for alice through gateway a, the emptiest of those that are nearest (WEIGHED)" {
+		t.Errorf("the trace says %q", d)
+	}
+	f.load["a"], f.load["b"] = 6, 3
+
 	// Without a wish, the ready gateway with the fewest connections; without an activity, none in the ticket.
 	l = lines(t, f.do("GET", brokerapi.PathResources+"/own.rdp", "bob", "").Body.Bytes())
 	if l["gatewayhostname"] != "b.test:8443" {

@@ -178,7 +178,7 @@ func (a *simAgent) dial() (<-chan struct{}, error) {
 	closed := make(chan struct{})
 	nc, err := nats.Connect("tls://"+a.fleet.addrs[randv2.IntN(len(a.fleet.addrs))], nats.Secure(a.tls), nats.Timeout(dialTimeout), nats.NoReconnect(),
 		nats.CustomInboxPrefix(bus.InboxPrefix(identity.Agent(namespace, workspace, poolName, a.host))), nats.PingInterval(10*time.Second),
-		nats.ClosedHandler(func(*nats.Conn) { close(closed) }))
+		nats.ErrorHandler(quiet), nats.ClosedHandler(func(*nats.Conn) { close(closed) }))
 	if err != nil {
 		return nil, err
 	}
@@ -197,6 +197,9 @@ func (a *simAgent) dial() (<-chan struct{}, error) {
 	a.mu.Unlock()
 	return closed, nil
 }
+
+// quiet takes the place of a handler that prints: that connections break is what is measured.
+func quiet(*nats.Conn, *nats.Subscription, error) {}
 
 func (a *simAgent) keepReporting(ctx context.Context, closed <-chan struct{}) {
 	for {
@@ -270,7 +273,7 @@ func connects(ctx context.Context, o agentsOptions, ca *authority, all *cluster,
 	}
 	var gws []*nats.Conn
 	for _, addr := range all.addrs() {
-		nc, err := nats.Connect("tls://"+addr, nats.Secure(ca.clientTLS(cert)), nats.CustomInboxPrefix(bus.InboxPrefix(id)), nats.Timeout(30*time.Second))
+		nc, err := nats.Connect("tls://"+addr, nats.Secure(ca.clientTLS(cert)), nats.CustomInboxPrefix(bus.InboxPrefix(id)), nats.Timeout(30*time.Second), nats.ErrorHandler(quiet))
 		if err != nil {
 			return err
 		}

@@ -73,10 +73,11 @@ func runFleet(o fleetOptions, out io.Writer) error {
 	fmt.Fprintln(out)
 	row(fmt.Sprintf("%d GATEWAYS, %d REGIONS", gateways, regions), "steady: max/mean", fmt.Sprintf("of %d in one second: max/mean", storm))
 	for _, c := range []chooser{
-		{"rdv measures; live sessions count", true, false},
-		{"rdv measures; those on their way too", true, true},
-		{"the feed chooses; live sessions count", false, false},
-		{"the feed chooses; those on their way too", false, true},
+		{"rdv measures and chooses; live sessions count", true, false, false},
+		{"rdv measures and chooses; those on their way too", true, true, false},
+		{"rdv measures, the feed chooses of the nearest", true, true, true},
+		{"the feed chooses; live sessions count", false, false, false},
+		{"the feed chooses; those on their way too", false, true, false},
 	} {
 		after, steady := runFront(c, o.Seed, 20_000, storm)
 		row(c.title, fmt.Sprintf("%.2f", steady), fmt.Sprintf("%.2f", after))

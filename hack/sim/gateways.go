@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"time"
 
 	"rendezvous.dev/rendezvous/wire/choose"
@@ -12,8 +13,6 @@ const (
 	gateways = 50
 	// reportAfter is how long after a change a gateway reports it, with all that came meanwhile.
 	reportAfter = 250 * time.Millisecond
-	// journeyTime is that of broker/orchestrate: how long a ticket counts as somebody on the way.
-	journeyTime = 30 * time.Second
 	// measuring is how long rdv takes between reading the list of gateways and having chosen.
 	measuring = 300 * time.Millisecond
 )
@@ -60,6 +59,8 @@ type chooser struct {
 	measured bool
 	// ahead: those on their way count.
 	ahead bool
+	// group: the client names all that it found nearest, and the feed picks of these.
+	group bool
 }
 
 // front is the gateways' part of the world: nobody waits for a host here.
@@ -73,10 +74,36 @@ type front struct {
 // arrive is one client, from the list to the connect.
 func (f *front) arrive(region int, storm bool) {
 	broker := f.rand.IntN(brokers)
-	candidates := make([]choose.Candidate, len(f.gateways))
-	for i, g := range f.gateways {
+	ranked := f.rank(f.gateways, region, broker, f.measured)
+	if !f.measured {
+		f.travel(f.gateway(ranked[0]), broker, storm)
+		return
+	}
+	f.after(measuring, func() {
+		g := f.gateway(ranked[0])
+		if f.group {
+			var near []*gateway
+			for _, w := range ranked {
+				if w.Group == ranked[0].Group {
+					near = append(near, f.gateway(w))
+				}
+			}
+			g = f.gateway(f.rank(near, region, broker, false)[0])
+		}
+		f.travel(g, broker, storm)
+	})
+}
+
+func (f *front) gateway(w choose.Weighed) *gateway {
+	return f.gateways[slices.IndexFunc(f.gateways, func(g *gateway) bool { return g.name == w.Name })]
+}
+
+// rank applies the rule by what a broker knows, and by latencies where they are measured.
+func (f *front) rank(of []*gateway, region, broker int, measured bool) []choose.Weighed {
+	candidates := make([]choose.Candidate, len(of))
+	for i, g := range of {
 		c := choose.Candidate{Name: g.name, Answered: true, Connections: g.seen[broker]}
-		if f.measured {
+		if measured {
 			c.Latency = betweenRegions[region][g.region] + g.far + time.Duration(f.rand.Int64N(int64(3*time.Millisecond)))
 		}
 		if f.ahead {
@@ -85,28 +112,21 @@ func (f *front) arrive(region int, storm bool) {
 		candidates[i] = c
 	}
 	ranked, _ := choose.Gateway(candidates)
-	var g *gateway
-	for _, g = range f.gateways {
-		if g.name == ranked[0].Name {
-			break
+	return ranked
+}
+
+// travel is the way from the ticket to the session, and its end.
+func (f *front) travel(g *gateway, broker int, storm bool) {
+	f.expect(g, broker, 1)
+	f.after(300*time.Millisecond+time.Duration(f.rand.Int64N(int64(1500*time.Millisecond))), func() {
+		g.live++
+		if storm {
+			g.storm++
 		}
-	}
-	wait := time.Duration(0)
-	if f.measured {
-		wait = measuring
-	}
-	f.after(wait, func() {
-		f.expect(g, broker, 1)
-		f.after(300*time.Millisecond+time.Duration(f.rand.Int64N(int64(1500*time.Millisecond))), func() {
-			g.live++
-			if storm {
-				g.storm++
-			}
-			f.report(g)
-			// The connect tells every broker, and the gateway's report takes its place.
-			f.after(reportAfter, func() { f.expect(g, broker, -1) })
-			f.after(time.Duration(f.rand.ExpFloat64()*float64(25*time.Minute)), func() { g.live--; f.report(g) })
-		})
+		f.report(g)
+		// The connect tells every broker, and the gateway's report takes its place.
+		f.after(reportAfter, func() { f.expect(g, broker, -1) })
+		f.after(time.Duration(f.rand.ExpFloat64()*float64(25*time.Minute)), func() { g.live--; f.report(g) })
 	})
 }
 
