@@ -145,9 +145,9 @@ func (c *Client) prepare(ctx context.Context, cn *connect, o ConnectOptions, dir
 	if err != nil {
 		return "", rdp, err
 	}
-	var gateway string
+	var near []string
 	err = cn.step(trace.StepDialGateway, func() (detail string, err error) {
-		gateway, detail, err = cn.chooseGateway(ctx, list.Gateways, o.Gateway)
+		near, detail, err = cn.chooseGateway(ctx, list.Gateways, o.Gateway)
 		return detail, err
 	})
 	if err != nil {
@@ -155,7 +155,7 @@ func (c *Client) prepare(ctx context.Context, cn *connect, o ConnectOptions, dir
 	}
 	fmt.Fprintf(c.Err, "gateway %s\n", cn.steps[len(cn.steps)-1].Detail)
 	err = cn.step(trace.StepStore, func() (string, error) {
-		data, err := cn.do(ctx, http.MethodGet, resource.RDPFile, url.Values{"gateway": {gateway}, "activity": {cn.activity}}, nil)
+		data, err := cn.do(ctx, http.MethodGet, resource.RDPFile, url.Values{"gateway": near, "activity": {cn.activity}}, nil)
 		if err != nil {
 			return "", err
 		}
@@ -166,7 +166,7 @@ func (c *Client) prepare(ctx context.Context, cn *connect, o ConnectOptions, dir
 			data = rdp.withoutGateway()
 		}
 		path = filepath.Join(dir, resource.Name+".rdp")
-		return fmt.Sprintf("%s, %d bytes", resource.Name, len(data)), os.WriteFile(path, data, 0o600)
+		return fmt.Sprintf("%s, %d bytes, for %s", resource.Name, len(data), rdp.get("gatewayhostname")), os.WriteFile(path, data, 0o600)
 	})
 	return path, rdp, err
 }
@@ -189,8 +189,9 @@ func findResource(list *brokerapi.Resources, name string, a *Account, activity s
 	return brokerapi.Resource{}, fmt.Errorf("workspace %s grants %s no resource %q, but: %s (activity %s)", a.Workspace.Name, list.User, name, strings.Join(have, ", "), activity)
 }
 
-// chooseGateway measures and applies the rule; a gateway that the user names is taken without.
-func (f *feed) chooseGateway(ctx context.Context, gateways []brokerapi.Gateway, named string) (gateway, detail string, err error) {
+// chooseGateway measures and applies the rule; a gateway that the user names is taken without. It gives all gateways of
+// the lowest group, best first: of these the feed, which sees at once who else is on the way, has the last word.
+func (f *feed) chooseGateway(ctx context.Context, gateways []brokerapi.Gateway, named string) (near []string, detail string, err error) {
 	if named != "" {
 		var only []brokerapi.Gateway
 		var have []string
@@ -201,20 +202,20 @@ func (f *feed) chooseGateway(ctx context.Context, gateways []brokerapi.Gateway, 
 			}
 		}
 		if len(only) == 0 {
-			return "", "", fmt.Errorf("--gateway %s: workspace %s has: %s (activity %s)", named, f.account.Workspace.Name, strings.Join(have, ", "), f.activity)
+			return nil, "", fmt.Errorf("--gateway %s: workspace %s has: %s (activity %s)", named, f.account.Workspace.Name, strings.Join(have, ", "), f.activity)
 		}
 		gateways = only
 	}
 	ordered, ok := rank(f.measure(ctx, gateways))
 	if !ok {
-		return "", "", noGateway(f, ordered)
+		return nil, "", noGateway(f, ordered)
 	}
 	best := ordered[0]
 	detail = fmt.Sprintf("%s: opened in %s, round trip %s", best.Name, best.Open.Round(10*time.Microsecond), best.RoundTrip.Round(10*time.Microsecond))
 	if named != "" {
-		return best.Name, detail + "; named by the user", nil
+		return []string{best.Name}, detail + "; named by the user", nil
 	}
-	return best.Name, detail + "; weighed " + describe(ordered), nil
+	return nearest(ordered), detail + "; weighed " + describe(ordered), nil
 }
 
 // noGateway says why none can be used.

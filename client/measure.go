@@ -127,6 +127,16 @@ func rank(found []Measured) (ordered []Measured, ok bool) {
 	return ordered, ok
 }
 
+// nearest gives the gateways of the lowest group, best first.
+func nearest(ordered []Measured) (names []string) {
+	for _, m := range ordered {
+		if m.Problem == "" && m.Group == ordered[0].Group {
+			names = append(names, m.Name)
+		}
+	}
+	return names
+}
+
 // describe says what was weighed, on one line.
 func describe(ordered []Measured) string {
 	var parts []string
