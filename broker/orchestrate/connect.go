@@ -115,7 +115,7 @@ func (c *connect) run(ctx context.Context) (string, error) {
 		return "", err
 	}
 	c.b.arrived(c.req.Gateway, c.claims.ID)
-	settled := time.Now().Add(c.b.o.Settle)
+	var settled time.Time // set once no place was found: asking hosts in vain may take long
 	pause := lookAgain
 	for {
 		cand, found, why, err := c.place()
@@ -129,6 +129,9 @@ func (c *connect) run(ctx context.Context) (string, error) {
 				return cand.Host, nil
 			}
 			continue
+		}
+		if settled.IsZero() {
+			settled = time.Now().Add(c.b.o.Settle)
 		}
 		placeMayCome := (why.Full() > 0 || c.refusedAsFull()) && time.Now().Before(settled)
 		if !placeMayCome && !c.b.hostMayReturn(c.pool.Name) {

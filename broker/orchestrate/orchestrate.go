@@ -79,18 +79,15 @@ type Orchestrator struct {
 // poolIndex is the hosts of each pool in one snapshot.
 type poolIndex struct {
 	snap  *model.Snapshot
-	hosts map[string][]*model.Host
+	hosts map[string][]poolHost
 }
 
 // poolHosts gives the hosts of a pool, in no order. A snapshot is gone through once, not for every connect.
-func (b *Orchestrator) poolHosts(snap *model.Snapshot, pool string) []*model.Host {
+func (b *Orchestrator) poolHosts(snap *model.Snapshot, pool string) []poolHost {
 	if i := b.pools.Load(); i != nil && i.snap == snap {
 		return i.hosts[pool]
 	}
-	i := &poolIndex{snap: snap, hosts: map[string][]*model.Host{}}
-	for _, h := range snap.Hosts {
-		i.hosts[h.Pool] = append(i.hosts[h.Pool], h)
-	}
+	i := &poolIndex{snap: snap, hosts: b.live.join(snap.Hosts)}
 	b.pools.Store(i)
 	return i.hosts[pool]
 }
@@ -301,6 +298,7 @@ func (b *Orchestrator) sweep(ctx context.Context) {
 		b.pushAll(snap)
 		b.status.lookForSilence(snap)
 		b.live.prune(func(k hostKey) bool { _, h := declared(snap, k); return h != nil }, forget)
+		b.pools.Store(nil) // it may point to what a snapshot older than its own has just forgotten
 	}
 }
 

@@ -119,6 +119,17 @@ func newWorld(t *testing.T, replicas int) *world {
 		}
 		return true
 	})
+	eventually(t, "the brokers hear each other", func() bool {
+		for _, b := range w.brokers {
+			b.Expect("nobody", b.o.Name)
+		}
+		for _, b := range w.brokers {
+			if b.Connections()["nobody"] != int32(replicas) {
+				return false
+			}
+		}
+		return true
+	})
 	return w
 }
 
@@ -887,10 +898,10 @@ func TestRegistry(t *testing.T) {
 	now := time.Unix(1000, 0)
 	r := newRegistry(func() time.Time { return now })
 	k, pool := hostKey{"p", "h"}, &model.Pool{Name: "p", HeartbeatTimeout: 30 * time.Second}
-	declared := []*model.Host{{Name: "h", Pool: "p"}}
+	declared := map[string]*model.Host{"h": {Name: "h", Pool: "p"}}
 	view := func() string {
 		var h placement.Host
-		for h = range r.placementHosts(pool, declared) {
+		for h = range r.placementHosts(pool, r.join(declared)["p"]) {
 		}
 		return fmt.Sprint(h.Connected, len(h.Sessions), len(h.Reserved))
 	}
@@ -954,5 +965,29 @@ func TestRegistry(t *testing.T) {
 	r.prune(func(hostKey) bool { return false }, time.Minute)
 	if len(r.hosts) != 0 {
 		t.Error("an undeclared, silent host was kept")
+	}
+}
+
+// A decision with all that it takes to know the hosts.
+func BenchmarkBest(b *testing.B) {
+	now := time.Unix(1000, 0)
+	r := newRegistry(func() time.Time { return now })
+	pool := &model.Pool{Name: "pool", MaxSessions: 16, HeartbeatTimeout: time.Minute}
+	declared := map[string]*model.Host{}
+	for i := range 10_000 {
+		name := fmt.Sprintf("h%05d", i)
+		declared[name] = &model.Host{Name: name, Pool: "pool"}
+		rep := bus.HostReport{Boot: "1", Sequence: 1, RDPReady: true}
+		for j := range i % 4 {
+			rep.Sessions = append(rep.Sessions, bus.HostSession{SessionID: fmt.Sprint(j), User: fmt.Sprint("user", i, j)})
+		}
+		r.report(hostKey{"pool", name}, rep)
+	}
+	hosts := r.join(declared)["pool"]
+	b.ReportAllocs()
+	for b.Loop() {
+		if c, found, _ := r.best(pool, hosts, "u", nil); !found || c.Host != "h00000" {
+			b.Fatal(c)
+		}
 	}
 }

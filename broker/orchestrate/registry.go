@@ -140,7 +140,11 @@ func (r *registry) promise(k hostKey, session, user string, until time.Time) (se
 
 // connected says whether a host counts as there. mu is held.
 func (r *registry) connected(h *liveHost, timeout time.Duration) bool {
-	return h != nil && !h.at.IsZero() && !h.gone && r.now().Sub(h.at) < timeout
+	return r.connectedAt(h, timeout, r.now())
+}
+
+func (r *registry) connectedAt(h *liveHost, timeout time.Duration, now time.Time) bool {
+	return h != nil && !h.at.IsZero() && !h.gone && now.Sub(h.at) < timeout
 }
 
 // mayReturn says whether a host that isn't connected is likely to be in a moment. young says that this broker may not
@@ -157,28 +161,45 @@ func (r *registry) mayReturn(k hostKey, young bool) bool {
 
 // best finds the host to ask. asked has those that refused, with the sequence of the report after which to ask again, or
 // 0 for never.
-func (r *registry) best(pool *model.Pool, declared []*model.Host, user string, asked map[string]uint64) (placement.Candidate, bool, placement.Why) {
+func (r *registry) best(pool *model.Pool, hosts []poolHost, user string, asked map[string]uint64) (placement.Candidate, bool, placement.Why) {
 	rules := placement.Pool{
 		Name: pool.Name, Personal: pool.Personal, Automatic: pool.Automatic, DepthFirst: pool.DepthFirst, MaxSessions: pool.MaxSessions,
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return placement.Best(rules, r.placementHosts(pool, declared), user, func(host string) bool {
+	return placement.Best(rules, r.placementHosts(pool, hosts), user, func(host string) bool {
 		after, was := asked[host]
 		return was && (after == 0 || r.hosts[hostKey{pool.Name, host}].report.Sequence <= after)
 	})
 }
 
-// placementHosts joins what is declared of a pool's hosts with what is live. mu is held, also while it is read.
-func (r *registry) placementHosts(pool *model.Pool, declared []*model.Host) iter.Seq[placement.Host] {
+// poolHost is a host as declared, with its entry here.
+type poolHost struct {
+	*model.Host
+	live *liveHost
+}
+
+// join gives each pool's hosts with their entries.
+func (r *registry) join(declared map[string]*model.Host) map[string][]poolHost {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	pools := map[string][]poolHost{}
+	for _, h := range declared {
+		pools[h.Pool] = append(pools[h.Pool], poolHost{h, r.host(hostKey{h.Pool, h.Name})})
+	}
+	return pools
+}
+
+// placementHosts gives hosts as placement takes them. mu is held, also while they are read.
+func (r *registry) placementHosts(pool *model.Pool, hosts []poolHost) iter.Seq[placement.Host] {
 	now := r.now()
 	return func(yield func(placement.Host) bool) {
-		for _, d := range declared {
+		for _, d := range hosts {
 			p := placement.Host{Name: d.Name, AssignedUser: d.AssignedUser, Draining: d.Draining(now)}
 			if p.Draining {
 				p.DrainReason = d.Drain.Reason
 			}
-			if h := r.hosts[hostKey{pool.Name, d.Name}]; r.connected(h, pool.HeartbeatTimeout) {
+			if h := d.live; r.connectedAt(h, pool.HeartbeatTimeout, now) {
 				p.Connected, p.Ready, p.Message = true, h.report.RDPReady, h.report.Message
 				p.Sessions, p.Reserved = h.taken(now)
 			}
