@@ -31,8 +31,8 @@ const (
 	patience = 5 * time.Minute
 	// asking is how many connects are in work at one time.
 	asking = 32
-	// The delays of package agent between attempts, and its timeout for one.
-	retryMin, retryMax, dialTimeout = 500 * time.Millisecond, 15 * time.Second, 5 * time.Second
+	// The delays of package agent between attempts, and its timeout for a handshake.
+	retryMin, retryMax, dialTimeout = 500 * time.Millisecond, 15 * time.Second, 15 * time.Second
 )
 
 // agentsOptions of one run.
