@@ -9,8 +9,11 @@ import (
 )
 
 const (
-	// maxBatch bounds the bytes of one batch: one DATA packet in one frame of a u16 length takes them.
-	maxBatch = 0xffff - tsgu.DataHeaderLen
+	// maxBatch bounds the bytes of one batch: one frame of a u16 length takes them.
+	maxBatch = 0xffff
+	// maxTSGU bounds those that become one DATA packet. Its u16 length would take more, but no gateway that clients are
+	// known to work with sends more than 16 KiB at once.
+	maxTSGU = recordOverhead + maxContent
 	// room is left at the front of a batch: for a record of headers alone, and for the header of the record after it.
 	room = 64
 	// readSize is what one read may bring: 128 KiB takes some 5 % more CPU time per byte.
@@ -32,6 +35,7 @@ type batch struct {
 	span    [16]span
 	spans   int
 	content int // bytes in all spans
+	most    int // bound of content
 
 	iovs [16][]byte
 	iov  net.Buffers // into iovs
@@ -95,7 +99,7 @@ var batches = sync.Pool{New: func() any { return new(batch) }}
 
 func getBatch() *batch {
 	b := batches.Get().(*batch)
-	b.start, b.end, b.spans, b.content = room, room, 0, 0
+	b.start, b.end, b.spans, b.content, b.most = room, room, 0, 0, maxBatch
 	return b
 }
 

@@ -5,7 +5,11 @@ type writeError struct{ error }
 
 // copyHostToClient puts the host's bytes into packets for the client. It returns why it ended: io.EOF when the host has.
 func (s *session) copyHostToClient() error {
-	return s.pump(s.host, func(b *batch) error {
+	most := maxBatch
+	if s.client.tsgu {
+		most = maxTSGU
+	}
+	return s.pump(s.host, most, func(b *batch) error {
 		s.count(&s.toClient, b)
 		b.frame(s.client.tsgu)
 		if err := s.client.leg.send(b); err != nil {
@@ -18,7 +22,7 @@ func (s *session) copyHostToClient() error {
 // copyClientToHost takes the client's frames off and passes what is left on. It returns why it ended: io.EOF when the
 // client has said good-bye.
 func (s *session) copyClientToHost() error {
-	return s.pump(s.client.leg, func(b *batch) error {
+	return s.pump(s.client.leg, maxBatch, func(b *batch) error {
 		uerr := s.client.unwrapAll(b)
 		if b.content > 0 {
 			s.count(&s.toHost, b)
@@ -30,10 +34,11 @@ func (s *session) copyClientToHost() error {
 	})
 }
 
-// pump hands pass one batch after the other, until the leg ends or pass fails. It waits for the leg without a batch in
+// pump hands pass one batch of at most most bytes after the other, until the leg ends or pass fails. It waits for the leg without a batch in
 // hand, unless part of a record has come.
-func (s *session) pump(from *leg, pass func(b *batch) error) error {
+func (s *session) pump(from *leg, most int, pass func(b *batch) error) error {
 	b := getBatch()
+	b.most = most
 	defer func() { putBatch(b) }()
 	for {
 		err := from.fill(b, readSize)
@@ -50,6 +55,7 @@ func (s *session) pump(from *leg, pass func(b *batch) error) error {
 			err = from.tcp.wait()
 			if b == nil {
 				b = getBatch()
+				b.most = most
 			}
 		}
 		if err != nil {

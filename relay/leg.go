@@ -157,7 +157,7 @@ func (l *leg) fill(b *batch, limit int) error {
 
 // fillTLS is fill where crypto/tls reads.
 func (l *leg) fillTLS(b *batch) error {
-	for at := room; b.content <= maxBatch-maxContent; {
+	for at := room; b.content <= b.most-maxContent; {
 		n, err := l.readTLS(b.mem[at : at+maxContent])
 		if n > 0 {
 			b.add(at, n)
@@ -182,7 +182,7 @@ func (l *leg) decrypt(b *batch) error {
 		if err != nil {
 			return l.breach(err)
 		}
-		if n == 0 || n > len(raw) || b.content+n > maxBatch || b.spans == len(b.span)-1 {
+		if n == 0 || n > len(raw) || b.content+n > b.most || b.spans == len(b.span)-1 {
 			return nil
 		}
 		typ, content, err := l.in.open(raw[:n])

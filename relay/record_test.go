@@ -458,7 +458,7 @@ func TestRecordsDoNotAllocate(t *testing.T) {
 	host, agent := s.connect()
 	out, viewer := s.connect()
 	go io.Copy(io.Discard, viewer.TCPConn)
-	b := new(batch)
+	b := getBatch()
 	// The agent's records are sealed beforehand: what AllocsPerRun counts is the relay's work alone.
 	const runs = 200
 	for _, size := range []int{64, maxContent} {
