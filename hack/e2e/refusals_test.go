@@ -253,6 +253,10 @@ func signingKey(t *testing.T) ed25519.PrivateKey {
 
 // Through a real client, a refusal reaches the user too: FreeRDP ends, and the activity says why.
 func TestClientIsToldWhy(t *testing.T) {
+	// Whoever left a desktop on a draining host gets back to it, so nobody may have one.
+	if err := w.paintPods(t.Context(), w.podColor); err != nil {
+		t.Fatal(err)
+	}
 	_, err := w.Kubectl(t.Context(), "", "-n", stage.Namespace, "patch", "sessionhost", "linux-0", "--type=merge", "-p", `{"spec":{"drain":{"mode":"NoNewSessions","reason":"kernel update"}}}`)
 	if err != nil {
 		t.Fatal(err)
