@@ -4,6 +4,8 @@ import (
 	"context"
 	"os"
 	"os/exec"
+
+	"rendezvous.dev/rendezvous/hack/cluster/apt"
 )
 
 // packages are the Debian packages that the node needs, by a file that each brings.
@@ -32,15 +34,8 @@ func installPackages(ctx context.Context) error {
 	}
 	say("installing Debian packages: %v", missing)
 	hadContainerd := exec.Command("dpkg", "-s", "containerd").Run() == nil
-	os.Setenv("DEBIAN_FRONTEND", "noninteractive")
-	install := append([]string{"install", "-y", "-q", "--no-install-recommends"}, missing...)
-	if _, err := command(ctx, "apt-get", install...); err != nil {
-		if _, err := command(ctx, "apt-get", "update", "-q"); err != nil {
-			return err
-		}
-		if _, err := command(ctx, "apt-get", install...); err != nil {
-			return err
-		}
+	if err := apt.Install(ctx, missing...); err != nil {
+		return err
 	}
 	if !hadContainerd && isDir("/run/systemd/system") {
 		// The package starts its service; the cluster runs a containerd of its own.

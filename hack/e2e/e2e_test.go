@@ -22,6 +22,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
+	"rendezvous.dev/rendezvous/hack/cluster/apt"
 	"rendezvous.dev/rendezvous/hack/desktop/rdpkit"
 	"rendezvous.dev/rendezvous/hack/stage"
 )
@@ -61,8 +62,10 @@ func setUpAndRun(m *testing.M) (int, error) {
 		return 0, err
 	}
 	say := stage.NewProgress(os.Stderr)
-	if err := stage.Install(ctx, "tcpdump"); err != nil {
-		return 0, err
+	if _, err := exec.LookPath("tcpdump"); err != nil {
+		if err := apt.Install(ctx, "tcpdump"); err != nil {
+			return 0, err
+		}
 	}
 	if w.Stage, err = stage.Up(ctx, root, say); err != nil {
 		return 0, err

@@ -129,21 +129,6 @@ func Images(ctx context.Context, root string, say *Progress) error {
 	return s.tool(ctx, "hack/cluster", load...)
 }
 
-// Install installs a Debian package that brings the command of its name, where that is missing.
-func Install(ctx context.Context, name string) error {
-	if _, err := exec.LookPath(name); err == nil {
-		return nil
-	}
-	for _, args := range [][]string{{"update", "-q"}, {"install", "-y", "-q", "--no-install-recommends", name}} {
-		cmd := exec.CommandContext(ctx, "apt-get", args...)
-		cmd.Env = append(os.Environ(), "DEBIAN_FRONTEND=noninteractive")
-		if out, err := cmd.CombinedOutput(); err != nil {
-			return fmt.Errorf("stage: apt-get %s: %w: %s", args[0], err, out)
-		}
-	}
-	return nil
-}
-
 func (s *Stage) imageDir() string { return filepath.Join(s.Root, "bin", "images") }
 
 // tool runs one of hack's commands, passing its progress on.

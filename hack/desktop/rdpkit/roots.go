@@ -23,6 +23,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"rendezvous.dev/rendezvous/hack/cluster/apt"
 )
 
 //go:embed recipe
@@ -175,9 +177,8 @@ func ensureDebootstrap(ctx context.Context, log *slog.Logger) error {
 		return nil
 	}
 	log.Info("installing debootstrap")
-	cmd := exec.CommandContext(ctx, "apt-get", "-o", "DPkg::Lock::Timeout=300", "install", "-y", "-q", "--no-install-recommends", "debootstrap")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("debootstrap is missing and apt-get can't install it (run apt-get update?): %w\n%s", err, lastLines(out, 10))
+	if err := apt.Install(ctx, "debootstrap"); err != nil {
+		return fmt.Errorf("debootstrap is missing: %w", err)
 	}
 	return nil
 }
