@@ -131,7 +131,7 @@ func fold(r io.Reader) (*frame, error) {
 const (
 	flameWidth  = 1200
 	flameHeight = 16
-	leastWidth  = 0.6 // pixels; what is narrower is left out
+	leastWidth  = 2.0 // pixels; what is narrower is left out
 )
 
 // draw makes an SVG file: the outermost function at the top, widths are CPU time.
