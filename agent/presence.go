@@ -47,12 +47,19 @@ func (l *ledger) observe(now time.Time, attached map[desktop]bool) (changed bool
 	defer l.mu.Unlock()
 	before := l.list()
 	l.sighted = l.sighted || len(attached) > 0
-	for d := range attached {
+	l.endings = slices.DeleteFunc(l.endings, func(e ending) bool { return now.Sub(e.at) > settleFor })
+	var abandoned []*held
+	for d, is := range attached {
 		if l.desktops[d] == nil {
 			l.desktops[d] = &held{desktop: d, user: osUser(d.uid), since: now}
+			if !is {
+				abandoned = append(abandoned, l.desktops[d])
+			}
 		}
 	}
-	l.endings = slices.DeleteFunc(l.endings, func(e ending) bool { return now.Sub(e.at) > settleFor })
+	if len(abandoned) == 1 {
+		l.claim(abandoned[0]) // its user came and went between two looks
+	}
 	for d, h := range l.desktops {
 		is, there := attached[d]
 		if !there {
@@ -82,15 +89,24 @@ func (l *ledger) observe(now time.Time, attached map[desktop]bool) (changed bool
 
 // detach notes that a desktop's client has left. mu is held.
 func (l *ledger) detach(h *held, now time.Time) {
-	if h.session == "" && h.ended.IsZero() && len(l.endings) == 1 {
-		e := l.endings[0] // one left there and one left here
-		h.user, h.resource, h.activity, h.ours = e.User, e.Resource, e.ActivityID, true
-		l.endings = nil
+	if h.session == "" && h.ended.IsZero() {
+		l.claim(h)
 	}
 	if h.ended.IsZero() {
 		h.since = now
 	}
 	h.attached, h.session, h.ended = false, "", time.Time{}
+}
+
+// claim gives a desktop that somebody has just left to the user who has just left, where there is only one. mu is held.
+func (l *ledger) claim(h *held) {
+	if len(l.endings) != 1 {
+		return
+	}
+	e := l.endings[0]
+	h.user, h.resource, h.activity, h.ours = e.User, e.Resource, e.ActivityID, true
+	l.endings = nil
+	delete(l.assumed, e.User)
 }
 
 // bind finds which connection of ours is whose client on a desktop. Where two came at one time nothing is said until
@@ -137,12 +153,12 @@ func (l *ledger) bindOne(clients []*carried, open []*held) bool {
 
 // left notes that a joined session's connection has ended. mu is held.
 func (l *ledger) left(s *carried, now time.Time) {
-	switch h := s.desktop; {
-	case h != nil:
+	if h := s.desktop; h != nil {
 		h.session, h.ended, h.since = "", now, now
-	case l.sighted:
-		l.endings = append(l.endings, ending{s.HostSession, now})
-	default:
+		return
+	}
+	l.endings = append(l.endings, ending{s.HostSession, now})
+	if !l.sighted {
 		a := s.HostSession
 		a.SessionID, a.State, a.Since, a.Assumed = "", bus.SessionDisconnected, now, true
 		l.assumed[s.User] = a
@@ -191,6 +207,9 @@ func (l *ledger) list() []bus.HostSession {
 		} else if h.ours && arriving[h.user] > 0 {
 			arriving[h.user]--
 			continue
+		} else if !h.ours {
+			// Nobody could get back to it as its owner, so it must not keep its owner out.
+			entry.Assumed = true
 		}
 		list = append(list, entry)
 	}

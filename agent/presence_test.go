@@ -168,16 +168,16 @@ func TestWhoseDesktop(t *testing.T) {
 	s.see("11+ 12- 13- 14+")
 	s.expect("a stranger", "bob/A carol/D dan/D 100014/A")
 	s.see("11+ 12- 13- 14-")
-	s.expect("who leaves", "bob/A carol/D dan/D 100014/D")
+	s.expect("who leaves", "bob/A carol/D dan/D 100014/D?")
 
 	// xrdp hands a desktop to a new connection of the same user without a moment between.
 	s.join("b2", "bob")
 	s.l.release("b1", s.now)
 	s.see("11+ 12- 13- 14-")
-	s.expect("taken over", "bob/A carol/D dan/D 100014/D")
+	s.expect("taken over", "bob/A carol/D dan/D 100014/D?")
 	s.l.release("b2", s.now)
 	s.see("11- 12- 13- 14-")
-	s.expect("left behind", "bob/D carol/D dan/D 100014/D")
+	s.expect("left behind", "bob/D carol/D dan/D 100014/D?")
 }
 
 // Where two leave desktops that nobody could tell apart, they are told by the machine's own names.
@@ -189,7 +189,32 @@ func TestNothingIsGuessed(t *testing.T) {
 	s.l.release("a1", s.now)
 	s.l.release("b1", s.now)
 	s.see("10- 11-")
-	s.expect("both left", "100010/D 100011/D")
+	s.expect("both left", "100010/D? 100011/D?")
+}
+
+// A user may come and go between two looks: the desktop that is then found is theirs, where only one has left.
+func TestBetweenTwoLooks(t *testing.T) {
+	s := newStory(t, 1)
+	s.join("a1", "alice")
+	s.l.release("a1", s.now)
+	s.see("10-")
+	s.expect("alice's first desktop", "alice/D")
+	if _, refused := s.l.reserve(bus.HostConnect{SessionID: "a2", User: "alice"}, "h", s.now); refused != nil {
+		t.Errorf("alice does not get back to it: %v", refused)
+	}
+	if _, refused := s.l.reserve(bus.HostConnect{SessionID: "b1", User: "bob"}, "h", s.now); refused == nil || refused.Code != refusal.HostFull {
+		t.Errorf("bob gets alice's place: %v", refused)
+	}
+}
+
+// A desktop that is nobody's, as far as is known, keeps nobody out.
+func TestOwnerlessDesktopTakesNoPlace(t *testing.T) {
+	s := newStory(t, 1)
+	s.see("10-")
+	s.expect("found at the start", "100010/D?")
+	if _, refused := s.l.reserve(bus.HostConnect{SessionID: "a1", User: "alice"}, "h", s.now); refused != nil {
+		t.Errorf("alice is kept out: %v", refused)
+	}
 }
 
 func TestPlacesOfDesktops(t *testing.T) {
