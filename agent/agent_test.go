@@ -602,7 +602,7 @@ func TestSession(t *testing.T) {
 func TestRefusals(t *testing.T) {
 	w := newWorld(t)
 	w.run(w.options())
-	w.eventually("a first report", func() bool { return w.last().RDPReady })
+	w.eventually("a first report", func() bool { return strings.Contains(w.last().Message, "limits") })
 	if refused := w.connect(w.request("early")); refused == nil || refused.Code != refusal.HostNotReady || refused.ActivityID == "" {
 		t.Errorf("before any configuration: %v", refused)
 	}

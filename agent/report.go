@@ -49,11 +49,15 @@ func (a *Agent) publishReport() {
 	config, stopping := a.ledger.inForce()
 	r := bus.HostReport{
 		Pool: a.member.Pool, Host: a.member.Host, Boot: a.boot, Sequence: a.sequence, ConfigGeneration: config.Generation,
-		AgentVersion: a.opts.Version, OS: runtime.GOOS + "/" + runtime.GOARCH, RDPReady: a.probed.ready, Message: a.probed.why,
+		AgentVersion: a.opts.Version, OS: runtime.GOOS + "/" + runtime.GOARCH, RDPReady: a.probed.ready && config.Generation > 0, Message: a.probed.why,
 		Sessions: a.ledger.Sessions(), Load: load(), Leaving: stopping,
 	}
-	if !a.probed.ready && r.Message == "" {
+	switch {
+	case r.RDPReady || r.Message != "":
+	case !a.probed.ready:
 		r.Message = "the RDP server has not been asked yet"
+	default: // a session would be refused
+		r.Message = "the brokers have not told the host its limits yet"
 	}
 	if c := a.probed.served; c != nil {
 		r.CertificateFingerprint, r.CertificateNotAfter = fingerprint(c), c.NotAfter.UTC().Format(time.RFC3339)

@@ -147,7 +147,8 @@ func (r *registry) connectedAt(h *liveHost, timeout time.Duration, now time.Time
 	return h != nil && !h.at.IsZero() && !h.gone && now.Sub(h.at) < timeout
 }
 
-// mayReturn says whether a host that isn't connected is likely to be in a moment. young says that this broker may not
+// mayReturn says whether a host that takes no session now is likely to in a moment: it isn't connected, or has only just
+// come and is yet to be configured. young says that this broker may not
 // have heard of everyone yet.
 func (r *registry) mayReturn(k hostKey, young bool) bool {
 	r.mu.Lock()
@@ -156,7 +157,8 @@ func (r *registry) mayReturn(k hostKey, young bool) bool {
 	if h == nil || h.at.IsZero() {
 		return young
 	}
-	return h.gone && !h.report.Leaving && r.now().Sub(h.at) < returning
+	coming := h.gone || h.report.ConfigGeneration == 0
+	return coming && !h.report.Leaving && r.now().Sub(h.at) < returning
 }
 
 // best finds the host to ask. asked has those that refused, with the sequence of the report after which to ask again, or

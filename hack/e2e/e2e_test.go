@@ -5,6 +5,7 @@ package e2e
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"image/color"
 	"log/slog"
@@ -111,20 +112,36 @@ func (w *world) paintPods(ctx context.Context, c color.RGBA) error {
 	if _, err := w.Kubectl(ctx, "", "-n", stage.Namespace, "patch", "hostpool", "linux", "--type=json", "-p", patch); err != nil {
 		return err
 	}
+	var old corev1.Pod
+	key := client.ObjectKey{Namespace: stage.Namespace, Name: "linux-0"}
+	if err := client.IgnoreNotFound(w.Client.Get(ctx, key, &old)); err != nil {
+		return err
+	}
 	if err := w.Client.Delete(ctx, &corev1.Pod{ObjectMeta: meta("linux-0")}); client.IgnoreNotFound(err) != nil {
 		return err
 	}
 	return eventually(ctx, 2*time.Minute, func() error {
 		var pod corev1.Pod
-		if err := w.Client.Get(ctx, client.ObjectKey{Namespace: stage.Namespace, Name: "linux-0"}, &pod); err != nil {
+		if err := w.Client.Get(ctx, key, &pod); err != nil {
 			return err
 		}
+		if pod.UID == old.UID {
+			return errors.New("pod linux-0 is still the old one")
+		}
 		for _, e := range pod.Spec.Containers[0].Env {
-			if e.Name == "RDV_DESKTOP_COLOR" && e.Value == rdpkit.Hex(c) {
-				return w.hostReady(ctx, "linux-0")
+			if e.Name == "RDV_DESKTOP_COLOR" && e.Value != rdpkit.Hex(c) {
+				return errors.New("pod linux-0 still has the old colour")
 			}
 		}
-		return fmt.Errorf("pod linux-0 still has the old colour")
+		var sh rdv.SessionHost
+		if err := w.Client.Get(ctx, key, &sh); err != nil {
+			return err
+		}
+		// What is said of the host may still be of the old pod: the new one's agent enrols anew.
+		if e, a := sh.Status.Enrolment, sh.Status.Agent; e == nil || e.Time.Before(&pod.CreationTimestamp) || a == nil || a.LastHeartbeat.Before(&e.Time) {
+			return errors.New("the new pod's agent has not reported yet")
+		}
+		return w.hostReady(ctx, "linux-0")
 	})
 }
 
