@@ -17,6 +17,7 @@ import (
 
 	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
 	"rendezvous.dev/rendezvous/hack/stage"
+	"rendezvous.dev/rendezvous/wire/brokerapi"
 )
 
 // A session goes on, and new ones begin, whatever of ours is restarted around it.
@@ -196,6 +197,14 @@ func brokersKnow(ctx context.Context, hosts ...string) error {
 		if err := w.hostReady(ctx, h); err != nil {
 			return err
 		}
+	}
+	// kube-proxy learns of a ready pod a moment after its status does: several new connections must get through.
+	for range 8 {
+		resp, err := w.HTTP().Get(stage.WorkspaceURL + brokerapi.PathWorkspace)
+		if err != nil {
+			return err
+		}
+		resp.Body.Close()
 	}
 	return nil
 }
