@@ -14,7 +14,7 @@ COPY gateway/ gateway/
 COPY relay/ relay/
 COPY wire/ wire/
 ARG TARGETOS=linux TARGETARCH VERSION=(devel)
-RUN CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH go build -trimpath -ldflags="-s -w -X 'main.version=$VERSION'" -o /out/ ./cmd/...
+RUN CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH go build -trimpath -ldflags="-s -w -X 'main.linked=$VERSION'" -o /out/ ./cmd/...
 
 # Static binaries: no libc, no shell; the CA certificates are there for brokers and agents that trust public issuers.
 FROM scratch AS base

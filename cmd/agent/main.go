@@ -10,7 +10,6 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
-	"runtime/debug"
 	"strings"
 	"syscall"
 	"time"
@@ -19,10 +18,11 @@ import (
 	"github.com/spf13/pflag"
 
 	"rendezvous.dev/rendezvous/agent"
+	"rendezvous.dev/rendezvous/wire/version"
 )
 
-// version is set by the linker; a plain build says what it knows.
-var version = ""
+// linked is the version, set by the linker; a plain build says what it knows.
+var linked = ""
 
 func main() {
 	if err := command().Execute(); err != nil {
@@ -95,7 +95,7 @@ func (f *flags) options() (agent.Options, error) {
 	}
 	slog.SetDefault(slog.New(slog.NewJSONHandler(out, &slog.HandlerOptions{Level: level})))
 	o := f.Options
-	o.Drain, o.Version, o.Log = time.Duration(f.drainSeconds)*time.Second, versionString(), slog.Default()
+	o.Drain, o.Version, o.Log = time.Duration(f.drainSeconds)*time.Second, version.String(linked), slog.Default()
 	return o, nil
 }
 
@@ -249,24 +249,8 @@ func serviceCommandLine(fs *pflag.FlagSet) ([]string, error) {
 func versionCommand() *cobra.Command {
 	return &cobra.Command{
 		Use: "version", Short: "Print the agent's version", Args: cobra.NoArgs,
-		Run: func(c *cobra.Command, _ []string) { fmt.Fprintln(c.OutOrStdout(), versionString()) },
+		Run: func(c *cobra.Command, _ []string) { fmt.Fprintln(c.OutOrStdout(), version.String(linked)) },
 	}
-}
-
-func versionString() string {
-	if version != "" {
-		return version
-	}
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
-	}
-	for _, s := range info.Settings {
-		if s.Key == "vcs.revision" {
-			return s.Value[:min(12, len(s.Value))]
-		}
-	}
-	return info.Main.Version
 }
 
 func defaultStateDir() string {

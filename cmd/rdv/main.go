@@ -8,16 +8,16 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
-	"runtime/debug"
 	"syscall"
 
 	"github.com/spf13/cobra"
 
 	"rendezvous.dev/rendezvous/client"
+	"rendezvous.dev/rendezvous/wire/version"
 )
 
-// version is set by the linker; a plain build says what it knows.
-var version = ""
+// linked is the version, set by the linker; a plain build says what it knows.
+var linked = ""
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -35,7 +35,7 @@ func main() {
 }
 
 func command() *cobra.Command {
-	c := &client.Client{Out: os.Stdout, Err: os.Stderr, UserAgent: "rdv/" + versionString()}
+	c := &client.Client{Out: os.Stdout, Err: os.Stderr, UserAgent: "rdv/" + version.String(linked)}
 	root := &cobra.Command{
 		Use:           "rdv",
 		Short:         "Open your remote desktops",
@@ -145,7 +145,7 @@ func explainCommand(c *client.Client) *cobra.Command {
 func versionCommand() *cobra.Command {
 	return &cobra.Command{
 		Use: "version", Short: "Print rdv's version", Args: cobra.NoArgs,
-		Run: func(c *cobra.Command, _ []string) { fmt.Fprintln(c.OutOrStdout(), versionString()) },
+		Run: func(c *cobra.Command, _ []string) { fmt.Fprintln(c.OutOrStdout(), version.String(linked)) },
 	}
 }
 
@@ -158,20 +158,4 @@ func isJSON(output string) (bool, error) {
 		return false, fmt.Errorf("--output %q: it is table or json", output)
 	}
 	return output == "json", nil
-}
-
-func versionString() string {
-	if version != "" {
-		return version
-	}
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
-	}
-	for _, s := range info.Settings {
-		if s.Key == "vcs.revision" {
-			return s.Value[:min(12, len(s.Value))]
-		}
-	}
-	return info.Main.Version
 }
