@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -128,10 +129,9 @@ func (w *world) paintPods(ctx context.Context, c color.RGBA) error {
 		if pod.UID == old.UID {
 			return errors.New("pod linux-0 is still the old one")
 		}
-		for _, e := range pod.Spec.Containers[0].Env {
-			if e.Name == "RDV_DESKTOP_COLOR" && e.Value != rdpkit.Hex(c) {
-				return errors.New("pod linux-0 still has the old colour")
-			}
+		painted := corev1.EnvVar{Name: "RDV_DESKTOP_COLOR", Value: rdpkit.Hex(c)}
+		if !slices.Contains(pod.Spec.Containers[0].Env, painted) {
+			return errors.New("pod linux-0 does not have the new colour")
 		}
 		var sh rdv.SessionHost
 		if err := w.Client.Get(ctx, key, &sh); err != nil {
