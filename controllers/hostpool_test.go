@@ -86,6 +86,8 @@ func TestHostPoolToken(t *testing.T) {
 
 	// With Manual, it expires, and stays so.
 	w.patch(t, &rdv.HostPool{}, ns, "linux", `{"spec":{"registration":{"rotation":"Manual"}}}`)
+	// A pass that has not seen the change yet would rotate once more.
+	w.is(t, &rdv.HostPool{}, ns, "linux", rdv.ConditionRegistrationReady, metav1.ConditionTrue, rdv.ReasonReady, "")
 	w.clock.advance(25 * time.Hour)
 	w.poke(t, &rdv.HostPool{}, ns, "linux")
 	w.is(t, &rdv.HostPool{}, ns, "linux", rdv.ConditionRegistrationReady, metav1.ConditionFalse, rdv.ReasonTokenExpired, "rendezvous.dev/rotate-registration")
