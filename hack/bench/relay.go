@@ -26,6 +26,7 @@ import (
 	"rendezvous.dev/rendezvous/wire/identity"
 	"rendezvous.dev/rendezvous/wire/mtls"
 	"rendezvous.dev/rendezvous/wire/ticket"
+	"rendezvous.dev/rendezvous/wire/wiretest"
 )
 
 // The one workspace.
@@ -165,14 +166,18 @@ func (g *gatewayPod) stop() {
 func (g *gatewayPod) processes() []*process { return []*process{g.relay, g.gateway} }
 
 func (g *gatewayPod) dialRaw(resume bool) (stream, error) {
-	return g.dial(resume, openRaw)
+	return g.dial(resume, func(c *tls.Conn, ticket string) (*wiretest.Client, error) {
+		return wiretest.OpenRaw(c, gatewayName, ticket)
+	})
 }
 
 func (g *gatewayPod) dialTSGU(resume bool) (stream, error) {
-	return g.dial(resume, func(c *tls.Conn, ticket string) (*client, error) { return openTSGU(c, ticket, g.target) })
+	return g.dial(resume, func(c *tls.Conn, ticket string) (*wiretest.Client, error) {
+		return wiretest.OpenTSGU(c, gatewayName, ticket, g.target)
+	})
 }
 
-func (g *gatewayPod) dial(resume bool, open func(c *tls.Conn, ticket string) (*client, error)) (stream, error) {
+func (g *gatewayPod) dial(resume bool, open func(c *tls.Conn, ticket string) (*wiretest.Client, error)) (stream, error) {
 	ticket, err := g.ticket()
 	if err != nil {
 		return nil, err
@@ -223,7 +228,7 @@ func (g *gatewayPod) join(secret []byte) (stream, error) {
 	c.SetDeadline(time.Now().Add(patience))
 	fmt.Fprintf(c, "GET /rendezvous/v1/join HTTP/1.1\r\nHost: %s\r\nConnection: Upgrade\r\nUpgrade: rendezvous-join/1\r\nAuthorization: Bearer %s\r\nRendezvous-Instance: %s\r\n\r\n",
 		gatewayName, base64.RawURLEncoding.EncodeToString(secret), instance)
-	rest, err := switched(c)
+	rest, _, err := wiretest.Switched(c)
 	if err != nil {
 		c.Close()
 		return nil, err

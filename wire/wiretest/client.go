@@ -1,19 +1,26 @@
-package main
+// Package wiretest is an RDP client's end of a session through a gateway, for benchmarks and fleet tests that need many.
+// It is as trusting as tests may be: what a real client refuses, it may let pass.
+package wiretest
 
 import (
 	"bytes"
 	"crypto/tls"
 	"fmt"
+	"strings"
 	"sync"
 
+	"rendezvous.dev/rendezvous/wire/brokerapi"
 	"rendezvous.dev/rendezvous/wire/tsgu"
 	"rendezvous.dev/rendezvous/wire/wsframe"
 )
 
-// client is an RDP client's end of a session through our relay: bytes in WebSocket frames, and in MS-TSGU's packets where
-// tsgu is set. One goroutine may read and one may write.
-type client struct {
+// Client carries a session's bytes in WebSocket frames, and in MS-TSGU's packets where OpenTSGU made it. One goroutine may
+// read and one may write.
+type Client struct {
 	*tls.Conn
+	// Activity is the id that the gateway gave this connect.
+	Activity string
+
 	tsgu bool
 
 	// The reader's.
@@ -39,21 +46,24 @@ var maskKey = [4]byte{0x5a, 0xc3, 0x17, 0x88}
 
 const upgrade = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
 
-// openRaw asks for a raw session.
-func openRaw(c *tls.Conn, ticket string) (*client, error) {
-	fmt.Fprintf(c, "GET /rendezvous/v1/connect HTTP/1.1\r\nHost: %s\r\n%sAuthorization: Bearer %s\r\n\r\n", gatewayName, upgrade, ticket)
-	rest, err := switched(c)
-	return &client{Conn: c, in: rest}, err
-}
-
-// openTSGU goes through MS-TSGU's handshake.
-func openTSGU(tc *tls.Conn, ticket, target string) (*client, error) {
-	fmt.Fprintf(tc, "RDG_OUT_DATA /remoteDesktopGateway/ HTTP/1.1\r\nHost: %s\r\n%s\r\n", gatewayName, upgrade)
-	rest, err := switched(tc)
+// OpenRaw asks the gateway named host for a raw session.
+func OpenRaw(c *tls.Conn, host, ticket string) (*Client, error) {
+	fmt.Fprintf(c, "GET /rendezvous/v1/connect HTTP/1.1\r\nHost: %s\r\n%sAuthorization: Bearer %s\r\n\r\n", host, upgrade, ticket)
+	rest, activity, err := Switched(c)
 	if err != nil {
 		return nil, err
 	}
-	c := &client{Conn: tc, in: rest, tsgu: true}
+	return &Client{Conn: c, Activity: activity, in: rest}, nil
+}
+
+// OpenTSGU goes through MS-TSGU's handshake with the gateway named host. target is the pool's name.
+func OpenTSGU(tc *tls.Conn, host, ticket, target string) (*Client, error) {
+	fmt.Fprintf(tc, "RDG_OUT_DATA /remoteDesktopGateway/ HTTP/1.1\r\nHost: %s\r\n%s\r\n", host, upgrade)
+	rest, activity, err := Switched(tc)
+	if err != nil {
+		return nil, err
+	}
+	c := &Client{Conn: tc, Activity: activity, in: rest, tsgu: true}
 	create := &tsgu.TunnelCreate{Caps: tsgu.CapIdleTimeout | tsgu.CapServiceMessage}
 	create.SetCookie(ticket)
 	for _, step := range []struct {
@@ -69,7 +79,7 @@ func openTSGU(tc *tls.Conn, ticket, target string) (*client, error) {
 			p, err := tsgu.ParseTunnelResponse(b)
 			return p.Status, err
 		}},
-		{&tsgu.TunnelAuth{ClientName: tsgu.NewText("bench")}, tsgu.TypeTunnelAuthResponse, func(b []byte) (uint32, error) {
+		{&tsgu.TunnelAuth{ClientName: tsgu.NewText("test")}, tsgu.TypeTunnelAuthResponse, func(b []byte) (uint32, error) {
 			p, err := tsgu.ParseTunnelAuthResponse(b)
 			return p.Error, err
 		}},
@@ -86,36 +96,44 @@ func openTSGU(tc *tls.Conn, ticket, target string) (*client, error) {
 			return nil, err
 		}
 		if ev.Type != step.answer {
-			return nil, fmt.Errorf("the relay answered with packet type %#x, want %#x", ev.Type, step.answer)
+			return nil, fmt.Errorf("the gateway answered with packet type %#x, want %#x (activity %s)", ev.Type, step.answer, activity)
 		}
 		if status, err := step.status(ev.Body); err != nil || status != 0 {
-			return nil, fmt.Errorf("packet type %#x says status %#x, %v", ev.Type, status, err)
+			return nil, fmt.Errorf("packet type %#x says status %#x, %v (activity %s)", ev.Type, status, err, activity)
 		}
 	}
 	c.buf, c.in = nil, bytes.Clone(c.in)
 	return c, nil
 }
 
-// switched reads the head of an HTTP answer, which must be 101, and returns what came after it.
-func switched(c *tls.Conn) ([]byte, error) {
+// Switched reads the head of an HTTP answer, which must be 101, and returns what came after it and the activity id.
+func Switched(c *tls.Conn) (rest []byte, activity string, err error) {
 	buf := make([]byte, 0, maxHead)
 	for {
 		n, err := c.Read(buf[len(buf):cap(buf)])
 		buf = buf[:len(buf)+n]
-		if end := bytes.Index(buf, []byte("\r\n\r\n")); end >= 0 {
-			if !bytes.HasPrefix(buf, []byte("HTTP/1.1 101 ")) {
-				return nil, fmt.Errorf("refused: %s", buf)
+		if head, rest, ok := bytes.Cut(buf, []byte("\r\n\r\n")); ok {
+			if !bytes.HasPrefix(head, []byte("HTTP/1.1 101 ")) {
+				return nil, "", fmt.Errorf("refused: %s", bytes.TrimSpace(buf))
 			}
-			return bytes.Clone(buf[end+4:]), nil
+			for line := range strings.Lines(string(head)) {
+				if name, value, _ := strings.Cut(line, ":"); strings.EqualFold(name, brokerapi.HeaderActivity) {
+					activity = strings.TrimSpace(value)
+				}
+			}
+			return bytes.Clone(rest), activity, nil
 		}
 		if err != nil {
-			return nil, fmt.Errorf("no answer: %w", err)
+			return nil, "", fmt.Errorf("no answer: %w", err)
+		}
+		if len(buf) == cap(buf) {
+			return nil, "", fmt.Errorf("the answer's head is longer than %d bytes", maxHead)
 		}
 	}
 }
 
 // event is the next packet, or in raw mode payload dressed as DATA.
-func (c *client) event() (tsgu.Event, error) {
+func (c *Client) event() (tsgu.Event, error) {
 	for {
 		for len(c.msg) > 0 {
 			if !c.tsgu {
@@ -144,14 +162,18 @@ func (c *client) event() (tsgu.Event, error) {
 		if err != nil {
 			return tsgu.Event{}, err
 		}
-		if ev.Op == wsframe.Binary {
+		switch ev.Op {
+		case wsframe.Binary:
 			c.msg = ev.Payload
+		case wsframe.Close:
+			code, reason := wsframe.ParseClose(ev.Payload)
+			return tsgu.Event{}, fmt.Errorf("the gateway closed the session: %d %s", code, reason)
 		}
 	}
 }
 
 // Read gives the host's bytes.
-func (c *client) Read(p []byte) (int, error) {
+func (c *Client) Read(p []byte) (int, error) {
 	for len(c.data) == 0 {
 		ev, err := c.event()
 		if err != nil {
@@ -169,7 +191,7 @@ func (c *client) Read(p []byte) (int, error) {
 var frames = sync.Pool{New: func() any { return new([]byte) }}
 
 // Write sends bytes in packets of at most clientPacket, in one write.
-func (c *client) Write(p []byte) (int, error) {
+func (c *Client) Write(p []byte) (int, error) {
 	b, packet := frames.Get().(*[]byte), frames.Get().(*[]byte)
 	defer frames.Put(b)
 	defer frames.Put(packet)
@@ -193,7 +215,7 @@ func (c *client) Write(p []byte) (int, error) {
 }
 
 // Close says good-bye as a client does.
-func (c *client) Close() error {
+func (c *Client) Close() error {
 	c.Conn.Write(wsframe.AppendMaskedFrame(nil, wsframe.Close, wsframe.ClosePayload(wsframe.CloseNormal, ""), maskKey))
 	return c.Conn.Close()
 }
