@@ -6,6 +6,8 @@
 //	Route         which peer relay holds a client leg (route.go)
 //	Report        the relay's sessions and timelines; sessions that a broker ends (report.go)
 //
+// It measures the way to the workspaces' other gateways, too (peers.go), and publishes that with its load.
+//
 // Workspaces stand for themselves (workspace.go): one whose bus is away or whose certificate is broken refuses its own
 // connects, by name, and hurts no other. The container holds no session: it may restart while sessions run.
 package gateway
@@ -29,6 +31,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"rendezvous.dev/rendezvous/wire/admission"
+	"rendezvous.dev/rendezvous/wire/bus"
 	"rendezvous.dev/rendezvous/wire/config"
 	"rendezvous.dev/rendezvous/wire/refusal"
 	"rendezvous.dev/rendezvous/wire/ticket"
@@ -49,6 +52,10 @@ type Options struct {
 	PeerPort uint16
 	// ReportEvery is how often the pod's load is reported when nothing changes. 5 s when 0.
 	ReportEvery time.Duration
+	// MeasureEvery is how often the way to other gateways is measured. 30 s when 0.
+	MeasureEvery time.Duration
+	// Ping measures one round trip to another gateway, over its public listener when nil.
+	Ping func(ctx context.Context, peer bus.GatewayAddress) (time.Duration, error)
 	// Patience is how long a connect waits for a bus that blinks (a broker that is replaced). 2 s when 0.
 	Patience time.Duration
 	// Refresh is how often certificates and ticket keys are looked at. 10 s when 0.
@@ -69,8 +76,13 @@ type Gateway struct {
 	reportEvery time.Duration
 	patience    time.Duration
 	refresh     time.Duration
-	changed     chan struct{} // of one: a load report is due
-	stopping    chan struct{}
+
+	measureEvery time.Duration
+	ping         func(ctx context.Context, peer bus.GatewayAddress) (time.Duration, error)
+	peers        peers
+
+	changed  chan struct{} // of one: a load report is due
+	stopping chan struct{}
 
 	connects atomic.Int32 // under way
 	serving  atomic.Bool
@@ -106,14 +118,19 @@ func New(o Options) (*Gateway, error) {
 	if o.PeerPort == 0 {
 		o.PeerPort = config.PortPublic
 	}
-	for d, v := range map[*time.Duration]time.Duration{&o.ReportEvery: 5 * time.Second, &o.Patience: 2 * time.Second, &o.Refresh: 10 * time.Second} {
+	for d, v := range map[*time.Duration]time.Duration{&o.ReportEvery: 5 * time.Second, &o.Patience: 2 * time.Second, &o.Refresh: 10 * time.Second,
+		&o.MeasureEvery: 30 * time.Second} {
 		if *d == 0 {
 			*d = v
 		}
 	}
+	if o.Ping == nil {
+		o.Ping = newPinger().ping
+	}
 	return &Gateway{
 		instance: o.Instance, dir: o.WorkspacesDir, log: o.Log, metrics: o.Metrics, lookup: o.Lookup, peerPort: o.PeerPort,
 		reportEvery: o.ReportEvery, patience: o.Patience, refresh: o.Refresh, config: o.Config,
+		measureEvery: o.MeasureEvery, ping: o.Ping,
 		changed: make(chan struct{}, 1), stopping: make(chan struct{}),
 		workspaces: map[string]*workspace{}, live: map[string]*admission.Session{},
 	}, nil
@@ -156,6 +173,7 @@ func (g *Gateway) Run(ctx context.Context, l net.Listener) error {
 	defer stop()
 	var reporting sync.WaitGroup
 	reporting.Go(func() { g.reportLoad(background) })
+	reporting.Go(func() { g.measurePeers(background) })
 
 	srv := grpc.NewServer(grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: time.Second, PermitWithoutStream: true}))
 	admission.RegisterAdmissionServer(srv, g)

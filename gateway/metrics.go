@@ -15,6 +15,8 @@ type Metrics struct {
 	Tickets      *prometheus.CounterVec // code: "ok" or a refusal code
 	Connects     *prometheus.CounterVec // code
 	Routes       *prometheus.CounterVec // code
+	Pings        *prometheus.CounterVec // result: "ok" or "error"
+	PeerLatency  *prometheus.GaugeVec   // gateway: seconds of a round trip to another gateway
 	ConnectDelay prometheus.Histogram   // seconds until the broker's answer
 }
 
@@ -30,11 +32,15 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 		Tickets:  counter("tickets_total", "Tickets checked, by refusal code."),
 		Connects: counter("connects_total", "Connects that brokers were asked for, by refusal code."),
 		Routes:   counter("routes_total", "Peer relays looked up, by refusal code."),
+		Pings: prometheus.NewCounterVec(prometheus.CounterOpts{Namespace: ns, Subsystem: sub, Name: "peer_measurements_total",
+			Help: "Rounds of measuring with another gateway, by result."}, []string{"result"}),
+		PeerLatency: prometheus.NewGaugeVec(prometheus.GaugeOpts{Namespace: ns, Subsystem: sub, Name: "peer_latency_seconds",
+			Help: "Round trip to another gateway's public listener, the shortest of the last rounds."}, []string{"gateway"}),
 		ConnectDelay: prometheus.NewHistogram(prometheus.HistogramOpts{Namespace: ns, Subsystem: sub, Name: "connect_seconds",
 			Help: "Time until the broker's answer to a connect.", Buckets: []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30}}),
 	}
 	if reg != nil {
-		reg.MustRegister(m.Sessions, m.Bus, m.Tickets, m.Connects, m.Routes, m.ConnectDelay)
+		reg.MustRegister(m.Sessions, m.Bus, m.Tickets, m.Connects, m.Routes, m.Pings, m.PeerLatency, m.ConnectDelay)
 	}
 	return m
 }

@@ -154,7 +154,9 @@ func (g *Gateway) publishLoad() (told []*workspace) {
 	}
 	g.owners.expire(time.Now())
 	g.mu.Unlock()
+	since := g.answeredSince()
 	for _, w := range told {
+		report.Latencies = w.latencies(since)
 		w.publish(bus.GatewayReportSubject(report.Gateway, report.Instance), report)
 	}
 	return told

@@ -40,6 +40,7 @@ type workspace struct {
 	connected atomic.Bool // the bus was reached once
 	keys      atomic.Pointer[[]ed25519.PublicKey]
 	nc        atomic.Pointer[nats.Conn]
+	peers     atomic.Pointer[[]bus.GatewayAddress] // its other gateways, as a broker told
 }
 
 // newWorkspace starts connecting; it goes on until close.

@@ -134,7 +134,7 @@ func pool(p *v1alpha1.HostPool) *model.Pool {
 
 func host(h *v1alpha1.SessionHost) *model.Host {
 	m := &model.Host{
-		Name: h.Name, Pool: h.Spec.HostPoolRef.Name, Generation: h.Generation, AssignedUser: h.Spec.AssignedUser,
+		Name: h.Name, Pool: h.Spec.HostPoolRef.Name, Generation: h.Generation, Created: h.CreationTimestamp.Time, AssignedUser: h.Spec.AssignedUser,
 		Registration: registration(h.Status.Registration),
 	}
 	if d := h.Spec.Drain; d != nil {

@@ -7,6 +7,9 @@ import "github.com/prometheus/client_golang/prometheus"
 type Metrics struct {
 	// Connects by result: "accepted", or the refusal's code.
 	Connects *prometheus.CounterVec
+	// Entries counts clients that asked an entry gateway where to go, by result: "here", "elsewhere", "retry" (a host is on
+	// its way), or the refusal's code.
+	Entries *prometheus.CounterVec
 	// ConnectSeconds from a gateway's request to the answer, by result "accepted" or "refused".
 	ConnectSeconds *prometheus.HistogramVec
 	// PlacementSeconds of one decision.
@@ -25,6 +28,7 @@ type Metrics struct {
 func New(reg prometheus.Registerer) *Metrics {
 	m := &Metrics{
 		Connects:         counter("connects_total", "Connect requests answered.", "result"),
+		Entries:          counter("entries_total", "Clients that asked a gateway which gateway is to serve them.", "result"),
 		ConnectSeconds:   prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "rendezvous_broker_connect_seconds", Help: "Time to answer a connect request.", Buckets: []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30}}, []string{"result"}),
 		PlacementSeconds: prometheus.NewHistogram(prometheus.HistogramOpts{Name: "rendezvous_broker_placement_seconds", Help: "Time to find the host to ask.", Buckets: []float64{.00001, .0001, .001, .0025, .005, .01, .05, .25}}),
 		HostTries:        counter("host_tries_total", "Session hosts asked for a session.", "result"),
@@ -33,7 +37,7 @@ func New(reg prometheus.Registerer) *Metrics {
 		Writes:           counter("writes_total", "Writes to the Kubernetes API.", "object", "result"),
 	}
 	if reg != nil {
-		reg.MustRegister(m.Connects, m.ConnectSeconds, m.PlacementSeconds, m.HostTries, m.Feed, m.Enrolments, m.Writes)
+		reg.MustRegister(m.Connects, m.Entries, m.ConnectSeconds, m.PlacementSeconds, m.HostTries, m.Feed, m.Enrolments, m.Writes)
 	}
 	return m
 }

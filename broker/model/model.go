@@ -133,6 +133,7 @@ type Registration struct {
 type Host struct {
 	Name, Pool   string
 	Generation   int64
+	Created      time.Time
 	AssignedUser string
 	Drain        *Drain
 	Registration Registration

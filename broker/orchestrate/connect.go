@@ -67,10 +67,7 @@ func (b *Orchestrator) answerConnect(ctx context.Context, m *nats.Msg) {
 	if !b.decode(m, &c.req) {
 		return
 	}
-	// The reply goes where the gateway that the request names listens, and nowhere else: nobody gets a message sent to
-	// somebody else by having us reply to it.
-	if !identity.IsLabel(c.req.Gateway) || !strings.HasPrefix(m.Reply, bus.InboxPrefix(identity.Gateway(b.o.Namespace, b.o.Workspace, c.req.Gateway))+".") {
-		b.o.Log.Warn("connect request with a strange reply subject", "reply", m.Reply, "gateway", c.req.Gateway)
+	if !b.repliesTo(m, c.req.Gateway) {
 		return
 	}
 	c.deadline = begin.Add(min(max(c.req.Deadline.Sub(begin), shortestConnect), longestConnect))
@@ -94,17 +91,34 @@ func (b *Orchestrator) answerConnect(ctx context.Context, m *nats.Msg) {
 		event.Detail = fmt.Sprintf("%s may use %s; host %s of pool %s dials gateway %s", c.claims.User, c.claims.Resource, host, c.pool.Name, c.req.Gateway)
 		b.o.Log.Info("connect accepted", "activity", c.req.ActivityID, "session", c.req.SessionID, "user", c.claims.User, "gateway", c.req.Gateway, "pool", c.pool.Name, "host", host)
 	}
-	if data, err := json.Marshal(reply); err == nil {
-		if err := m.Respond(data); err != nil {
-			b.o.Log.Warn("can't answer a gateway", "activity", c.req.ActivityID, "gateway", c.req.Gateway, "error", err)
-		}
-	}
+	b.respond(m, c.req.Gateway, reply)
 	b.Trace(event)
 	b.o.Metrics.Connects.WithLabelValues(result).Inc()
 	if err != nil {
 		result = "refused"
 	}
 	b.o.Metrics.ConnectSeconds.WithLabelValues(result).Observe(event.Duration.Seconds())
+}
+
+// repliesTo says whether the answer goes where the gateway that a request names listens, and nowhere else: nobody gets a
+// message sent to somebody else by having us reply to it.
+func (b *Orchestrator) repliesTo(m *nats.Msg, gateway string) bool {
+	if identity.IsLabel(gateway) && strings.HasPrefix(m.Reply, bus.InboxPrefix(identity.Gateway(b.o.Namespace, b.o.Workspace, gateway))+".") {
+		return true
+	}
+	b.o.Log.Warn("a gateway's request with a strange reply subject", "subject", m.Subject, "reply", m.Reply, "gateway", gateway)
+	return false
+}
+
+// respond answers a gateway's request.
+func (b *Orchestrator) respond(m *nats.Msg, gateway string, reply any) {
+	data, err := json.Marshal(reply)
+	if err == nil {
+		err = m.Respond(data)
+	}
+	if err != nil {
+		b.o.Log.Warn("can't answer a gateway", "subject", m.Subject, "gateway", gateway, "error", err)
+	}
 }
 
 // run is the connect: authorise, then place and ask a host, until one accepts. It places anew for each question, because

@@ -63,11 +63,11 @@ func (r *registry) gatewayReport(k gatewayKey, rep bus.GatewayReport) {
 func (r *registry) gatewayLoads() map[string]gatewayLoad {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.loads()
+	return r.loads("")
 }
 
-// loads is gatewayLoads; mu is held.
-func (r *registry) loads() map[string]gatewayLoad {
+// loads is gatewayLoads, without the holder of ticket where that is given; mu is held.
+func (r *registry) loads(ticket string) map[string]gatewayLoad {
 	now := r.now()
 	loads := map[string]gatewayLoad{}
 	for k, g := range r.gateways {
@@ -79,8 +79,8 @@ func (r *registry) loads() map[string]gatewayLoad {
 		l.open = l.open || !g.report.Draining && (g.report.MaxSessions == 0 || g.report.Sessions+g.report.Pending < g.report.MaxSessions)
 		loads[k.gateway] = l
 	}
-	for _, j := range r.onTheWay {
-		if now.Before(j.until) {
+	for id, j := range r.onTheWay {
+		if now.Before(j.until) && id != ticket {
 			l := loads[j.gateway]
 			l.onTheWay++
 			loads[j.gateway] = l
@@ -108,13 +108,33 @@ func (r *registry) note(ticket, gateway string, arrived bool) {
 	r.onTheWay[ticket] = journey{gateway: gateway, until: r.now().Add(stay), arrived: arrived}
 }
 
-// choose applies the rule of step 7 as far as a broker can, which does not know the client's latencies, and notes in the
-// same moment that the ticket's holder is on the way: the next one's choice counts it. listened says that this broker has
-// been there for long enough for silence to mean anything. Where no gateway is open, a ready one is better than none.
-func (r *registry) choose(gateways []*model.Gateway, ticket string, listened bool) (chosen string, weighed []string) {
+// latencies gives the round trips from one gateway to the others, the shortest that any of its pods measured.
+func (r *registry) latencies(from string) map[string]time.Duration {
+	now := r.now()
+	found := map[string]time.Duration{from: 0}
+	for k, g := range r.gateways {
+		if k.gateway != from || now.Sub(g.at) >= gatewaySilence {
+			continue
+		}
+		for name, micros := range g.report.Latencies {
+			trip := max(0, time.Duration(micros)*time.Microsecond)
+			if known, ok := found[name]; !ok || trip < known {
+				found[name] = trip
+			}
+		}
+	}
+	return found
+}
+
+// choose applies the rule of step 7, and notes in the same moment that the ticket's holder is on the way: the next one's
+// choice counts it. The holder itself doesn't count. Where the client is at the gateway named entry, the round trips that
+// it measured to the others stand for the client's; a broker that knows of no entry weighs all as equally near. listened
+// says that this broker has been there for long enough for silence to mean anything. Where no gateway is open, a ready one
+// is better than none, and where none was measured, one that wasn't.
+func (r *registry) choose(gateways []*model.Gateway, ticket, entry string, listened bool) (chosen string, weighed []string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	loads := r.loads()
+	loads := r.loads(ticket)
 	state := map[string]string{}
 	for _, g := range gateways {
 		switch l := loads[g.Name]; {
@@ -126,23 +146,40 @@ func (r *registry) choose(gateways []*model.Gateway, ticket string, listened boo
 			state[g.Name] = "silent"
 		}
 	}
-	rank := func(open func(*model.Gateway) bool) ([]choose.Weighed, bool) {
+	var trips map[string]time.Duration
+	measured := func(string) bool { return true }
+	if entry != "" {
+		trips = r.latencies(entry)
+		measured = func(name string) bool { _, ok := trips[name]; return ok }
+	}
+	var ranked []choose.Weighed
+	ok := false
+	for _, usable := range []func(*model.Gateway) bool{
+		func(g *model.Gateway) bool { return state[g.Name] == "" && measured(g.Name) },
+		func(g *model.Gateway) bool { return state[g.Name] == "" },
+		func(g *model.Gateway) bool { return g.Ready },
+	} {
 		var candidates []choose.Candidate
 		for _, g := range gateways {
-			l := loads[g.Name]
-			candidates = append(candidates, choose.Candidate{Name: g.Name, Answered: open(g), Connections: int(l.connections())})
+			candidates = append(candidates, choose.Candidate{
+				Name: g.Name, Answered: usable(g), Latency: trips[g.Name], Connections: int(loads[g.Name].connections()),
+			})
 		}
-		return choose.Gateway(candidates)
-	}
-	ranked, ok := rank(func(g *model.Gateway) bool { return state[g.Name] == "" })
-	if !ok {
-		ranked, ok = rank(func(g *model.Gateway) bool { return g.Ready })
+		if ranked, ok = choose.Gateway(candidates); ok {
+			break
+		}
 	}
 	for _, w := range ranked {
 		l := loads[w.Name]
 		text := fmt.Sprintf("%s %d+%d+%d", w.Name, l.sessions, l.pending, l.onTheWay)
-		if s := state[w.Name]; s != "" {
+		trip, known := trips[w.Name]
+		switch s := state[w.Name]; {
+		case s != "":
 			text += " (" + s + ")"
+		case known:
+			text += fmt.Sprintf(" %.1fms", float64(trip.Microseconds())/1e3)
+		case entry != "":
+			text += " (not measured)"
 		}
 		weighed = append(weighed, text)
 	}
@@ -181,7 +218,12 @@ func (b *Orchestrator) Connections() map[string]int32 {
 // time are spread. It returns nil where no gateway is ready. weighed tells each gateway's sessions, connects in work and
 // tickets just handed out.
 func (b *Orchestrator) Choose(gateways []*model.Gateway, ticket string) (chosen *model.Gateway, weighed string) {
-	name, parts := b.live.choose(gateways, ticket, b.o.Now().Sub(b.started) >= gatewaySilence)
+	return b.choose(gateways, ticket, "")
+}
+
+// choose is Choose, by the measurements of the entry gateway where there is one.
+func (b *Orchestrator) choose(gateways []*model.Gateway, ticket, entry string) (chosen *model.Gateway, weighed string) {
+	name, parts := b.live.choose(gateways, ticket, entry, b.o.Now().Sub(b.started) >= gatewaySilence)
 	weighed = "sessions+connecting+on their way: " + strings.Join(parts, ", ")
 	for _, g := range gateways {
 		if g.Name == name {
@@ -202,4 +244,17 @@ func (b *Orchestrator) Expect(gateway, ticket string) {
 func (b *Orchestrator) arrived(gateway, ticket string) {
 	b.live.travel(ticket, gateway, true)
 	b.publish(subjectJourney, journeyMessage{Ticket: ticket, Gateway: gateway, Arrived: true})
+}
+
+// onGateways tells a gateway of the others, so that it measures the way to them.
+func (b *Orchestrator) onGateways(_ context.Context, m *nats.Msg) {
+	var req bus.GatewaysRequest
+	if !b.decode(m, &req) || !b.repliesTo(m, req.Gateway) {
+		return
+	}
+	var reply bus.GatewaysReply
+	for _, g := range b.o.Source.Snapshot().Gateways {
+		reply.Gateways = append(reply.Gateways, bus.GatewayAddress{Name: g.Name, Hostname: g.Hostname, Port: g.Port, CABundle: g.CABundle})
+	}
+	b.respond(m, req.Gateway, reply)
 }

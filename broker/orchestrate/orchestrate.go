@@ -134,6 +134,8 @@ func (b *Orchestrator) Start(ctx context.Context) error {
 		{subjectPresence, "", b.onPresence},
 		{subjectJourney, "", b.onJourney},
 		{bus.SubjectConnect, bus.Brokers, b.onConnect},
+		{bus.SubjectEntry, bus.Brokers, b.onEntry},
+		{bus.SubjectGateways, bus.Brokers, b.onGateways},
 	} {
 		handle := func(m *nats.Msg) { s.handle(ctx, m) }
 		var sub *nats.Subscription

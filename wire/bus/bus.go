@@ -3,6 +3,8 @@
 //
 //	subject                              from -> to           message -> reply
 //	rdv.connect                          gateway -> a broker  ConnectRequest -> ConnectReply
+//	rdv.entry                            gateway -> a broker  EntryRequest -> EntryReply
+//	rdv.gateways                         gateway -> a broker  GatewaysRequest -> GatewaysReply
 //	rdv.host.POOL.HOST.connect           broker -> agent      HostConnect -> HostReply
 //	rdv.host.POOL.HOST.config            broker -> agent      HostConfig
 //	rdv.report.POOL.HOST                 agent -> brokers     HostReport
@@ -29,6 +31,8 @@ const Brokers = "brokers"
 // Subjects with no variable part, and the patterns that brokers subscribe to.
 const (
 	SubjectConnect    = "rdv.connect"
+	SubjectEntry      = "rdv.entry"
+	SubjectGateways   = "rdv.gateways"
 	AllReports        = "rdv.report.*.*"
 	AllRenewals       = "rdv.renew.*.*"
 	AllGatewayReports = "rdv.gateway.*.*.report"
@@ -97,7 +101,7 @@ func PermissionsFor(id identity.ID) (Permissions, error) {
 		return Permissions{Publish: []string{">"}, Subscribe: []string{">"}}, nil
 	case identity.RoleGateway:
 		return Permissions{
-			Publish:   []string{SubjectConnect, fmt.Sprintf("rdv.gateway.%s.*.report", id.Gateway), TraceSubject(id)},
+			Publish:   []string{SubjectConnect, SubjectEntry, SubjectGateways, fmt.Sprintf("rdv.gateway.%s.*.report", id.Gateway), TraceSubject(id)},
 			Subscribe: []string{fmt.Sprintf("rdv.gateway.%s.*.end", id.Gateway), inbox},
 		}, nil
 	case identity.RoleAgent:
@@ -132,6 +136,47 @@ type ConnectReply struct {
 	Err  *refusal.Error `json:"error,omitempty"`
 	Pool string         `json:"pool,omitempty"`
 	Host string         `json:"host,omitempty"`
+}
+
+// EntryRequest asks which gateway is to serve a client that is told where to go (step 7). Nothing is orchestrated yet.
+type EntryRequest struct {
+	ActivityID string `json:"activityId"`
+	Ticket     string `json:"ticket"`
+	ClientAddr string `json:"clientAddr,omitempty"`
+	// Gateway and Instance name the pod that the client came to: the entry gateway.
+	Gateway  string `json:"gateway"`
+	Instance string `json:"instance"`
+}
+
+// EntryReply names the gateway that serves the client. Err set means refused.
+type EntryReply struct {
+	Err *refusal.Error `json:"error,omitempty"`
+	// Retry says, with Err, that a host is on its way: the same request may succeed soon.
+	Retry    bool   `json:"retry,omitempty"`
+	Gateway  string `json:"gateway,omitempty"`
+	Hostname string `json:"hostname,omitempty"`
+	Port     int32  `json:"port,omitempty"`
+	// Target is the name that the host's certificate carries.
+	Target string `json:"target,omitempty"`
+}
+
+// GatewaysRequest asks for the gateways of the workspace, to measure the way to them.
+type GatewaysRequest struct {
+	Gateway string `json:"gateway"` // who asks
+}
+
+// GatewaysReply is the gateways of the workspace, the asking one included.
+type GatewaysReply struct {
+	Gateways []GatewayAddress `json:"gateways"`
+}
+
+// GatewayAddress is where clients and agents reach a gateway.
+type GatewayAddress struct {
+	Name     string `json:"name"`
+	Hostname string `json:"hostname"`
+	Port     int32  `json:"port"`
+	// CABundle (PEM) verifies its certificate; empty means the machine's own roots.
+	CABundle string `json:"caBundle,omitempty"`
 }
 
 // HostConnect tells an agent to dial a gateway for one session.
@@ -226,6 +271,9 @@ type GatewayReport struct {
 	MaxSessions int32     `json:"maxSessions"`
 	Draining    bool      `json:"draining"`
 	At          time.Time `json:"at"`
+	// Latencies is the round trip from this pod to each of the workspace's other gateways that answered of late, in
+	// microseconds, by name.
+	Latencies map[string]int64 `json:"latencies,omitempty"`
 }
 
 // EndSession tells a gateway pod to end one session.

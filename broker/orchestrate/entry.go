@@ -1,0 +1,98 @@
+package orchestrate
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"rendezvous.dev/rendezvous/broker/model"
+	"rendezvous.dev/rendezvous/wire/bus"
+	"rendezvous.dev/rendezvous/wire/refusal"
+	"rendezvous.dev/rendezvous/wire/trace"
+)
+
+// startingUp is how long after its SessionHost was made a host that nobody has heard of yet counts as on its way.
+const startingUp = 5 * time.Minute
+
+// onEntry answers which gateway is to serve a client that came to one and is told where to go. Nothing is orchestrated: the
+// client comes with the same ticket to the gateway that it is told. But a client that would be refused there is refused
+// here, where it can be shown why.
+func (b *Orchestrator) onEntry(_ context.Context, m *nats.Msg) {
+	var req bus.EntryRequest
+	if !b.decode(m, &req) || !b.repliesTo(m, req.Gateway) {
+		return
+	}
+	begin := b.o.Now()
+	c := &connect{b: b, req: bus.ConnectRequest{ActivityID: req.ActivityID, Ticket: req.Ticket, ClientAddr: req.ClientAddr, Gateway: req.Gateway, Instance: req.Instance}}
+	reply, detail := c.enter()
+	result := "elsewhere"
+	event := trace.Event{
+		ActivityID: req.ActivityID, Step: trace.StepDialGateway, Component: "broker/" + b.o.Name, At: begin,
+		Duration: b.o.Now().Sub(begin), User: c.claims.User, Detail: detail,
+	}
+	switch {
+	case reply.Err != nil:
+		reply.Err = reply.Err.With(req.ActivityID)
+		event.Error, event.Detail = string(reply.Err.Code), reply.Err.Message
+		if result = event.Error; reply.Retry {
+			result = "retry"
+		}
+		b.o.Log.Info("entry refused", "activity", req.ActivityID, "user", c.claims.User, "gateway", req.Gateway, "retry", reply.Retry, "error", reply.Err)
+	case reply.Gateway == req.Gateway:
+		result = "here"
+		fallthrough
+	default:
+		b.o.Log.Info("gateway chosen", "activity", req.ActivityID, "user", c.claims.User, "entry", req.Gateway, "gateway", reply.Gateway, "weighed", detail)
+	}
+	b.respond(m, req.Gateway, reply)
+	b.Trace(event)
+	b.o.Metrics.Entries.WithLabelValues(result).Inc()
+}
+
+// enter authorises, sees whether a host may take the session, and chooses the gateway. detail says what was weighed.
+func (c *connect) enter() (reply bus.EntryReply, detail string) {
+	refuse := func(err error, retry bool) (bus.EntryReply, string) {
+		return bus.EntryReply{Err: refusal.From(err), Retry: retry}, ""
+	}
+	if err := c.authorise(); err != nil {
+		return refuse(err, false)
+	}
+	_, found, why, err := c.place()
+	switch {
+	case err != nil:
+		return refuse(err, false)
+	case !found && c.b.hostOnItsWay(c.pool.Name):
+		return refuse(refusal.New(refusal.NoHost, "A host of pool %s is starting (%s): the client tries again by itself.", c.pool.Name, &why), true)
+	case !found:
+		return refuse(c.failed(&why), false)
+	}
+	g, weighed := c.b.choose(c.b.o.Source.Snapshot().Gateways, c.claims.ID, c.req.Gateway)
+	if g == nil {
+		return refuse(refusal.New(refusal.AdmissionAway, "No gateway of workspace %s is ready: try again in a moment.", c.b.o.Workspace), false)
+	}
+	return bus.EntryReply{Gateway: g.Name, Hostname: g.Hostname, Port: g.Port, Target: c.claims.Target},
+		fmt.Sprintf("entry gateway %s sends the client to %s (%s)", c.req.Gateway, g.Name, weighed)
+}
+
+// hostOnItsWay says whether a host of the pool that takes no session now is about to: it was heard of a moment ago, its RDP
+// server is not up yet, or it has only just been made.
+func (b *Orchestrator) hostOnItsWay(pool string) bool {
+	if b.hostMayReturn(pool) {
+		return true
+	}
+	now := b.o.Now()
+	snap := b.o.Source.Snapshot()
+	for _, h := range b.poolHosts(snap, pool) {
+		live, connected := b.live.live(hostKey{pool, h.Name}, snap.Pools[pool].HeartbeatTimeout)
+		if connected && !live.report.RDPReady || !connected && madeJustNow(h.Host, now) {
+			return true
+		}
+	}
+	return false
+}
+
+func madeJustNow(h *model.Host, now time.Time) bool {
+	return h.Agent == nil && !h.Created.IsZero() && now.Sub(h.Created) < startingUp
+}
