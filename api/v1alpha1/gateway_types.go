@@ -147,6 +147,17 @@ type GatewayStatus struct {
 	// sessions through the gateway, as its brokers last heard.
 	// +optional
 	Sessions int32 `json:"sessions"`
+	// instances are the gateway's pods as the brokers of its workspaces know them. The brokers write it, at most every 30
+	// seconds: an entry may be of a pod that has just gone.
+	// +optional
+	// +listType=map
+	// +listMapKey=name
+	// +listMapKey=workspace
+	// +kubebuilder:validation:MaxItems=512
+	Instances []GatewayInstance `json:"instances,omitempty"`
+	// rollout tells of the pods that are on their way in or out. Unset while there are none.
+	// +optional
+	Rollout *GatewayRollout `json:"rollout,omitempty"`
 	// certificateExpires is when the public certificate does.
 	// +optional
 	CertificateExpires *metav1.Time `json:"certificateExpires,omitempty"`
@@ -160,6 +171,67 @@ type GatewayStatus struct {
 	Workspaces []string `json:"workspaces,omitempty"`
 }
 
+// GatewayInstance is one pod of a gateway, as the brokers of one workspace know it.
+type GatewayInstance struct {
+	// name of the instance: the pod's address with dashes, as in 10-244-0-7.
+	// +required
+	// +kubebuilder:validation:MaxLength=63
+	Name string `json:"name"`
+	// workspace whose sessions are counted.
+	// +required
+	// +kubebuilder:validation:MaxLength=63
+	Workspace string `json:"workspace"`
+	// sessions of that workspace on the pod.
+	// +optional
+	Sessions int32 `json:"sessions"`
+	// draining says that the pod takes no new session.
+	// +optional
+	Draining bool `json:"draining,omitempty"`
+}
+
+// GatewayRollout tells of pods that are on their way in or out: because the spec has changed, because there are to be
+// fewer, or because a node is drained.
+type GatewayRollout struct {
+	// summary in a few words, for a table.
+	// +optional
+	Summary string `json:"summary,omitempty"`
+	// relayImage and gatewayImage are what the pods' containers are to run.
+	// +optional
+	RelayImage string `json:"relayImage,omitempty"`
+	// +optional
+	GatewayImage string `json:"gatewayImage,omitempty"`
+	// inPlace says that only the gateway container of each pod is replaced: the pods, their relays and sessions stay.
+	// +optional
+	InPlace bool `json:"inPlace,omitempty"`
+	// updatedPods are as the spec says.
+	// +optional
+	UpdatedPods int32 `json:"updatedPods"`
+	// oldPods still serve as an earlier spec said.
+	// +optional
+	OldPods int32 `json:"oldPods"`
+	// draining are the pods that take no new session and go with their last one, or at their deadline. At most 32 are
+	// listed, those with the latest deadline first.
+	// +optional
+	// +listType=map
+	// +listMapKey=pod
+	// +kubebuilder:validation:MaxItems=32
+	Draining []DrainingPod `json:"draining,omitempty"`
+}
+
+// DrainingPod is a gateway pod that waits for its last session.
+type DrainingPod struct {
+	// pod is its name.
+	// +required
+	// +kubebuilder:validation:MaxLength=253
+	Pod string `json:"pod"`
+	// sessions that are left on it, as brokers last heard.
+	// +optional
+	Sessions int32 `json:"sessions"`
+	// until is when those that are still there are ended.
+	// +required
+	Until metav1.Time `json:"until"`
+}
+
 // Gateway is one place where clients and session hosts meet: a public listener, and the pods behind it.
 // +kubebuilder:object:root=true
 // +kubebuilder:subresource:status
@@ -169,6 +241,7 @@ type GatewayStatus struct {
 // +kubebuilder:printcolumn:name="Address",type=string,JSONPath=`.status.address`
 // +kubebuilder:printcolumn:name="Pods",type=string,JSONPath=`.status.pods`
 // +kubebuilder:printcolumn:name="Sessions",type=integer,JSONPath=`.status.sessions`
+// +kubebuilder:printcolumn:name="Rollout",type=string,JSONPath=`.status.rollout.summary`
 // +kubebuilder:printcolumn:name="Ready",type=string,JSONPath=`.status.conditions[?(@.type=="Ready")].status`
 // +kubebuilder:printcolumn:name="Status",type=string,JSONPath=`.status.conditions[?(@.type=="Ready")].message`
 // +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`

@@ -12,6 +12,10 @@ type SessionHostSpec struct {
 	// session can be taken up again.
 	// +optional
 	Drain *Drain `json:"drain,omitempty"`
+	// retiring keeps new sessions off a host that its pool has too many of, until the host is empty and goes. It is the
+	// operator's: to keep sessions off a host yourself, set drain.
+	// +optional
+	Retiring bool `json:"retiring,omitempty"`
 	// assignedUser is whose host it is, in a Personal pool. The broker sets it where assignment is Automatic.
 	// +optional
 	// +kubebuilder:validation:MaxLength=256
@@ -101,9 +105,12 @@ type AgentStatus struct {
 	// sessions on the host.
 	// +optional
 	Sessions int32 `json:"sessions,omitempty"`
-	// drainAcknowledged says that the agent refuses new sessions because of spec.drain.
+	// drainAcknowledged says that the agent refuses new sessions because of spec.drain or spec.retiring.
 	// +optional
 	DrainAcknowledged bool `json:"drainAcknowledged,omitempty"`
+	// acknowledgedGeneration is the metadata.generation of the SessionHost whose drain is acknowledged.
+	// +optional
+	AcknowledgedGeneration int64 `json:"acknowledgedGeneration,omitempty"`
 	// certificateFingerprint is the SHA-256, in hex, of the RDP certificate that the host shows.
 	// +optional
 	// +kubebuilder:validation:MaxLength=64

@@ -140,13 +140,20 @@ func host(h *v1alpha1.SessionHost) *model.Host {
 	if d := h.Spec.Drain; d != nil {
 		m.Drain = &model.Drain{Reason: d.Reason, Until: moment(d.Until)}
 	}
+	if h.Spec.Retiring { // whatever a person's drain says, this one has no end
+		if m.Drain == nil {
+			m.Drain = &model.Drain{Reason: "it is no longer needed and goes with its last session"}
+		}
+		m.Drain.Until = time.Time{}
+	}
 	if e := h.Status.Enrolment; e != nil {
 		m.EnrolledWith, m.EnrolledAt = e.TokenHash, e.Time.Time
 	}
 	if a := h.Status.Agent; a != nil {
 		m.Agent = &model.AgentStatus{
 			Connected: a.Connected, LastHeartbeat: moment(a.LastHeartbeat), Version: a.Version, OS: a.OS, RDPReady: a.RDPReady,
-			Message: a.Message, Sessions: a.Sessions, DrainAcknowledged: a.DrainAcknowledged,
+			Message: a.Message, Sessions: a.Sessions,
+			DrainAcknowledged: a.DrainAcknowledged, AcknowledgedGeneration: a.AcknowledgedGeneration,
 			CertificateFingerprint: a.CertificateFingerprint, CertificateExpires: moment(a.CertificateExpires),
 		}
 	}
@@ -156,10 +163,13 @@ func host(h *v1alpha1.SessionHost) *model.Host {
 func gateway(g *v1alpha1.Gateway) *model.Gateway {
 	m := &model.Gateway{
 		Name: g.Name, Region: g.Spec.Region, Hostname: g.Spec.Hostname, Port: defaultGatewayPort,
-		CABundle: g.Status.CABundle, Sessions: g.Status.Sessions,
+		CABundle: g.Status.CABundle, Sessions: g.Status.Sessions, Shared: len(g.Status.Workspaces) > 1,
 	}
 	if g.Spec.Port != nil {
 		m.Port = *g.Spec.Port
+	}
+	for _, i := range g.Status.Instances {
+		m.Instances = append(m.Instances, model.GatewayInstance{Name: i.Name, Workspace: i.Workspace, Sessions: i.Sessions, Draining: i.Draining})
 	}
 	for _, c := range g.Status.Conditions {
 		if c.Type == v1alpha1.ConditionReady {

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -289,13 +290,24 @@ func TestAgainstAPIServer(t *testing.T) {
 	})
 
 	t.Run("gateway sessions", func(t *testing.T) {
-		for _, n := range []int32{5, 0} {
-			if err := c.WriteGatewaySessions(t.Context(), "gw", n); err != nil {
+		other := &Inventory{namespace: c.namespace, workspace: "other", log: c.log, client: c.client}
+		for _, step := range []struct {
+			by       *Inventory
+			sessions int32
+			mine     []model.GatewayInstance
+			want     []v1alpha1.GatewayInstance
+		}{
+			{c.Inventory, 5, []model.GatewayInstance{{Name: "10-0-0-1", Workspace: "ws", Sessions: 5}}, []v1alpha1.GatewayInstance{{Name: "10-0-0-1", Workspace: "ws", Sessions: 5}}},
+			{other, 7, []model.GatewayInstance{{Name: "10-0-0-1", Workspace: "other", Sessions: 2, Draining: true}}, []v1alpha1.GatewayInstance{
+				{Name: "10-0-0-1", Workspace: "ws", Sessions: 5}, {Name: "10-0-0-1", Workspace: "other", Sessions: 2, Draining: true}}},
+			{c.Inventory, 2, nil, []v1alpha1.GatewayInstance{{Name: "10-0-0-1", Workspace: "other", Sessions: 2, Draining: true}}},
+		} {
+			if err := step.by.WriteGateway(t.Context(), "gw", step.sessions, step.mine); err != nil {
 				t.Fatal(err)
 			}
 			var g v1alpha1.Gateway
-			if err := c.Get(t.Context(), client.ObjectKeyFromObject(gw), &g); err != nil || g.Status.Sessions != n {
-				t.Errorf("%d %v, want %d", g.Status.Sessions, err, n)
+			if err := c.Get(t.Context(), client.ObjectKeyFromObject(gw), &g); err != nil || g.Status.Sessions != step.sessions || !slices.Equal(g.Status.Instances, step.want) {
+				t.Errorf("%d %+v %v, want %d %+v", g.Status.Sessions, g.Status.Instances, err, step.sessions, step.want)
 			}
 		}
 	})

@@ -63,14 +63,20 @@ func (i *Inventory) MarkEnrolled(ctx context.Context, name, version string, e mo
 func (i *Inventory) WriteAgent(ctx context.Context, name string, s model.AgentStatus) error {
 	return i.applyStatus(ctx, "SessionHost", name, "", agentManager, map[string]any{"agent": v1alpha1.AgentStatus{
 		Connected: s.Connected, LastHeartbeat: timePointer(s.LastHeartbeat), Version: clip(s.Version, 128), OS: clip(s.OS, 128),
-		RDPReady: s.RDPReady, Message: clip(s.Message, 1024), Sessions: s.Sessions, DrainAcknowledged: s.DrainAcknowledged,
+		RDPReady: s.RDPReady, Message: clip(s.Message, 1024), Sessions: s.Sessions,
+		DrainAcknowledged: s.DrainAcknowledged, AcknowledgedGeneration: s.AcknowledgedGeneration,
 		CertificateFingerprint: clip(s.CertificateFingerprint, 64), CertificateExpires: timePointer(s.CertificateExpires),
 	}})
 }
 
-// WriteGatewaySessions implements model.Writer.
-func (i *Inventory) WriteGatewaySessions(ctx context.Context, gateway string, sessions int32) error {
-	return i.applyStatus(ctx, "Gateway", gateway, "", fieldManager, map[string]any{"sessions": sessions})
+// WriteGateway implements model.Writer. Each workspace's brokers are a field manager of their own, so that they leave the
+// entries of the others alone.
+func (i *Inventory) WriteGateway(ctx context.Context, gateway string, sessions int32, mine []model.GatewayInstance) error {
+	instances := make([]v1alpha1.GatewayInstance, len(mine))
+	for n, m := range mine {
+		instances[n] = v1alpha1.GatewayInstance{Name: m.Name, Workspace: m.Workspace, Sessions: m.Sessions, Draining: m.Draining}
+	}
+	return i.applyStatus(ctx, "Gateway", gateway, "", fieldManager+"."+i.workspace, map[string]any{"sessions": sessions, "instances": instances})
 }
 
 // applyStatus is the one place of server-side apply: the whole intent of one manager on an object that exists.

@@ -165,13 +165,15 @@ func (h *Host) Draining(now time.Time) bool {
 
 // AgentStatus is what is written of an agent's reports.
 type AgentStatus struct {
-	Connected              bool
-	LastHeartbeat          time.Time
-	Version, OS            string
-	RDPReady               bool
-	Message                string
-	Sessions               int32
-	DrainAcknowledged      bool
+	Connected         bool
+	LastHeartbeat     time.Time
+	Version, OS       string
+	RDPReady          bool
+	Message           string
+	Sessions          int32
+	DrainAcknowledged bool
+	// AcknowledgedGeneration is the host object's, for which the drain is acknowledged; 0 where it isn't.
+	AcknowledgedGeneration int64
 	CertificateFingerprint string
 	CertificateExpires     time.Time
 }
@@ -184,8 +186,18 @@ type Gateway struct {
 	// CABundle (PEM) verifies the gateway's public certificate; empty means public roots.
 	CABundle string
 	Ready    bool
-	// Sessions is what the status says.
-	Sessions int32
+	// Sessions and Instances are what the status says.
+	Sessions  int32
+	Instances []GatewayInstance
+	// Shared says that other workspaces use the gateway, too.
+	Shared bool
+}
+
+// GatewayInstance is one pod of a gateway, with the sessions of one workspace on it.
+type GatewayInstance struct {
+	Name, Workspace string
+	Sessions        int32
+	Draining        bool
 }
 
 // Source gives the newest snapshot. It never blocks and never gives nil.
@@ -227,8 +239,8 @@ type Writer interface {
 	// Assign gives an unassigned host to a user for good. It returns whose host it is afterwards: somebody else's, where
 	// another broker was faster.
 	Assign(ctx context.Context, host, user string) (owner string, err error)
-	// WriteGatewaySessions records how many sessions go through a gateway.
-	WriteGatewaySessions(ctx context.Context, gateway string, sessions int32) error
+	// WriteGateway records how many sessions go through a gateway, and those of this workspace by instance.
+	WriteGateway(ctx context.Context, gateway string, sessions int32, mine []GatewayInstance) error
 	// Sign has an issuer sign, and waits for it. It returns the chain and the issuer's CA, in PEM. ErrDenied is final.
 	Sign(ctx context.Context, r CertificateRequest) (chain, ca []byte, err error)
 }

@@ -277,7 +277,7 @@ func (c *connect) request(ctx context.Context, k hostKey) (refused *refusal.Erro
 	data, err := json.Marshal(bus.HostConnect{
 		ActivityID: c.req.ActivityID, SessionID: c.req.SessionID, User: c.claims.User, Resource: c.resource.Name,
 		Address: net.JoinHostPort(c.gateway.Hostname, strconv.Itoa(int(c.gateway.Port))), ServerName: c.gateway.Hostname,
-		CABundle: c.gateway.CABundle, Instance: c.req.Instance, JoinSecret: c.req.JoinSecret, Deadline: c.req.Deadline,
+		CABundle: c.gateway.CABundle, Gateway: c.req.Gateway, Instance: c.req.Instance, JoinSecret: c.req.JoinSecret, Deadline: c.req.Deadline,
 	})
 	if err != nil {
 		return refusal.From(err), 0

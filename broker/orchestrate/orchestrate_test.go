@@ -815,6 +815,37 @@ func TestGatewayLoad(t *testing.T) {
 	eventually(t, "the sessions are written", func() bool { n, ok := w.fake.GatewaySessions("gw"); return ok && n == 7 })
 }
 
+// A pod that drains is soon silent, since its gateway container ends first: the hosts' reports tell of its sessions.
+func TestGatewayInstances(t *testing.T) {
+	now := time.Date(2026, 5, 4, 12, 0, 0, 0, time.UTC)
+	r := newRegistry(func() time.Time { return now })
+	on := func(instance, gateway string) bus.HostSession {
+		return bus.HostSession{State: bus.SessionActive, Gateway: gateway, Instance: instance}
+	}
+	r.report(hostKey{"p", "h1"}, bus.HostReport{Boot: "a", Sequence: 1, Sessions: []bus.HostSession{on("1", "gw"), on("2", "gw"), on("9", "other"), {State: bus.SessionDisconnected}}})
+	r.report(hostKey{"p", "h2"}, bus.HostReport{Boot: "a", Sequence: 1, Sessions: []bus.HostSession{on("2", "gw")}})
+	r.gatewayReport(gatewayKey{"gw", "1"}, bus.GatewayReport{Sessions: 3})
+	r.gatewayReport(gatewayKey{"gw", "3"}, bus.GatewayReport{Sessions: 0})
+	r.gatewayReport(gatewayKey{"other", "9"}, bus.GatewayReport{Sessions: 1})
+	check := func(what string, shared bool, want ...model.GatewayInstance) {
+		t.Helper()
+		if got := r.instances("ws", &model.Gateway{Name: "gw", Shared: shared}); !slices.Equal(got, want) {
+			t.Errorf("%s: got %+v, want %+v", what, got, want)
+		}
+	}
+	one := func(name string, sessions int32, draining bool) model.GatewayInstance {
+		return model.GatewayInstance{Name: name, Workspace: "ws", Sessions: sessions, Draining: draining}
+	}
+	check("pods that report are believed", false, one("1", 3, false), one("2", 2, true), one("3", 0, false))
+	check("but for others' sessions", true, one("1", 1, false), one("2", 2, true), one("3", 0, false))
+	r.gatewayReport(gatewayKey{"gw", "1"}, bus.GatewayReport{Sessions: 3, Draining: true})
+	now = now.Add(gatewaySilence)
+	check("silent pods", false, one("1", 1, true), one("2", 2, true))
+	r.report(hostKey{"p", "h2"}, bus.HostReport{Boot: "a", Sequence: 2})
+	r.report(hostKey{"p", "h1"}, bus.HostReport{Boot: "a", Sequence: 2})
+	check("the last session has ended", false)
+}
+
 // Clients that are given a gateway at one time are spread, at one broker or at several.
 func TestGatewayChoiceCountsThoseOnTheirWay(t *testing.T) {
 	w := newWorld(t, 2)

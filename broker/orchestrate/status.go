@@ -3,6 +3,7 @@ package orchestrate
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
 	"time"
 
@@ -124,6 +125,9 @@ func (w *statusWriter) writeHost(ctx context.Context, snap *model.Snapshot, k ho
 		last = *host.Agent
 	}
 	want := agentStatus(live, connected, last, hostConfig(pool, host, w.b.o.Now()))
+	if want.DrainAcknowledged && connected {
+		want.AcknowledgedGeneration = host.Generation
+	}
 	if !worthWriting(last, want) {
 		return
 	}
@@ -178,17 +182,24 @@ func worthWriting(last, want model.AgentStatus) bool {
 	return last != want
 }
 
-// writeGateways writes the sessions through each gateway, seldom.
+// writeGateways writes the sessions through each gateway, by pod, seldom.
 func (w *statusWriter) writeGateways(ctx context.Context, snap *model.Snapshot) {
 	now := w.b.o.Now()
-	loads := w.b.live.gatewayLoads()
+	young := now.Sub(w.b.started) < gatewaySilence // not everyone has been heard yet
 	for _, g := range snap.Gateways {
-		sessions, heard := loads[g.Name].sessions, loads[g.Name].heard
-		if !heard && now.Sub(w.b.started) < gatewaySilence || sessions == g.Sessions || now.Sub(w.gatewayWritten[g.Name]) < gatewayWriteEvery {
+		mine := w.b.live.instances(w.b.o.Workspace, g)
+		written, sessions := ownInstances(w.b.o.Workspace, g)
+		for _, i := range mine {
+			sessions += i.Sessions
+		}
+		switch {
+		case young && (len(mine) == 0 || sessions < g.Sessions):
+			continue
+		case sessions == g.Sessions && slices.Equal(mine, written), now.Sub(w.gatewayWritten[g.Name]) < gatewayWriteEvery:
 			continue
 		}
 		ctx, cancel := context.WithTimeout(ctx, writeTimeout)
-		err := w.b.o.Writer.WriteGatewaySessions(ctx, g.Name, sessions)
+		err := w.b.o.Writer.WriteGateway(ctx, g.Name, sessions, mine)
 		cancel()
 		w.count("gateway", err)
 		w.gatewayWritten[g.Name] = now

@@ -155,7 +155,9 @@ func declare(hosts int) *declared {
 
 func (d *declared) Snapshot() *model.Snapshot                                   { return d.snap }
 func (d *declared) WriteAgent(context.Context, string, model.AgentStatus) error { return nil }
-func (d *declared) WriteGatewaySessions(context.Context, string, int32) error   { return nil }
+func (d *declared) WriteGateway(context.Context, string, int32, []model.GatewayInstance) error {
+	return nil
+}
 
 // cluster is the brokers' processes.
 type cluster struct {

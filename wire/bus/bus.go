@@ -191,6 +191,8 @@ type HostConnect struct {
 	ServerName string `json:"serverName"`
 	// CABundle (PEM) verifies that certificate; empty means the machine's own roots.
 	CABundle string `json:"caBundle,omitempty"`
+	// Gateway names it.
+	Gateway string `json:"gateway,omitempty"`
 	// Instance is the gateway pod that holds the client; it travels in the join request.
 	Instance   string    `json:"instance"`
 	JoinSecret []byte    `json:"joinSecret"`
@@ -257,6 +259,9 @@ type HostSession struct {
 	Resource   string    `json:"resource,omitempty"`
 	State      string    `json:"state"`
 	Since      time.Time `json:"since"`
+	// Gateway and Instance name the pod that carries it, empty where none does.
+	Gateway  string `json:"gateway,omitempty"`
+	Instance string `json:"instance,omitempty"`
 	// Assumed says that the host can't see whether the session lives on: its user's connection ended a moment ago. It
 	// draws the user back and takes no place.
 	Assumed bool `json:"assumed,omitempty"`

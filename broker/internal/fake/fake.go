@@ -175,7 +175,7 @@ func (w *World) Assign(_ context.Context, host, user string) (owner string, err 
 	return owner, err
 }
 
-func (w *World) WriteGatewaySessions(_ context.Context, gateway string, sessions int32) error {
+func (w *World) WriteGateway(_ context.Context, gateway string, sessions int32, mine []model.GatewayInstance) error {
 	if w.Away != nil {
 		return w.Away
 	}
