@@ -1,8 +1,8 @@
 // Package gateway is the admission container of a gateway pod. It answers the relay beside it (wire/admission, over a Unix
 // socket) and speaks to the brokers of each workspace that the gateway serves (wire/bus, over mutual TLS):
 //
-//	Authenticate  the ticket's signature, issuer, audience, expiry: local, no bus
-//	Connect       the broker authorises again, picks a host and has its agent dial
+//	Authenticate  the ticket's signature, issuer, audience, expiry: local, no bus (verified.go)
+//	Connect       the same where nobody has asked before; the broker authorises again, picks a host and has its agent dial
 //	Route         which peer relay holds a client leg (route.go)
 //	Report        the relay's sessions and timelines; sessions that a broker ends (report.go)
 //
@@ -13,6 +13,7 @@
 package gateway
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -26,8 +27,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/keepalive"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"rendezvous.dev/rendezvous/wire/admission"
@@ -85,6 +84,7 @@ type Gateway struct {
 	stopping chan struct{}
 
 	connects atomic.Int32 // under way
+	verified verifiedTickets
 	serving  atomic.Bool
 
 	mu         sync.Mutex
@@ -175,7 +175,7 @@ func (g *Gateway) Run(ctx context.Context, l net.Listener) error {
 	reporting.Go(func() { g.reportLoad(background) })
 	reporting.Go(func() { g.measurePeers(background) })
 
-	srv := grpc.NewServer(grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: time.Second, PermitWithoutStream: true}))
+	srv := admission.NewServer()
 	admission.RegisterAdmissionServer(srv, g)
 	served := make(chan error, 1)
 	go func() { served <- srv.Serve(l) }()
@@ -252,31 +252,27 @@ func (g *Gateway) namespace() string {
 }
 
 // verify checks a ticket and finds its workspace. The workspace is also there with the refusal of a ticket that it signed.
-func (g *Gateway) verify(raw string) (ticket.Claims, *workspace, error) {
-	ns, name, err := ticket.Workspace(raw)
+func (g *Gateway) verify(raw string) (claims ticket.Claims, w *workspace, err error) {
+	defer func() { g.metrics.authenticated(refusal.From(err)) }()
+	t, err := ticket.Parse(raw)
 	if err != nil {
 		return ticket.Claims{}, nil, err
 	}
-	w := g.workspace(name)
-	if w == nil || ns != g.namespace() {
-		return ticket.Claims{}, nil, refusal.New(refusal.TicketInvalid, "The ticket is of workspace %s/%s, which this gateway doesn't serve: use the gateway that the workspace's connection file names.", ns, name)
+	w = g.workspace(t.Workspace)
+	if w == nil || t.Namespace != g.namespace() {
+		return ticket.Claims{}, nil, refusal.New(refusal.TicketInvalid, "The ticket is of workspace %s/%s, which this gateway doesn't serve: use the gateway that the workspace's connection file names.", t.Namespace, t.Workspace)
 	}
 	keys := w.keys.Load()
 	if keys == nil {
-		return ticket.Claims{}, nil, refusal.New(refusal.BrokerAway, "Workspace %s is not set up on this gateway yet: try again in a minute; if it lasts, ask your administrator to look at Workspace %s and its Secret %s-tickets.", name, name, name)
+		return ticket.Claims{}, nil, refusal.New(refusal.BrokerAway, "Workspace %s is not set up on this gateway yet: try again in a minute; if it lasts, ask your administrator to look at Workspace %s and its Secret %s-tickets.", w.name, w.name, w.name)
 	}
-	var last error
 	for _, key := range *keys {
-		claims, err := ticket.Verify(raw, key, ns, name, time.Now())
-		if err == nil {
-			return claims, w, nil
+		claims, err = t.Verify(key, time.Now())
+		if err == nil || errors.Is(err, &refusal.Error{Code: refusal.TicketExpired}) {
+			return claims, w, err
 		}
-		if errors.Is(err, &refusal.Error{Code: refusal.TicketExpired}) {
-			return ticket.Claims{}, w, err
-		}
-		last = err
 	}
-	return ticket.Claims{}, nil, last
+	return ticket.Claims{}, nil, err
 }
 
 // protoError is a refusal as the relay is told of it.
@@ -287,29 +283,37 @@ func protoError(e *refusal.Error) *admission.Error {
 // Authenticate is admission.AdmissionServer's.
 func (g *Gateway) Authenticate(_ context.Context, r *admission.AuthenticateRequest) (*admission.AuthenticateResponse, error) {
 	claims, w, err := g.verify(r.Ticket)
-	e := refusal.From(err)
-	g.metrics.authenticated(e)
 	resp := &admission.AuthenticateResponse{ActivityId: r.ActivityId}
 	if w != nil {
 		resp.Workspace = w.name
 	}
-	if e != nil {
+	if e := refusal.From(err); e != nil {
 		resp.Error = protoError(e)
 		g.log.Info("ticket refused", "activity", r.ActivityId, "workspace", resp.Workspace, "client", r.ClientAddr, "code", e.Code, "error", e.Message)
 		return resp, nil
 	}
-	if claims.ActivityID != "" {
-		resp.ActivityId = claims.ActivityID
-	}
-	g.mu.Lock()
-	g.owners.put(resp.ActivityId, claims.User, time.Now())
-	g.mu.Unlock()
+	g.verified.put(r.Ticket, claims, w, time.Now())
+	resp.ActivityId = g.own(r.ActivityId, claims)
 	resp.User, resp.Resource, resp.Target, resp.RedirectFlags = claims.User, claims.Resource, claims.Target, claims.RedirectFlags
 	resp.Expires = timestamppb.New(claims.Expires)
 	return resp, nil
 }
 
-// Connect is admission.AdmissionServer's. It checks the ticket again: the relay is not believed about it.
+// own notes whose an activity is, and returns its id: the ticket's own, where it was made for one connect.
+func (g *Gateway) own(activity string, claims ticket.Claims) string {
+	id := cmp.Or(claims.ActivityID, activity)
+	o := owner{activity: id, user: claims.User, workspace: claims.Workspace, at: time.Now()}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.owners.put(id, o)
+	if g.owners.get(activity).activity == "" { // a client may choose this one, but not take another's
+		g.owners.put(activity, o)
+	}
+	return id
+}
+
+// Connect is admission.AdmissionServer's. It checks the ticket itself, or did in Authenticate: the relay is not believed
+// about it.
 func (g *Gateway) Connect(ctx context.Context, r *admission.ConnectRequest) (*admission.ConnectResponse, error) {
 	began := time.Now()
 	g.connects.Add(1)
@@ -318,23 +322,34 @@ func (g *Gateway) Connect(ctx context.Context, r *admission.ConnectRequest) (*ad
 		g.connects.Add(-1)
 		g.loadChanged()
 	}()
-	claims, w, err := g.verify(r.Ticket)
-	if err == nil && r.Target != "" && !strings.EqualFold(r.Target, claims.Target) {
-		err = refusal.New(refusal.WrongTarget, "The client asked for %q, but its ticket is for %q: use the connection file unchanged.", r.Target, claims.Target)
+	resp := &admission.ConnectResponse{ActivityId: r.ActivityId}
+	claims, w := g.verified.take(r.Ticket, began)
+	var err error
+	if w == nil {
+		claims, w, err = g.verify(r.Ticket)
 	}
-	var host string
+	if w != nil {
+		resp.Workspace, resp.User, resp.Resource = w.name, claims.User, claims.Resource
+	}
 	if err == nil {
-		host, err = w.connect(ctx, r)
+		resp.ActivityId = g.own(r.ActivityId, claims)
+		if r.Target != "" && !strings.EqualFold(r.Target, claims.Target) {
+			err = refusal.New(refusal.WrongTarget, "The client asked for %q, but its ticket is for %q: use the connection file unchanged.", r.Target, claims.Target)
+		} else {
+			resp.Host, err = w.connect(ctx, r, resp.ActivityId)
+		}
 	}
 	if ctx.Err() == context.Canceled {
 		return nil, ctx.Err() // the client has left: nobody is there to be refused
 	}
 	e := refusal.From(err)
-	g.metrics.connected(e, time.Since(began), r.ActivityId)
+	g.metrics.connected(e, time.Since(began), resp.ActivityId)
+	log := g.log.With("activity", resp.ActivityId, "session", r.SessionId, "workspace", resp.Workspace, "user", resp.User, "resource", resp.Resource)
 	if e != nil {
-		g.log.Info("connect refused", "activity", r.ActivityId, "session", r.SessionId, "user", claims.User, "resource", claims.Resource, "code", e.Code, "error", e.Message)
-		return &admission.ConnectResponse{Error: protoError(e)}, nil
+		resp.Error = protoError(e)
+		log.Info("connect refused", "client", r.ClientAddr, "code", e.Code, "error", e.Message)
+		return resp, nil
 	}
-	g.log.Info("host promised", "activity", r.ActivityId, "session", r.SessionId, "workspace", w.name, "user", claims.User, "resource", claims.Resource, "host", host)
-	return &admission.ConnectResponse{Host: host}, nil
+	log.Info("host promised", "host", resp.Host)
+	return resp, nil
 }

@@ -28,8 +28,6 @@ import (
 
 	natsserver "github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"rendezvous.dev/rendezvous/wire/admission"
@@ -232,7 +230,7 @@ func start(t testing.TB, dir string, specs []config.GatewayWorkspace, change fun
 	ctx, cancel := context.WithCancel(context.Background())
 	ran := make(chan error, 1)
 	go func() { ran <- g.Run(ctx, l) }()
-	cc, err := grpc.NewClient("unix:"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	cc, err := admission.Dial(socket)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -290,7 +288,7 @@ func TestConnect(t *testing.T) {
 	if err != nil || resp.Error != nil || resp.Host != "linux/host-1" {
 		t.Fatal(err, resp)
 	}
-	if got.Gateway != "gateway-a" || got.Instance != testInstance || got.SessionID != "s1" || got.ActivityID != "act-1" || got.Ticket != raw || len(got.JoinSecret) != 32 || got.Deadline.IsZero() {
+	if got.Gateway != "gateway-a" || got.Instance != testInstance || got.SessionID != "s1" || got.ActivityID != "ticket-activity" || got.Ticket != raw || len(got.JoinSecret) != 32 || got.Deadline.IsZero() {
 		t.Errorf("the broker was asked %+v", got)
 	}
 }

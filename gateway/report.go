@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"time"
@@ -54,6 +55,12 @@ func (g *Gateway) Report(stream grpc.BidiStreamingServer[admission.RelayReport, 
 
 // reported takes one message of the relay.
 func (g *Gateway) reported(m *admission.RelayReport) {
+	if batch := m.GetBatch(); batch != nil {
+		for _, m := range batch.Reports {
+			g.reported(m)
+		}
+		return
+	}
 	if step := m.GetStep(); step != nil {
 		g.forward(step)
 		return
@@ -81,17 +88,25 @@ func (g *Gateway) reported(m *admission.RelayReport) {
 	g.loadChanged()
 }
 
-// forward puts a step of the relay's on its workspace's timeline.
+// forward puts a step of the relay's on its workspace's timeline. Where the relay never heard the answer to its Connect, it
+// knows neither workspace nor the ticket's activity.
 func (g *Gateway) forward(s *admission.Step) {
-	w := g.workspace(s.Workspace)
+	e := trace.Event{ActivityID: s.ActivityId, Step: int(s.Step), Component: "relay/" + g.instance, At: s.At.AsTime(),
+		Duration: time.Duration(s.DurationMicros) * time.Microsecond, Detail: s.Detail, Error: s.Error}
+	g.mu.Lock()
+	o := g.owners.get(s.ActivityId)
+	w := g.workspaces[cmp.Or(s.Workspace, o.workspace)]
+	g.mu.Unlock()
 	if w == nil {
 		return
 	}
-	g.mu.Lock()
-	user := g.owners.get(s.ActivityId)
-	g.mu.Unlock()
-	w.trace(trace.Event{ActivityID: s.ActivityId, Step: int(s.Step), Component: "relay/" + g.instance, At: s.At.AsTime(),
-		Duration: time.Duration(s.DurationMicros) * time.Microsecond, Detail: s.Detail, Error: s.Error, User: user})
+	if s.Workspace == "" {
+		e.ActivityID = o.activity
+	}
+	if w.name == o.workspace {
+		e.User = o.user
+	}
+	w.trace(e)
 }
 
 // end has the relay end a session, where it is the workspace's.
@@ -183,20 +198,22 @@ const (
 type ownerTable struct{ m map[string]owner }
 
 type owner struct {
-	user string
-	at   time.Time
+	activity  string // the ticket's own, or the same
+	workspace string
+	user      string
+	at        time.Time
 }
 
-func (t *ownerTable) put(activity, user string, now time.Time) {
+func (t *ownerTable) put(activity string, o owner) {
 	if t.m == nil {
 		t.m = map[string]owner{}
 	}
 	if len(t.m) < maxOwners {
-		t.m[activity] = owner{user, now}
+		t.m[activity] = o
 	}
 }
 
-func (t *ownerTable) get(activity string) string { return t.m[activity].user }
+func (t *ownerTable) get(activity string) owner { return t.m[activity] }
 
 func (t *ownerTable) expire(now time.Time) {
 	for id, o := range t.m {

@@ -38,6 +38,7 @@ type workspace struct {
 	stop context.CancelFunc
 
 	connected atomic.Bool // the bus was reached once
+	closed    atomic.Bool // the gateway serves it no more
 	keys      atomic.Pointer[[]ed25519.PublicKey]
 	nc        atomic.Pointer[nats.Conn]
 	peers     atomic.Pointer[[]bus.GatewayAddress] // its other gateways, as a broker told
@@ -53,7 +54,10 @@ func (g *Gateway) newWorkspace(c config.Gateway, spec config.GatewayWorkspace) *
 	return w
 }
 
-func (w *workspace) close() { w.stop() }
+func (w *workspace) close() {
+	w.closed.Store(true)
+	w.stop()
+}
 
 // run reads the files until they are there, connects, and keeps looking at the files.
 func (w *workspace) run(ctx context.Context) {
@@ -176,15 +180,23 @@ func ticketKeys(data []byte, signer identity.ID) ([]ed25519.PublicKey, error) {
 // again is how long a connect waits before it asks a bus that blinks once more.
 const again = 100 * time.Millisecond
 
+// answering is the time that is left to tell the relay that no broker answered in time, before it gives up itself.
+const answering = 250 * time.Millisecond
+
 // connect asks the brokers, and returns the host that promised to dial.
-func (w *workspace) connect(ctx context.Context, r *admission.ConnectRequest) (host string, err error) {
+func (w *workspace) connect(ctx context.Context, r *admission.ConnectRequest, activity string) (host string, err error) {
 	w.g.mu.Lock()
 	gateway := w.g.config.Gateway
 	w.g.mu.Unlock()
-	data, err := json.Marshal(bus.ConnectRequest{ActivityID: r.ActivityId, SessionID: r.SessionId, Ticket: r.Ticket, Target: r.Target,
+	data, err := json.Marshal(bus.ConnectRequest{ActivityID: activity, SessionID: r.SessionId, Ticket: r.Ticket, Target: r.Target,
 		ClientAddr: r.ClientAddr, Transport: r.Transport, Gateway: gateway, Instance: r.Instance, JoinSecret: r.JoinSecret, Deadline: r.Deadline.AsTime()})
 	if err != nil {
 		return "", err
+	}
+	if deadline, ok := ctx.Deadline(); ok {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithDeadline(ctx, deadline.Add(-answering))
+		defer cancel()
 	}
 	reply, err := w.ask(ctx, data)
 	if err != nil {

@@ -26,8 +26,8 @@ const (
 // errClientGone says that the client left while it was being served: there is nobody to answer.
 var errClientGone = errors.New("relay: the client has left")
 
-// attempt is one client's way from its request to its session. Its methods are called in this order: authenticate,
-// connect, begin; close always.
+// attempt is one client's way from its request to its session. Its methods are called in this order: authenticate or
+// trust, connect, begin; close always.
 type attempt struct {
 	r         *Relay
 	v         *visitor
@@ -37,8 +37,9 @@ type attempt struct {
 	requested time.Time
 	secured   time.Duration // from accept to request
 
-	// Set by authenticate.
+	// Set by authenticate, or by trust and connect.
 	ticket        string // dropped by connect
+	checked       bool   // the gateway container has said what it thinks of the ticket
 	workspace     string
 	user          string
 	resource      string
@@ -99,12 +100,8 @@ func (a *attempt) authenticate(ticket string) *refusal.Error {
 	if err != nil {
 		return a.refused(a.admissionFailed(err))
 	}
-	if id := parseGUID(resp.ActivityId); id != "" {
-		a.activity = id
-	}
-	a.workspace, a.user, a.resource = resp.Workspace, resp.User, resp.Resource
+	a.told(resp)
 	a.target, a.redirectFlags = resp.Target, resp.RedirectFlags
-	a.step(trace.StepDialGateway, a.v.accepted, a.secured, a.transport+" from "+a.v.tcp.RemoteAddr().String(), "")
 	if resp.Error != nil {
 		e := &refusal.Error{Code: refusal.Code(resp.Error.Code), Message: resp.Error.Message}
 		a.step(trace.StepAdmit, a.asked, a.asking, e.Message, e.Code)
@@ -113,6 +110,32 @@ func (a *attempt) authenticate(ticket string) *refusal.Error {
 	a.v.vouch()
 	a.ticket = ticket
 	return nil
+}
+
+// trust leaves the check of the ticket to connect, which saves a call. The client counts as vouched for until then: a bad
+// ticket is refused at once, and it is a stranger again.
+func (a *attempt) trust(ticket string) {
+	a.asked = time.Now()
+	a.v.vouch()
+	a.ticket = ticket
+}
+
+// told takes what the gateway container says of the ticket, the first time. No answer tells nothing.
+func (a *attempt) told(resp interface {
+	GetActivityId() string
+	GetWorkspace() string
+	GetUser() string
+	GetResource() string
+}) {
+	if a.checked {
+		return
+	}
+	a.checked = true
+	if id := parseGUID(resp.GetActivityId()); id != "" {
+		a.activity = id
+	}
+	a.workspace, a.user, a.resource = resp.GetWorkspace(), resp.GetUser(), resp.GetResource()
+	a.step(trace.StepDialGateway, a.v.accepted, a.secured, a.transport+" from "+a.v.tcp.RemoteAddr().String(), "")
 }
 
 // connect has the session orchestrated and waits for the agent's leg. Its error is a *refusal.Error or errClientGone.
@@ -154,6 +177,7 @@ func (a *attempt) orchestrate(ctx context.Context, target string, wait time.Dura
 	a.ticket = ""
 	promised := time.Now()
 	a.asking += promised.Sub(began)
+	a.told(resp)
 	if err == nil && resp.Error == nil {
 		a.host = resp.Host
 		a.step(trace.StepAdmit, a.asked, a.asking, "host "+a.host, "")
@@ -167,6 +191,9 @@ func (a *attempt) orchestrate(ctx context.Context, target string, wait time.Dura
 		e = a.admissionFailed(err)
 	} else {
 		e = &refusal.Error{Code: refusal.Code(resp.Error.Code), Message: resp.Error.Message}
+	}
+	if a.user == "" {
+		a.v.doubt()
 	}
 	a.step(trace.StepAdmit, a.asked, a.asking, e.Message, e.Code)
 	return a.refused(e)

@@ -28,7 +28,6 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 
 	"rendezvous.dev/rendezvous/wire/admission"
 	"rendezvous.dev/rendezvous/wire/brokerapi"
@@ -97,8 +96,15 @@ func (f *fakeAdmission) Authenticate(_ context.Context, r *admission.Authenticat
 	return f.authenticate(r), nil
 }
 
+// Connect checks the ticket too, as the gateway container does, and then asks f.connect.
 func (f *fakeAdmission) Connect(ctx context.Context, r *admission.ConnectRequest) (*admission.ConnectResponse, error) {
-	return f.connect(ctx, r), nil
+	auth := f.authenticate(&admission.AuthenticateRequest{ActivityId: r.ActivityId, Ticket: r.Ticket, ClientAddr: r.ClientAddr})
+	resp := &admission.ConnectResponse{Error: auth.Error}
+	if auth.Error == nil {
+		resp = f.connect(ctx, r)
+	}
+	resp.ActivityId, resp.Workspace, resp.User, resp.Resource = auth.ActivityId, auth.Workspace, auth.User, auth.Resource
+	return resp, nil
 }
 
 func (f *fakeAdmission) Route(_ context.Context, r *admission.RouteRequest) (*admission.RouteResponse, error) {
@@ -122,7 +128,11 @@ func (f *fakeAdmission) Report(s grpc.BidiStreamingServer[admission.RelayReport,
 			return nil
 		}
 		f.mu.Lock()
-		f.reports = append(f.reports, m)
+		if b := m.GetBatch(); b != nil {
+			f.reports = append(f.reports, b.Reports...)
+		} else {
+			f.reports = append(f.reports, m)
+		}
 		f.mu.Unlock()
 	}
 }
@@ -176,11 +186,11 @@ func serveAdmission(t testing.TB, f *fakeAdmission) (client admission.AdmissionC
 	if err != nil {
 		t.Fatal(err)
 	}
-	srv := grpc.NewServer()
+	srv := admission.NewServer()
 	admission.RegisterAdmissionServer(srv, f)
 	go srv.Serve(l)
 	t.Cleanup(srv.Stop)
-	cc, err := grpc.NewClient("unix:"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	cc, err := admission.Dial(socket)
 	if err != nil {
 		t.Fatal(err)
 	}

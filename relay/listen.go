@@ -50,6 +50,16 @@ type visitor struct {
 // vouch takes the visitor off the strangers: a good ticket or join secret stands for it now.
 func (v *visitor) vouch() { v.r.strangers.leave(v) }
 
+// doubt puts the visitor among the strangers, where it may cost the oldest its place.
+func (v *visitor) doubt() {
+	if old := v.r.strangers.enter(v, int(v.r.config.Load().MaxPending)); old != nil {
+		v.r.metrics.handshakeFailed("limit")
+		v.r.log.Debug("too many strangers: the oldest has to go", "peer", old.tcp.RemoteAddr().String())
+		old.tcp.SetLinger(0)
+		old.tcp.Close()
+	}
+}
+
 // accept takes connections until l closes. Failures (no descriptors left) back off from 5 ms to 1 s.
 func (r *Relay) accept(l net.Listener) error {
 	const first, last = 5 * time.Millisecond, time.Second
@@ -77,12 +87,7 @@ func (r *Relay) accept(l net.Listener) error {
 			continue
 		}
 		v.tcp.onName = func() { r.strangers.name(v) }
-		if old := r.strangers.enter(v, int(r.config.Load().MaxPending)); old != nil {
-			r.metrics.handshakeFailed("limit")
-			r.log.Debug("too many strangers: the oldest has to go", "peer", old.tcp.RemoteAddr().String())
-			old.tcp.SetLinger(0)
-			old.tcp.Close()
-		}
+		v.doubt()
 		r.legs.Go(func() { r.serve(v) })
 	}
 }

@@ -119,7 +119,11 @@ func (p *reporter) stream(stop context.Context) error {
 				return err
 			}
 		case m := <-p.queue:
-			if err := stream.Send(m); err != nil {
+			select {
+			case <-time.After(gather):
+			case <-stop.Done():
+			}
+			if err := stream.Send(p.batch(m)); err != nil {
 				return err
 			}
 		case <-stop.Done():
@@ -128,18 +132,36 @@ func (p *reporter) stream(stop context.Context) error {
 	}
 }
 
-// finish sends what is queued and waits a moment for it to arrive.
-func (p *reporter) finish(stream grpc.BidiStreamingClient[admission.RelayReport, admission.RelayCommand], received <-chan error) error {
-	for {
+// Reports go in batches: each message wakes two processes, and a connect has six reports.
+const (
+	gather     = 20 * time.Millisecond
+	maxBatched = 256
+)
+
+// batch is first and what else is queued.
+func (p *reporter) batch(first *admission.RelayReport) *admission.RelayReport {
+	all := []*admission.RelayReport{first}
+	for len(all) < maxBatched {
 		select {
 		case m := <-p.queue:
-			if err := stream.Send(m); err != nil {
-				return err
-			}
+			all = append(all, m)
 			continue
 		default:
 		}
 		break
+	}
+	if len(all) == 1 {
+		return first
+	}
+	return &admission.RelayReport{Report: &admission.RelayReport_Batch{Batch: &admission.Batch{Reports: all}}}
+}
+
+// finish sends what is queued and waits a moment for it to arrive.
+func (p *reporter) finish(stream grpc.BidiStreamingClient[admission.RelayReport, admission.RelayCommand], received <-chan error) error {
+	for len(p.queue) > 0 {
+		if err := stream.Send(p.batch(<-p.queue)); err != nil {
+			return err
+		}
 	}
 	if err := stream.CloseSend(); err != nil {
 		return err

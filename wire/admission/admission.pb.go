@@ -364,7 +364,13 @@ type ConnectResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Error *Error                 `protobuf:"bytes,1,opt,name=error,proto3" json:"error,omitempty"`
 	// host is the session host that accepted, for logs and errors: "pool/host".
-	Host          string `protobuf:"bytes,2,opt,name=host,proto3" json:"host,omitempty"`
+	Host string `protobuf:"bytes,2,opt,name=host,proto3" json:"host,omitempty"`
+	// activity_id, workspace, user and resource are as in AuthenticateResponse. With error they say how far the ticket was
+	// believed: user is empty where it was not.
+	ActivityId    string `protobuf:"bytes,3,opt,name=activity_id,json=activityId,proto3" json:"activity_id,omitempty"`
+	Workspace     string `protobuf:"bytes,4,opt,name=workspace,proto3" json:"workspace,omitempty"`
+	User          string `protobuf:"bytes,5,opt,name=user,proto3" json:"user,omitempty"`
+	Resource      string `protobuf:"bytes,6,opt,name=resource,proto3" json:"resource,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -409,6 +415,34 @@ func (x *ConnectResponse) GetError() *Error {
 func (x *ConnectResponse) GetHost() string {
 	if x != nil {
 		return x.Host
+	}
+	return ""
+}
+
+func (x *ConnectResponse) GetActivityId() string {
+	if x != nil {
+		return x.ActivityId
+	}
+	return ""
+}
+
+func (x *ConnectResponse) GetWorkspace() string {
+	if x != nil {
+		return x.Workspace
+	}
+	return ""
+}
+
+func (x *ConnectResponse) GetUser() string {
+	if x != nil {
+		return x.User
+	}
+	return ""
+}
+
+func (x *ConnectResponse) GetResource() string {
+	if x != nil {
+		return x.Resource
 	}
 	return ""
 }
@@ -635,6 +669,7 @@ type RelayReport struct {
 	//	*RelayReport_Ended
 	//	*RelayReport_Draining
 	//	*RelayReport_Step
+	//	*RelayReport_Batch
 	Report        isRelayReport_Report `protobuf_oneof:"report"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -722,6 +757,15 @@ func (x *RelayReport) GetStep() *Step {
 	return nil
 }
 
+func (x *RelayReport) GetBatch() *Batch {
+	if x != nil {
+		if x, ok := x.Report.(*RelayReport_Batch); ok {
+			return x.Batch
+		}
+	}
+	return nil
+}
+
 type isRelayReport_Report interface {
 	isRelayReport_Report()
 }
@@ -749,6 +793,11 @@ type RelayReport_Step struct {
 	Step *Step `protobuf:"bytes,5,opt,name=step,proto3,oneof"`
 }
 
+type RelayReport_Batch struct {
+	// batch is several of the others, in their order: one message costs the two containers as much as the next.
+	Batch *Batch `protobuf:"bytes,6,opt,name=batch,proto3,oneof"`
+}
+
 func (*RelayReport_Snapshot) isRelayReport_Report() {}
 
 func (*RelayReport_Started) isRelayReport_Report() {}
@@ -758,6 +807,52 @@ func (*RelayReport_Ended) isRelayReport_Report() {}
 func (*RelayReport_Draining) isRelayReport_Report() {}
 
 func (*RelayReport_Step) isRelayReport_Report() {}
+
+func (*RelayReport_Batch) isRelayReport_Report() {}
+
+type Batch struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Reports       []*RelayReport         `protobuf:"bytes,1,rep,name=reports,proto3" json:"reports,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Batch) Reset() {
+	*x = Batch{}
+	mi := &file_admission_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Batch) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Batch) ProtoMessage() {}
+
+func (x *Batch) ProtoReflect() protoreflect.Message {
+	mi := &file_admission_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Batch.ProtoReflect.Descriptor instead.
+func (*Batch) Descriptor() ([]byte, []int) {
+	return file_admission_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *Batch) GetReports() []*RelayReport {
+	if x != nil {
+		return x.Reports
+	}
+	return nil
+}
 
 type Snapshot struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -769,7 +864,7 @@ type Snapshot struct {
 
 func (x *Snapshot) Reset() {
 	*x = Snapshot{}
-	mi := &file_admission_proto_msgTypes[9]
+	mi := &file_admission_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -781,7 +876,7 @@ func (x *Snapshot) String() string {
 func (*Snapshot) ProtoMessage() {}
 
 func (x *Snapshot) ProtoReflect() protoreflect.Message {
-	mi := &file_admission_proto_msgTypes[9]
+	mi := &file_admission_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -794,7 +889,7 @@ func (x *Snapshot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
 func (*Snapshot) Descriptor() ([]byte, []int) {
-	return file_admission_proto_rawDescGZIP(), []int{9}
+	return file_admission_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Snapshot) GetInstance() string {
@@ -822,7 +917,7 @@ type Ended struct {
 
 func (x *Ended) Reset() {
 	*x = Ended{}
-	mi := &file_admission_proto_msgTypes[10]
+	mi := &file_admission_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -834,7 +929,7 @@ func (x *Ended) String() string {
 func (*Ended) ProtoMessage() {}
 
 func (x *Ended) ProtoReflect() protoreflect.Message {
-	mi := &file_admission_proto_msgTypes[10]
+	mi := &file_admission_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -847,7 +942,7 @@ func (x *Ended) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ended.ProtoReflect.Descriptor instead.
 func (*Ended) Descriptor() ([]byte, []int) {
-	return file_admission_proto_rawDescGZIP(), []int{10}
+	return file_admission_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Ended) GetSession() *Session {
@@ -873,7 +968,7 @@ type Draining struct {
 
 func (x *Draining) Reset() {
 	*x = Draining{}
-	mi := &file_admission_proto_msgTypes[11]
+	mi := &file_admission_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -885,7 +980,7 @@ func (x *Draining) String() string {
 func (*Draining) ProtoMessage() {}
 
 func (x *Draining) ProtoReflect() protoreflect.Message {
-	mi := &file_admission_proto_msgTypes[11]
+	mi := &file_admission_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -898,7 +993,7 @@ func (x *Draining) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Draining.ProtoReflect.Descriptor instead.
 func (*Draining) Descriptor() ([]byte, []int) {
-	return file_admission_proto_rawDescGZIP(), []int{11}
+	return file_admission_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Draining) GetDeadline() *timestamppb.Timestamp {
@@ -927,7 +1022,7 @@ type Step struct {
 
 func (x *Step) Reset() {
 	*x = Step{}
-	mi := &file_admission_proto_msgTypes[12]
+	mi := &file_admission_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -939,7 +1034,7 @@ func (x *Step) String() string {
 func (*Step) ProtoMessage() {}
 
 func (x *Step) ProtoReflect() protoreflect.Message {
-	mi := &file_admission_proto_msgTypes[12]
+	mi := &file_admission_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -952,7 +1047,7 @@ func (x *Step) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Step.ProtoReflect.Descriptor instead.
 func (*Step) Descriptor() ([]byte, []int) {
-	return file_admission_proto_rawDescGZIP(), []int{12}
+	return file_admission_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Step) GetActivityId() string {
@@ -1023,7 +1118,7 @@ type RelayCommand struct {
 
 func (x *RelayCommand) Reset() {
 	*x = RelayCommand{}
-	mi := &file_admission_proto_msgTypes[13]
+	mi := &file_admission_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1035,7 +1130,7 @@ func (x *RelayCommand) String() string {
 func (*RelayCommand) ProtoMessage() {}
 
 func (x *RelayCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_admission_proto_msgTypes[13]
+	mi := &file_admission_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1048,7 +1143,7 @@ func (x *RelayCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RelayCommand.ProtoReflect.Descriptor instead.
 func (*RelayCommand) Descriptor() ([]byte, []int) {
-	return file_admission_proto_rawDescGZIP(), []int{13}
+	return file_admission_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *RelayCommand) GetCommand() isRelayCommand_Command {
@@ -1087,7 +1182,7 @@ type End struct {
 
 func (x *End) Reset() {
 	*x = End{}
-	mi := &file_admission_proto_msgTypes[14]
+	mi := &file_admission_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1099,7 +1194,7 @@ func (x *End) String() string {
 func (*End) ProtoMessage() {}
 
 func (x *End) ProtoReflect() protoreflect.Message {
-	mi := &file_admission_proto_msgTypes[14]
+	mi := &file_admission_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1112,7 +1207,7 @@ func (x *End) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use End.ProtoReflect.Descriptor instead.
 func (*End) Descriptor() ([]byte, []int) {
-	return file_admission_proto_rawDescGZIP(), []int{14}
+	return file_admission_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *End) GetSessionId() string {
@@ -1166,10 +1261,15 @@ const file_admission_proto_rawDesc = "" +
 	"\vjoin_secret\x18\a \x01(\fR\n" +
 	"joinSecret\x12\x1c\n" +
 	"\ttransport\x18\b \x01(\tR\ttransport\x126\n" +
-	"\bdeadline\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\bdeadline\"[\n" +
+	"\bdeadline\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\bdeadline\"\xca\x01\n" +
 	"\x0fConnectResponse\x124\n" +
 	"\x05error\x18\x01 \x01(\v2\x1e.rendezvous.admission.v1.ErrorR\x05error\x12\x12\n" +
-	"\x04host\x18\x02 \x01(\tR\x04host\"*\n" +
+	"\x04host\x18\x02 \x01(\tR\x04host\x12\x1f\n" +
+	"\vactivity_id\x18\x03 \x01(\tR\n" +
+	"activityId\x12\x1c\n" +
+	"\tworkspace\x18\x04 \x01(\tR\tworkspace\x12\x12\n" +
+	"\x04user\x18\x05 \x01(\tR\x04user\x12\x1a\n" +
+	"\bresource\x18\x06 \x01(\tR\bresource\"*\n" +
 	"\fRouteRequest\x12\x1a\n" +
 	"\binstance\x18\x01 \x01(\tR\binstance\"_\n" +
 	"\rRouteResponse\x124\n" +
@@ -1188,14 +1288,17 @@ const file_admission_proto_rawDesc = "" +
 	"\astarted\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\astarted\x12&\n" +
 	"\x0fbytes_to_client\x18\t \x01(\x04R\rbytesToClient\x12\"\n" +
 	"\rbytes_to_host\x18\n" +
-	" \x01(\x04R\vbytesToHost\"\xc4\x02\n" +
+	" \x01(\x04R\vbytesToHost\"\xfc\x02\n" +
 	"\vRelayReport\x12?\n" +
 	"\bsnapshot\x18\x01 \x01(\v2!.rendezvous.admission.v1.SnapshotH\x00R\bsnapshot\x12<\n" +
 	"\astarted\x18\x02 \x01(\v2 .rendezvous.admission.v1.SessionH\x00R\astarted\x126\n" +
 	"\x05ended\x18\x03 \x01(\v2\x1e.rendezvous.admission.v1.EndedH\x00R\x05ended\x12?\n" +
 	"\bdraining\x18\x04 \x01(\v2!.rendezvous.admission.v1.DrainingH\x00R\bdraining\x123\n" +
-	"\x04step\x18\x05 \x01(\v2\x1d.rendezvous.admission.v1.StepH\x00R\x04stepB\b\n" +
-	"\x06report\"d\n" +
+	"\x04step\x18\x05 \x01(\v2\x1d.rendezvous.admission.v1.StepH\x00R\x04step\x126\n" +
+	"\x05batch\x18\x06 \x01(\v2\x1e.rendezvous.admission.v1.BatchH\x00R\x05batchB\b\n" +
+	"\x06report\"G\n" +
+	"\x05Batch\x12>\n" +
+	"\areports\x18\x01 \x03(\v2$.rendezvous.admission.v1.RelayReportR\areports\"d\n" +
 	"\bSnapshot\x12\x1a\n" +
 	"\binstance\x18\x01 \x01(\tR\binstance\x12<\n" +
 	"\bsessions\x18\x02 \x03(\v2 .rendezvous.admission.v1.SessionR\bsessions\"[\n" +
@@ -1239,7 +1342,7 @@ func file_admission_proto_rawDescGZIP() []byte {
 	return file_admission_proto_rawDescData
 }
 
-var file_admission_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
+var file_admission_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
 var file_admission_proto_goTypes = []any{
 	(*Error)(nil),                 // 0: rendezvous.admission.v1.Error
 	(*AuthenticateRequest)(nil),   // 1: rendezvous.admission.v1.AuthenticateRequest
@@ -1250,44 +1353,47 @@ var file_admission_proto_goTypes = []any{
 	(*RouteResponse)(nil),         // 6: rendezvous.admission.v1.RouteResponse
 	(*Session)(nil),               // 7: rendezvous.admission.v1.Session
 	(*RelayReport)(nil),           // 8: rendezvous.admission.v1.RelayReport
-	(*Snapshot)(nil),              // 9: rendezvous.admission.v1.Snapshot
-	(*Ended)(nil),                 // 10: rendezvous.admission.v1.Ended
-	(*Draining)(nil),              // 11: rendezvous.admission.v1.Draining
-	(*Step)(nil),                  // 12: rendezvous.admission.v1.Step
-	(*RelayCommand)(nil),          // 13: rendezvous.admission.v1.RelayCommand
-	(*End)(nil),                   // 14: rendezvous.admission.v1.End
-	(*timestamppb.Timestamp)(nil), // 15: google.protobuf.Timestamp
+	(*Batch)(nil),                 // 9: rendezvous.admission.v1.Batch
+	(*Snapshot)(nil),              // 10: rendezvous.admission.v1.Snapshot
+	(*Ended)(nil),                 // 11: rendezvous.admission.v1.Ended
+	(*Draining)(nil),              // 12: rendezvous.admission.v1.Draining
+	(*Step)(nil),                  // 13: rendezvous.admission.v1.Step
+	(*RelayCommand)(nil),          // 14: rendezvous.admission.v1.RelayCommand
+	(*End)(nil),                   // 15: rendezvous.admission.v1.End
+	(*timestamppb.Timestamp)(nil), // 16: google.protobuf.Timestamp
 }
 var file_admission_proto_depIdxs = []int32{
 	0,  // 0: rendezvous.admission.v1.AuthenticateResponse.error:type_name -> rendezvous.admission.v1.Error
-	15, // 1: rendezvous.admission.v1.AuthenticateResponse.expires:type_name -> google.protobuf.Timestamp
-	15, // 2: rendezvous.admission.v1.ConnectRequest.deadline:type_name -> google.protobuf.Timestamp
+	16, // 1: rendezvous.admission.v1.AuthenticateResponse.expires:type_name -> google.protobuf.Timestamp
+	16, // 2: rendezvous.admission.v1.ConnectRequest.deadline:type_name -> google.protobuf.Timestamp
 	0,  // 3: rendezvous.admission.v1.ConnectResponse.error:type_name -> rendezvous.admission.v1.Error
 	0,  // 4: rendezvous.admission.v1.RouteResponse.error:type_name -> rendezvous.admission.v1.Error
-	15, // 5: rendezvous.admission.v1.Session.started:type_name -> google.protobuf.Timestamp
-	9,  // 6: rendezvous.admission.v1.RelayReport.snapshot:type_name -> rendezvous.admission.v1.Snapshot
+	16, // 5: rendezvous.admission.v1.Session.started:type_name -> google.protobuf.Timestamp
+	10, // 6: rendezvous.admission.v1.RelayReport.snapshot:type_name -> rendezvous.admission.v1.Snapshot
 	7,  // 7: rendezvous.admission.v1.RelayReport.started:type_name -> rendezvous.admission.v1.Session
-	10, // 8: rendezvous.admission.v1.RelayReport.ended:type_name -> rendezvous.admission.v1.Ended
-	11, // 9: rendezvous.admission.v1.RelayReport.draining:type_name -> rendezvous.admission.v1.Draining
-	12, // 10: rendezvous.admission.v1.RelayReport.step:type_name -> rendezvous.admission.v1.Step
-	7,  // 11: rendezvous.admission.v1.Snapshot.sessions:type_name -> rendezvous.admission.v1.Session
-	7,  // 12: rendezvous.admission.v1.Ended.session:type_name -> rendezvous.admission.v1.Session
-	15, // 13: rendezvous.admission.v1.Draining.deadline:type_name -> google.protobuf.Timestamp
-	15, // 14: rendezvous.admission.v1.Step.at:type_name -> google.protobuf.Timestamp
-	14, // 15: rendezvous.admission.v1.RelayCommand.end:type_name -> rendezvous.admission.v1.End
-	1,  // 16: rendezvous.admission.v1.Admission.Authenticate:input_type -> rendezvous.admission.v1.AuthenticateRequest
-	3,  // 17: rendezvous.admission.v1.Admission.Connect:input_type -> rendezvous.admission.v1.ConnectRequest
-	5,  // 18: rendezvous.admission.v1.Admission.Route:input_type -> rendezvous.admission.v1.RouteRequest
-	8,  // 19: rendezvous.admission.v1.Admission.Report:input_type -> rendezvous.admission.v1.RelayReport
-	2,  // 20: rendezvous.admission.v1.Admission.Authenticate:output_type -> rendezvous.admission.v1.AuthenticateResponse
-	4,  // 21: rendezvous.admission.v1.Admission.Connect:output_type -> rendezvous.admission.v1.ConnectResponse
-	6,  // 22: rendezvous.admission.v1.Admission.Route:output_type -> rendezvous.admission.v1.RouteResponse
-	13, // 23: rendezvous.admission.v1.Admission.Report:output_type -> rendezvous.admission.v1.RelayCommand
-	20, // [20:24] is the sub-list for method output_type
-	16, // [16:20] is the sub-list for method input_type
-	16, // [16:16] is the sub-list for extension type_name
-	16, // [16:16] is the sub-list for extension extendee
-	0,  // [0:16] is the sub-list for field type_name
+	11, // 8: rendezvous.admission.v1.RelayReport.ended:type_name -> rendezvous.admission.v1.Ended
+	12, // 9: rendezvous.admission.v1.RelayReport.draining:type_name -> rendezvous.admission.v1.Draining
+	13, // 10: rendezvous.admission.v1.RelayReport.step:type_name -> rendezvous.admission.v1.Step
+	9,  // 11: rendezvous.admission.v1.RelayReport.batch:type_name -> rendezvous.admission.v1.Batch
+	8,  // 12: rendezvous.admission.v1.Batch.reports:type_name -> rendezvous.admission.v1.RelayReport
+	7,  // 13: rendezvous.admission.v1.Snapshot.sessions:type_name -> rendezvous.admission.v1.Session
+	7,  // 14: rendezvous.admission.v1.Ended.session:type_name -> rendezvous.admission.v1.Session
+	16, // 15: rendezvous.admission.v1.Draining.deadline:type_name -> google.protobuf.Timestamp
+	16, // 16: rendezvous.admission.v1.Step.at:type_name -> google.protobuf.Timestamp
+	15, // 17: rendezvous.admission.v1.RelayCommand.end:type_name -> rendezvous.admission.v1.End
+	1,  // 18: rendezvous.admission.v1.Admission.Authenticate:input_type -> rendezvous.admission.v1.AuthenticateRequest
+	3,  // 19: rendezvous.admission.v1.Admission.Connect:input_type -> rendezvous.admission.v1.ConnectRequest
+	5,  // 20: rendezvous.admission.v1.Admission.Route:input_type -> rendezvous.admission.v1.RouteRequest
+	8,  // 21: rendezvous.admission.v1.Admission.Report:input_type -> rendezvous.admission.v1.RelayReport
+	2,  // 22: rendezvous.admission.v1.Admission.Authenticate:output_type -> rendezvous.admission.v1.AuthenticateResponse
+	4,  // 23: rendezvous.admission.v1.Admission.Connect:output_type -> rendezvous.admission.v1.ConnectResponse
+	6,  // 24: rendezvous.admission.v1.Admission.Route:output_type -> rendezvous.admission.v1.RouteResponse
+	14, // 25: rendezvous.admission.v1.Admission.Report:output_type -> rendezvous.admission.v1.RelayCommand
+	22, // [22:26] is the sub-list for method output_type
+	18, // [18:22] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_admission_proto_init() }
@@ -1301,8 +1407,9 @@ func file_admission_proto_init() {
 		(*RelayReport_Ended)(nil),
 		(*RelayReport_Draining)(nil),
 		(*RelayReport_Step)(nil),
+		(*RelayReport_Batch)(nil),
 	}
-	file_admission_proto_msgTypes[13].OneofWrappers = []any{
+	file_admission_proto_msgTypes[14].OneofWrappers = []any{
 		(*RelayCommand_End)(nil),
 	}
 	type x struct{}
@@ -1311,7 +1418,7 @@ func file_admission_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admission_proto_rawDesc), len(file_admission_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   15,
+			NumMessages:   16,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

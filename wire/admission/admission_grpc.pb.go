@@ -40,7 +40,8 @@ type AdmissionClient interface {
 	Authenticate(ctx context.Context, in *AuthenticateRequest, opts ...grpc.CallOption) (*AuthenticateResponse, error)
 	// Connect has a session orchestrated: the broker authorises again, picks a host and has its agent dial. It returns
 	// once the agent has promised to dial, or with the refusal. The relay registers the join secret before it calls, so
-	// an agent that dials at once is never too early.
+	// an agent that dials at once is never too early. Where the client gives its ticket and its target at once, as in raw
+	// mode, no Authenticate comes before: Connect checks the ticket too, and says what Authenticate would have said.
 	Connect(ctx context.Context, in *ConnectRequest, opts ...grpc.CallOption) (*ConnectResponse, error)
 	// Route names the address of the relay instance that holds the client leg, where an agent's connection reached
 	// another pod of the same gateway. Only live peers of this gateway are ever named.
@@ -110,7 +111,8 @@ type AdmissionServer interface {
 	Authenticate(context.Context, *AuthenticateRequest) (*AuthenticateResponse, error)
 	// Connect has a session orchestrated: the broker authorises again, picks a host and has its agent dial. It returns
 	// once the agent has promised to dial, or with the refusal. The relay registers the join secret before it calls, so
-	// an agent that dials at once is never too early.
+	// an agent that dials at once is never too early. Where the client gives its ticket and its target at once, as in raw
+	// mode, no Authenticate comes before: Connect checks the ticket too, and says what Authenticate would have said.
 	Connect(context.Context, *ConnectRequest) (*ConnectResponse, error)
 	// Route names the address of the relay instance that holds the client leg, where an agent's connection reached
 	// another pod of the same gateway. Only live peers of this gateway are ever named.

@@ -68,36 +68,44 @@ func Sign(c Claims, key ed25519.PrivateKey) (string, error) {
 	}).Claims(private{Groups: c.Groups, Resource: c.Resource, Target: c.Target, ActivityID: c.ActivityID, RedirectFlags: c.RedirectFlags}).Serialize()
 }
 
-// Workspace reads, unverified, which workspace a ticket claims to be of, so that the caller finds the key for Verify.
-func Workspace(raw string) (namespace, workspace string, err error) {
-	tok, err := parse(raw)
-	if err != nil {
-		return "", "", err
+// Ticket is a ticket whose signature nobody has checked yet.
+type Ticket struct {
+	// Namespace and Workspace are what it claims to be of, so that the caller finds the key for Verify.
+	Namespace, Workspace string
+
+	token  *jwt.JSONWebToken
+	claims struct {
+		jwt.Claims
+		private
 	}
-	var std jwt.Claims
-	if err := tok.UnsafeClaimsWithoutVerification(&std); err != nil {
-		return "", "", invalid("its claims can't be read")
-	}
-	name, ok := strings.CutPrefix(std.Issuer, "rendezvous:")
-	namespace, workspace, ok2 := strings.Cut(name, "/")
-	if !ok || !ok2 {
-		return "", "", invalid("its issuer is no workspace")
-	}
-	return namespace, workspace, nil
 }
 
-// Verify checks signature, issuer, audience and expiry at now. Its errors are *refusal.Error.
-func Verify(raw string, key ed25519.PublicKey, namespace, workspace string, now time.Time) (Claims, error) {
+// Parse reads a ticket. Its errors are *refusal.Error.
+func Parse(raw string) (*Ticket, error) {
 	tok, err := parse(raw)
 	if err != nil {
-		return Claims{}, err
+		return nil, err
 	}
-	var std jwt.Claims
-	var priv private
-	if err := tok.Claims(key, &std, &priv); err != nil {
+	t := &Ticket{token: tok}
+	if err := tok.UnsafeClaimsWithoutVerification(&t.claims); err != nil {
+		return nil, invalid("its claims can't be read")
+	}
+	name, ok := strings.CutPrefix(t.claims.Issuer, "rendezvous:")
+	namespace, workspace, ok2 := strings.Cut(name, "/")
+	if !ok || !ok2 {
+		return nil, invalid("its issuer is no workspace")
+	}
+	t.Namespace, t.Workspace = namespace, workspace
+	return t, nil
+}
+
+// Verify checks signature, audience and expiry at now. Its errors are *refusal.Error.
+func (t *Ticket) Verify(key ed25519.PublicKey, now time.Time) (Claims, error) {
+	if err := t.token.Claims(key); err != nil { // the very bytes that Parse has read
 		return Claims{}, invalid("its signature is not this workspace's")
 	}
-	err = std.ValidateWithLeeway(jwt.Expected{Issuer: Issuer(namespace, workspace), AnyAudience: jwt.Audience{Audience}, Time: now}, leeway)
+	std, priv := &t.claims.Claims, &t.claims.private
+	err := std.ValidateWithLeeway(jwt.Expected{Issuer: Issuer(t.Namespace, t.Workspace), AnyAudience: jwt.Audience{Audience}, Time: now}, leeway)
 	switch {
 	case errors.Is(err, jwt.ErrExpired):
 		return Claims{}, refusal.New(refusal.TicketExpired, "The ticket in the connection file expired at %s: refresh the feed, or run `rdv connect` again, for a new one.", std.Expiry.Time().UTC().Format(time.RFC3339))
@@ -107,10 +115,22 @@ func Verify(raw string, key ed25519.PublicKey, namespace, workspace string, now 
 		return Claims{}, invalid("it lacks a claim")
 	}
 	return Claims{
-		ID: std.ID, Namespace: namespace, Workspace: workspace, User: std.Subject, Groups: priv.Groups, Resource: priv.Resource,
+		ID: std.ID, Namespace: t.Namespace, Workspace: t.Workspace, User: std.Subject, Groups: priv.Groups, Resource: priv.Resource,
 		Target: priv.Target, ActivityID: priv.ActivityID, RedirectFlags: priv.RedirectFlags,
 		IssuedAt: std.IssuedAt.Time(), Expires: std.Expiry.Time(),
 	}, nil
+}
+
+// Verify parses a ticket that must be of one workspace, and checks it as Ticket.Verify does.
+func Verify(raw string, key ed25519.PublicKey, namespace, workspace string, now time.Time) (Claims, error) {
+	t, err := Parse(raw)
+	if err != nil {
+		return Claims{}, err
+	}
+	if t.Namespace != namespace || t.Workspace != workspace {
+		return Claims{}, invalid("it is another workspace's")
+	}
+	return t.Verify(key, now)
 }
 
 func parse(raw string) (*jwt.JSONWebToken, error) {

@@ -37,8 +37,8 @@ func TestRoundTrip(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if ns, ws, err := Workspace(raw); ns != "ns" || ws != "ws" || err != nil {
-		t.Errorf("Workspace = %q, %q, %v", ns, ws, err)
+	if tk, err := Parse(raw); err != nil || tk.Namespace != "ns" || tk.Workspace != "ws" {
+		t.Errorf("Parse = %+v, %v", tk, err)
 	}
 	got, err := Verify(raw, pub, "ns", "ws", now.Add(time.Minute))
 	if err != nil {
@@ -112,7 +112,6 @@ func FuzzVerify(f *testing.F) {
 	f.Add(good)
 	f.Add("a.b.c")
 	f.Fuzz(func(t *testing.T, raw string) {
-		Workspace(raw)
 		if _, err := Verify(raw, pub, "ns", "ws", now); err == nil && raw != good {
 			t.Errorf("%q verifies", raw)
 		}
