@@ -3,6 +3,7 @@
 //
 //	Authenticate  the ticket's signature, issuer, audience, expiry: local, no bus (verified.go)
 //	Connect       the same where nobody has asked before; the broker authorises again, picks a host and has its agent dial
+//	Enter         the broker picks the gateway for a client that is told where to go (entry.go)
 //	Route         which peer relay holds a client leg (route.go)
 //	Report        the relay's sessions and timelines; sessions that a broker ends (report.go)
 //

@@ -14,6 +14,7 @@ type Metrics struct {
 	Bus          *prometheus.GaugeVec   // workspace: 1 while its bus is connected
 	Tickets      *prometheus.CounterVec // code: "ok" or a refusal code
 	Connects     *prometheus.CounterVec // code
+	Entries      *prometheus.CounterVec // code
 	Routes       *prometheus.CounterVec // code
 	Pings        *prometheus.CounterVec // result: "ok" or "error"
 	PeerLatency  *prometheus.GaugeVec   // gateway: seconds of a round trip to another gateway
@@ -31,6 +32,7 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 		Bus:      prometheus.NewGaugeVec(prometheus.GaugeOpts{Namespace: ns, Subsystem: sub, Name: "bus_connected", Help: "1 while a workspace's bus is connected."}, []string{"workspace"}),
 		Tickets:  counter("tickets_total", "Tickets checked, by refusal code."),
 		Connects: counter("connects_total", "Connects that brokers were asked for, by refusal code."),
+		Entries:  counter("entries_total", "Clients that asked which gateway is to serve them, by refusal code."),
 		Routes:   counter("routes_total", "Peer relays looked up, by refusal code."),
 		Pings: prometheus.NewCounterVec(prometheus.CounterOpts{Namespace: ns, Subsystem: sub, Name: "peer_measurements_total",
 			Help: "Rounds of measuring with another gateway, by result."}, []string{"result"}),
@@ -40,7 +42,7 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 			Help: "Time until the broker's answer to a connect.", Buckets: []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30}}),
 	}
 	if reg != nil {
-		reg.MustRegister(m.Sessions, m.Bus, m.Tickets, m.Connects, m.Routes, m.Pings, m.PeerLatency, m.ConnectDelay)
+		reg.MustRegister(m.Sessions, m.Bus, m.Tickets, m.Connects, m.Entries, m.Routes, m.Pings, m.PeerLatency, m.ConnectDelay)
 	}
 	return m
 }

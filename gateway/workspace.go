@@ -198,27 +198,54 @@ func (w *workspace) connect(ctx context.Context, r *admission.ConnectRequest, ac
 		ctx, cancel = context.WithDeadline(ctx, deadline.Add(-answering))
 		defer cancel()
 	}
-	reply, err := w.ask(ctx, data)
+	reply, err := w.ask(ctx, bus.SubjectConnect, data)
 	if err != nil {
 		return "", err
 	}
 	var answer bus.ConnectReply
 	switch err := json.Unmarshal(reply, &answer); {
 	case err != nil:
-		return "", refusal.New(refusal.Internal, "The broker of workspace %s gave an answer that can't be read: tell your administrator.", w.name)
+		return "", w.unreadable()
 	case answer.Err != nil:
 		return "", answer.Err
 	}
 	return answer.Pool + "/" + answer.Host, nil
 }
 
+// enter asks the brokers which gateway is to serve a client.
+func (w *workspace) enter(ctx context.Context, r *admission.EnterRequest) (bus.EntryReply, error) {
+	w.g.mu.Lock()
+	gateway := w.g.config.Gateway
+	w.g.mu.Unlock()
+	data, err := json.Marshal(bus.EntryRequest{ActivityID: r.ActivityId, Ticket: r.Ticket, ClientAddr: r.ClientAddr, Gateway: gateway, Instance: r.Instance})
+	if err != nil {
+		return bus.EntryReply{}, err
+	}
+	reply, err := w.ask(ctx, bus.SubjectEntry, data)
+	if err != nil {
+		return bus.EntryReply{}, err
+	}
+	var answer bus.EntryReply
+	switch err := json.Unmarshal(reply, &answer); {
+	case err != nil:
+		return bus.EntryReply{}, w.unreadable()
+	case answer.Err != nil:
+		return answer, answer.Err
+	}
+	return answer, nil
+}
+
+func (w *workspace) unreadable() error {
+	return refusal.New(refusal.Internal, "The broker of workspace %s gave an answer that can't be read: tell your administrator.", w.name)
+}
+
 // ask waits out a bus that is away, or has no broker on it, for the gateway's patience.
-func (w *workspace) ask(ctx context.Context, data []byte) ([]byte, error) {
+func (w *workspace) ask(ctx context.Context, subject string, data []byte) ([]byte, error) {
 	patient := time.Now().Add(w.g.patience)
 	for {
 		why := "its bus is not connected"
 		if nc := w.nc.Load(); nc != nil && nc.IsConnected() {
-			reply, err := nc.RequestWithContext(ctx, bus.SubjectConnect, data)
+			reply, err := nc.RequestWithContext(ctx, subject, data)
 			switch {
 			case err == nil:
 				return reply.Data, nil

@@ -447,6 +447,171 @@ func (x *ConnectResponse) GetResource() string {
 	return ""
 }
 
+type EnterRequest struct {
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	ActivityId string                 `protobuf:"bytes,1,opt,name=activity_id,json=activityId,proto3" json:"activity_id,omitempty"`
+	Ticket     string                 `protobuf:"bytes,2,opt,name=ticket,proto3" json:"ticket,omitempty"`
+	ClientAddr string                 `protobuf:"bytes,3,opt,name=client_addr,json=clientAddr,proto3" json:"client_addr,omitempty"`
+	// instance is the relay instance that the client came to.
+	Instance      string `protobuf:"bytes,4,opt,name=instance,proto3" json:"instance,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EnterRequest) Reset() {
+	*x = EnterRequest{}
+	mi := &file_admission_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EnterRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EnterRequest) ProtoMessage() {}
+
+func (x *EnterRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admission_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EnterRequest.ProtoReflect.Descriptor instead.
+func (*EnterRequest) Descriptor() ([]byte, []int) {
+	return file_admission_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *EnterRequest) GetActivityId() string {
+	if x != nil {
+		return x.ActivityId
+	}
+	return ""
+}
+
+func (x *EnterRequest) GetTicket() string {
+	if x != nil {
+		return x.Ticket
+	}
+	return ""
+}
+
+func (x *EnterRequest) GetClientAddr() string {
+	if x != nil {
+		return x.ClientAddr
+	}
+	return ""
+}
+
+func (x *EnterRequest) GetInstance() string {
+	if x != nil {
+		return x.Instance
+	}
+	return ""
+}
+
+type EnterResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Error *Error                 `protobuf:"bytes,1,opt,name=error,proto3" json:"error,omitempty"`
+	// retry says, with error, that a host is on its way: the same request may succeed soon.
+	Retry bool `protobuf:"varint,2,opt,name=retry,proto3" json:"retry,omitempty"`
+	// activity_id replaces the relay's from here on where the ticket carries one.
+	ActivityId string `protobuf:"bytes,3,opt,name=activity_id,json=activityId,proto3" json:"activity_id,omitempty"`
+	// gateway, hostname and port say where the client is to go.
+	Gateway  string `protobuf:"bytes,4,opt,name=gateway,proto3" json:"gateway,omitempty"`
+	Hostname string `protobuf:"bytes,5,opt,name=hostname,proto3" json:"hostname,omitempty"`
+	Port     uint32 `protobuf:"varint,6,opt,name=port,proto3" json:"port,omitempty"`
+	// target is the name that the host's certificate carries.
+	Target        string `protobuf:"bytes,7,opt,name=target,proto3" json:"target,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EnterResponse) Reset() {
+	*x = EnterResponse{}
+	mi := &file_admission_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EnterResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EnterResponse) ProtoMessage() {}
+
+func (x *EnterResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_admission_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EnterResponse.ProtoReflect.Descriptor instead.
+func (*EnterResponse) Descriptor() ([]byte, []int) {
+	return file_admission_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *EnterResponse) GetError() *Error {
+	if x != nil {
+		return x.Error
+	}
+	return nil
+}
+
+func (x *EnterResponse) GetRetry() bool {
+	if x != nil {
+		return x.Retry
+	}
+	return false
+}
+
+func (x *EnterResponse) GetActivityId() string {
+	if x != nil {
+		return x.ActivityId
+	}
+	return ""
+}
+
+func (x *EnterResponse) GetGateway() string {
+	if x != nil {
+		return x.Gateway
+	}
+	return ""
+}
+
+func (x *EnterResponse) GetHostname() string {
+	if x != nil {
+		return x.Hostname
+	}
+	return ""
+}
+
+func (x *EnterResponse) GetPort() uint32 {
+	if x != nil {
+		return x.Port
+	}
+	return 0
+}
+
+func (x *EnterResponse) GetTarget() string {
+	if x != nil {
+		return x.Target
+	}
+	return ""
+}
+
 type RouteRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Instance      string                 `protobuf:"bytes,1,opt,name=instance,proto3" json:"instance,omitempty"`
@@ -456,7 +621,7 @@ type RouteRequest struct {
 
 func (x *RouteRequest) Reset() {
 	*x = RouteRequest{}
-	mi := &file_admission_proto_msgTypes[5]
+	mi := &file_admission_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -468,7 +633,7 @@ func (x *RouteRequest) String() string {
 func (*RouteRequest) ProtoMessage() {}
 
 func (x *RouteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admission_proto_msgTypes[5]
+	mi := &file_admission_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -481,7 +646,7 @@ func (x *RouteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RouteRequest.ProtoReflect.Descriptor instead.
 func (*RouteRequest) Descriptor() ([]byte, []int) {
-	return file_admission_proto_rawDescGZIP(), []int{5}
+	return file_admission_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *RouteRequest) GetInstance() string {
@@ -502,7 +667,7 @@ type RouteResponse struct {
 
 func (x *RouteResponse) Reset() {
 	*x = RouteResponse{}
-	mi := &file_admission_proto_msgTypes[6]
+	mi := &file_admission_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -514,7 +679,7 @@ func (x *RouteResponse) String() string {
 func (*RouteResponse) ProtoMessage() {}
 
 func (x *RouteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admission_proto_msgTypes[6]
+	mi := &file_admission_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -527,7 +692,7 @@ func (x *RouteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RouteResponse.ProtoReflect.Descriptor instead.
 func (*RouteResponse) Descriptor() ([]byte, []int) {
-	return file_admission_proto_rawDescGZIP(), []int{6}
+	return file_admission_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *RouteResponse) GetError() *Error {
@@ -562,7 +727,7 @@ type Session struct {
 
 func (x *Session) Reset() {
 	*x = Session{}
-	mi := &file_admission_proto_msgTypes[7]
+	mi := &file_admission_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -574,7 +739,7 @@ func (x *Session) String() string {
 func (*Session) ProtoMessage() {}
 
 func (x *Session) ProtoReflect() protoreflect.Message {
-	mi := &file_admission_proto_msgTypes[7]
+	mi := &file_admission_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -587,7 +752,7 @@ func (x *Session) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Session.ProtoReflect.Descriptor instead.
 func (*Session) Descriptor() ([]byte, []int) {
-	return file_admission_proto_rawDescGZIP(), []int{7}
+	return file_admission_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Session) GetSessionId() string {
@@ -677,7 +842,7 @@ type RelayReport struct {
 
 func (x *RelayReport) Reset() {
 	*x = RelayReport{}
-	mi := &file_admission_proto_msgTypes[8]
+	mi := &file_admission_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -689,7 +854,7 @@ func (x *RelayReport) String() string {
 func (*RelayReport) ProtoMessage() {}
 
 func (x *RelayReport) ProtoReflect() protoreflect.Message {
-	mi := &file_admission_proto_msgTypes[8]
+	mi := &file_admission_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -702,7 +867,7 @@ func (x *RelayReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RelayReport.ProtoReflect.Descriptor instead.
 func (*RelayReport) Descriptor() ([]byte, []int) {
-	return file_admission_proto_rawDescGZIP(), []int{8}
+	return file_admission_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *RelayReport) GetReport() isRelayReport_Report {
@@ -819,7 +984,7 @@ type Batch struct {
 
 func (x *Batch) Reset() {
 	*x = Batch{}
-	mi := &file_admission_proto_msgTypes[9]
+	mi := &file_admission_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -831,7 +996,7 @@ func (x *Batch) String() string {
 func (*Batch) ProtoMessage() {}
 
 func (x *Batch) ProtoReflect() protoreflect.Message {
-	mi := &file_admission_proto_msgTypes[9]
+	mi := &file_admission_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -844,7 +1009,7 @@ func (x *Batch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Batch.ProtoReflect.Descriptor instead.
 func (*Batch) Descriptor() ([]byte, []int) {
-	return file_admission_proto_rawDescGZIP(), []int{9}
+	return file_admission_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Batch) GetReports() []*RelayReport {
@@ -864,7 +1029,7 @@ type Snapshot struct {
 
 func (x *Snapshot) Reset() {
 	*x = Snapshot{}
-	mi := &file_admission_proto_msgTypes[10]
+	mi := &file_admission_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -876,7 +1041,7 @@ func (x *Snapshot) String() string {
 func (*Snapshot) ProtoMessage() {}
 
 func (x *Snapshot) ProtoReflect() protoreflect.Message {
-	mi := &file_admission_proto_msgTypes[10]
+	mi := &file_admission_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -889,7 +1054,7 @@ func (x *Snapshot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
 func (*Snapshot) Descriptor() ([]byte, []int) {
-	return file_admission_proto_rawDescGZIP(), []int{10}
+	return file_admission_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Snapshot) GetInstance() string {
@@ -917,7 +1082,7 @@ type Ended struct {
 
 func (x *Ended) Reset() {
 	*x = Ended{}
-	mi := &file_admission_proto_msgTypes[11]
+	mi := &file_admission_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -929,7 +1094,7 @@ func (x *Ended) String() string {
 func (*Ended) ProtoMessage() {}
 
 func (x *Ended) ProtoReflect() protoreflect.Message {
-	mi := &file_admission_proto_msgTypes[11]
+	mi := &file_admission_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -942,7 +1107,7 @@ func (x *Ended) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ended.ProtoReflect.Descriptor instead.
 func (*Ended) Descriptor() ([]byte, []int) {
-	return file_admission_proto_rawDescGZIP(), []int{11}
+	return file_admission_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Ended) GetSession() *Session {
@@ -968,7 +1133,7 @@ type Draining struct {
 
 func (x *Draining) Reset() {
 	*x = Draining{}
-	mi := &file_admission_proto_msgTypes[12]
+	mi := &file_admission_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -980,7 +1145,7 @@ func (x *Draining) String() string {
 func (*Draining) ProtoMessage() {}
 
 func (x *Draining) ProtoReflect() protoreflect.Message {
-	mi := &file_admission_proto_msgTypes[12]
+	mi := &file_admission_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -993,7 +1158,7 @@ func (x *Draining) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Draining.ProtoReflect.Descriptor instead.
 func (*Draining) Descriptor() ([]byte, []int) {
-	return file_admission_proto_rawDescGZIP(), []int{12}
+	return file_admission_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Draining) GetDeadline() *timestamppb.Timestamp {
@@ -1022,7 +1187,7 @@ type Step struct {
 
 func (x *Step) Reset() {
 	*x = Step{}
-	mi := &file_admission_proto_msgTypes[13]
+	mi := &file_admission_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1034,7 +1199,7 @@ func (x *Step) String() string {
 func (*Step) ProtoMessage() {}
 
 func (x *Step) ProtoReflect() protoreflect.Message {
-	mi := &file_admission_proto_msgTypes[13]
+	mi := &file_admission_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1047,7 +1212,7 @@ func (x *Step) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Step.ProtoReflect.Descriptor instead.
 func (*Step) Descriptor() ([]byte, []int) {
-	return file_admission_proto_rawDescGZIP(), []int{13}
+	return file_admission_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Step) GetActivityId() string {
@@ -1118,7 +1283,7 @@ type RelayCommand struct {
 
 func (x *RelayCommand) Reset() {
 	*x = RelayCommand{}
-	mi := &file_admission_proto_msgTypes[14]
+	mi := &file_admission_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1130,7 +1295,7 @@ func (x *RelayCommand) String() string {
 func (*RelayCommand) ProtoMessage() {}
 
 func (x *RelayCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_admission_proto_msgTypes[14]
+	mi := &file_admission_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1143,7 +1308,7 @@ func (x *RelayCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RelayCommand.ProtoReflect.Descriptor instead.
 func (*RelayCommand) Descriptor() ([]byte, []int) {
-	return file_admission_proto_rawDescGZIP(), []int{14}
+	return file_admission_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *RelayCommand) GetCommand() isRelayCommand_Command {
@@ -1182,7 +1347,7 @@ type End struct {
 
 func (x *End) Reset() {
 	*x = End{}
-	mi := &file_admission_proto_msgTypes[15]
+	mi := &file_admission_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1194,7 +1359,7 @@ func (x *End) String() string {
 func (*End) ProtoMessage() {}
 
 func (x *End) ProtoReflect() protoreflect.Message {
-	mi := &file_admission_proto_msgTypes[15]
+	mi := &file_admission_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1207,7 +1372,7 @@ func (x *End) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use End.ProtoReflect.Descriptor instead.
 func (*End) Descriptor() ([]byte, []int) {
-	return file_admission_proto_rawDescGZIP(), []int{15}
+	return file_admission_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *End) GetSessionId() string {
@@ -1269,7 +1434,23 @@ const file_admission_proto_rawDesc = "" +
 	"activityId\x12\x1c\n" +
 	"\tworkspace\x18\x04 \x01(\tR\tworkspace\x12\x12\n" +
 	"\x04user\x18\x05 \x01(\tR\x04user\x12\x1a\n" +
-	"\bresource\x18\x06 \x01(\tR\bresource\"*\n" +
+	"\bresource\x18\x06 \x01(\tR\bresource\"\x84\x01\n" +
+	"\fEnterRequest\x12\x1f\n" +
+	"\vactivity_id\x18\x01 \x01(\tR\n" +
+	"activityId\x12\x16\n" +
+	"\x06ticket\x18\x02 \x01(\tR\x06ticket\x12\x1f\n" +
+	"\vclient_addr\x18\x03 \x01(\tR\n" +
+	"clientAddr\x12\x1a\n" +
+	"\binstance\x18\x04 \x01(\tR\binstance\"\xde\x01\n" +
+	"\rEnterResponse\x124\n" +
+	"\x05error\x18\x01 \x01(\v2\x1e.rendezvous.admission.v1.ErrorR\x05error\x12\x14\n" +
+	"\x05retry\x18\x02 \x01(\bR\x05retry\x12\x1f\n" +
+	"\vactivity_id\x18\x03 \x01(\tR\n" +
+	"activityId\x12\x18\n" +
+	"\agateway\x18\x04 \x01(\tR\agateway\x12\x1a\n" +
+	"\bhostname\x18\x05 \x01(\tR\bhostname\x12\x12\n" +
+	"\x04port\x18\x06 \x01(\rR\x04port\x12\x16\n" +
+	"\x06target\x18\a \x01(\tR\x06target\"*\n" +
 	"\fRouteRequest\x12\x1a\n" +
 	"\binstance\x18\x01 \x01(\tR\binstance\"_\n" +
 	"\rRouteResponse\x124\n" +
@@ -1323,10 +1504,11 @@ const file_admission_proto_rawDesc = "" +
 	"\x03End\x12\x1d\n" +
 	"\n" +
 	"session_id\x18\x01 \x01(\tR\tsessionId\x12\x16\n" +
-	"\x06reason\x18\x02 \x01(\tR\x06reason2\x89\x03\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason2\xe1\x03\n" +
 	"\tAdmission\x12k\n" +
 	"\fAuthenticate\x12,.rendezvous.admission.v1.AuthenticateRequest\x1a-.rendezvous.admission.v1.AuthenticateResponse\x12\\\n" +
 	"\aConnect\x12'.rendezvous.admission.v1.ConnectRequest\x1a(.rendezvous.admission.v1.ConnectResponse\x12V\n" +
+	"\x05Enter\x12%.rendezvous.admission.v1.EnterRequest\x1a&.rendezvous.admission.v1.EnterResponse\x12V\n" +
 	"\x05Route\x12%.rendezvous.admission.v1.RouteRequest\x1a&.rendezvous.admission.v1.RouteResponse\x12Y\n" +
 	"\x06Report\x12$.rendezvous.admission.v1.RelayReport\x1a%.rendezvous.admission.v1.RelayCommand(\x010\x01B*Z(rendezvous.dev/rendezvous/wire/admissionb\x06proto3"
 
@@ -1342,58 +1524,63 @@ func file_admission_proto_rawDescGZIP() []byte {
 	return file_admission_proto_rawDescData
 }
 
-var file_admission_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
+var file_admission_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
 var file_admission_proto_goTypes = []any{
 	(*Error)(nil),                 // 0: rendezvous.admission.v1.Error
 	(*AuthenticateRequest)(nil),   // 1: rendezvous.admission.v1.AuthenticateRequest
 	(*AuthenticateResponse)(nil),  // 2: rendezvous.admission.v1.AuthenticateResponse
 	(*ConnectRequest)(nil),        // 3: rendezvous.admission.v1.ConnectRequest
 	(*ConnectResponse)(nil),       // 4: rendezvous.admission.v1.ConnectResponse
-	(*RouteRequest)(nil),          // 5: rendezvous.admission.v1.RouteRequest
-	(*RouteResponse)(nil),         // 6: rendezvous.admission.v1.RouteResponse
-	(*Session)(nil),               // 7: rendezvous.admission.v1.Session
-	(*RelayReport)(nil),           // 8: rendezvous.admission.v1.RelayReport
-	(*Batch)(nil),                 // 9: rendezvous.admission.v1.Batch
-	(*Snapshot)(nil),              // 10: rendezvous.admission.v1.Snapshot
-	(*Ended)(nil),                 // 11: rendezvous.admission.v1.Ended
-	(*Draining)(nil),              // 12: rendezvous.admission.v1.Draining
-	(*Step)(nil),                  // 13: rendezvous.admission.v1.Step
-	(*RelayCommand)(nil),          // 14: rendezvous.admission.v1.RelayCommand
-	(*End)(nil),                   // 15: rendezvous.admission.v1.End
-	(*timestamppb.Timestamp)(nil), // 16: google.protobuf.Timestamp
+	(*EnterRequest)(nil),          // 5: rendezvous.admission.v1.EnterRequest
+	(*EnterResponse)(nil),         // 6: rendezvous.admission.v1.EnterResponse
+	(*RouteRequest)(nil),          // 7: rendezvous.admission.v1.RouteRequest
+	(*RouteResponse)(nil),         // 8: rendezvous.admission.v1.RouteResponse
+	(*Session)(nil),               // 9: rendezvous.admission.v1.Session
+	(*RelayReport)(nil),           // 10: rendezvous.admission.v1.RelayReport
+	(*Batch)(nil),                 // 11: rendezvous.admission.v1.Batch
+	(*Snapshot)(nil),              // 12: rendezvous.admission.v1.Snapshot
+	(*Ended)(nil),                 // 13: rendezvous.admission.v1.Ended
+	(*Draining)(nil),              // 14: rendezvous.admission.v1.Draining
+	(*Step)(nil),                  // 15: rendezvous.admission.v1.Step
+	(*RelayCommand)(nil),          // 16: rendezvous.admission.v1.RelayCommand
+	(*End)(nil),                   // 17: rendezvous.admission.v1.End
+	(*timestamppb.Timestamp)(nil), // 18: google.protobuf.Timestamp
 }
 var file_admission_proto_depIdxs = []int32{
 	0,  // 0: rendezvous.admission.v1.AuthenticateResponse.error:type_name -> rendezvous.admission.v1.Error
-	16, // 1: rendezvous.admission.v1.AuthenticateResponse.expires:type_name -> google.protobuf.Timestamp
-	16, // 2: rendezvous.admission.v1.ConnectRequest.deadline:type_name -> google.protobuf.Timestamp
+	18, // 1: rendezvous.admission.v1.AuthenticateResponse.expires:type_name -> google.protobuf.Timestamp
+	18, // 2: rendezvous.admission.v1.ConnectRequest.deadline:type_name -> google.protobuf.Timestamp
 	0,  // 3: rendezvous.admission.v1.ConnectResponse.error:type_name -> rendezvous.admission.v1.Error
-	0,  // 4: rendezvous.admission.v1.RouteResponse.error:type_name -> rendezvous.admission.v1.Error
-	16, // 5: rendezvous.admission.v1.Session.started:type_name -> google.protobuf.Timestamp
-	10, // 6: rendezvous.admission.v1.RelayReport.snapshot:type_name -> rendezvous.admission.v1.Snapshot
-	7,  // 7: rendezvous.admission.v1.RelayReport.started:type_name -> rendezvous.admission.v1.Session
-	11, // 8: rendezvous.admission.v1.RelayReport.ended:type_name -> rendezvous.admission.v1.Ended
-	12, // 9: rendezvous.admission.v1.RelayReport.draining:type_name -> rendezvous.admission.v1.Draining
-	13, // 10: rendezvous.admission.v1.RelayReport.step:type_name -> rendezvous.admission.v1.Step
-	9,  // 11: rendezvous.admission.v1.RelayReport.batch:type_name -> rendezvous.admission.v1.Batch
-	8,  // 12: rendezvous.admission.v1.Batch.reports:type_name -> rendezvous.admission.v1.RelayReport
-	7,  // 13: rendezvous.admission.v1.Snapshot.sessions:type_name -> rendezvous.admission.v1.Session
-	7,  // 14: rendezvous.admission.v1.Ended.session:type_name -> rendezvous.admission.v1.Session
-	16, // 15: rendezvous.admission.v1.Draining.deadline:type_name -> google.protobuf.Timestamp
-	16, // 16: rendezvous.admission.v1.Step.at:type_name -> google.protobuf.Timestamp
-	15, // 17: rendezvous.admission.v1.RelayCommand.end:type_name -> rendezvous.admission.v1.End
-	1,  // 18: rendezvous.admission.v1.Admission.Authenticate:input_type -> rendezvous.admission.v1.AuthenticateRequest
-	3,  // 19: rendezvous.admission.v1.Admission.Connect:input_type -> rendezvous.admission.v1.ConnectRequest
-	5,  // 20: rendezvous.admission.v1.Admission.Route:input_type -> rendezvous.admission.v1.RouteRequest
-	8,  // 21: rendezvous.admission.v1.Admission.Report:input_type -> rendezvous.admission.v1.RelayReport
-	2,  // 22: rendezvous.admission.v1.Admission.Authenticate:output_type -> rendezvous.admission.v1.AuthenticateResponse
-	4,  // 23: rendezvous.admission.v1.Admission.Connect:output_type -> rendezvous.admission.v1.ConnectResponse
-	6,  // 24: rendezvous.admission.v1.Admission.Route:output_type -> rendezvous.admission.v1.RouteResponse
-	14, // 25: rendezvous.admission.v1.Admission.Report:output_type -> rendezvous.admission.v1.RelayCommand
-	22, // [22:26] is the sub-list for method output_type
-	18, // [18:22] is the sub-list for method input_type
-	18, // [18:18] is the sub-list for extension type_name
-	18, // [18:18] is the sub-list for extension extendee
-	0,  // [0:18] is the sub-list for field type_name
+	0,  // 4: rendezvous.admission.v1.EnterResponse.error:type_name -> rendezvous.admission.v1.Error
+	0,  // 5: rendezvous.admission.v1.RouteResponse.error:type_name -> rendezvous.admission.v1.Error
+	18, // 6: rendezvous.admission.v1.Session.started:type_name -> google.protobuf.Timestamp
+	12, // 7: rendezvous.admission.v1.RelayReport.snapshot:type_name -> rendezvous.admission.v1.Snapshot
+	9,  // 8: rendezvous.admission.v1.RelayReport.started:type_name -> rendezvous.admission.v1.Session
+	13, // 9: rendezvous.admission.v1.RelayReport.ended:type_name -> rendezvous.admission.v1.Ended
+	14, // 10: rendezvous.admission.v1.RelayReport.draining:type_name -> rendezvous.admission.v1.Draining
+	15, // 11: rendezvous.admission.v1.RelayReport.step:type_name -> rendezvous.admission.v1.Step
+	11, // 12: rendezvous.admission.v1.RelayReport.batch:type_name -> rendezvous.admission.v1.Batch
+	10, // 13: rendezvous.admission.v1.Batch.reports:type_name -> rendezvous.admission.v1.RelayReport
+	9,  // 14: rendezvous.admission.v1.Snapshot.sessions:type_name -> rendezvous.admission.v1.Session
+	9,  // 15: rendezvous.admission.v1.Ended.session:type_name -> rendezvous.admission.v1.Session
+	18, // 16: rendezvous.admission.v1.Draining.deadline:type_name -> google.protobuf.Timestamp
+	18, // 17: rendezvous.admission.v1.Step.at:type_name -> google.protobuf.Timestamp
+	17, // 18: rendezvous.admission.v1.RelayCommand.end:type_name -> rendezvous.admission.v1.End
+	1,  // 19: rendezvous.admission.v1.Admission.Authenticate:input_type -> rendezvous.admission.v1.AuthenticateRequest
+	3,  // 20: rendezvous.admission.v1.Admission.Connect:input_type -> rendezvous.admission.v1.ConnectRequest
+	5,  // 21: rendezvous.admission.v1.Admission.Enter:input_type -> rendezvous.admission.v1.EnterRequest
+	7,  // 22: rendezvous.admission.v1.Admission.Route:input_type -> rendezvous.admission.v1.RouteRequest
+	10, // 23: rendezvous.admission.v1.Admission.Report:input_type -> rendezvous.admission.v1.RelayReport
+	2,  // 24: rendezvous.admission.v1.Admission.Authenticate:output_type -> rendezvous.admission.v1.AuthenticateResponse
+	4,  // 25: rendezvous.admission.v1.Admission.Connect:output_type -> rendezvous.admission.v1.ConnectResponse
+	6,  // 26: rendezvous.admission.v1.Admission.Enter:output_type -> rendezvous.admission.v1.EnterResponse
+	8,  // 27: rendezvous.admission.v1.Admission.Route:output_type -> rendezvous.admission.v1.RouteResponse
+	16, // 28: rendezvous.admission.v1.Admission.Report:output_type -> rendezvous.admission.v1.RelayCommand
+	24, // [24:29] is the sub-list for method output_type
+	19, // [19:24] is the sub-list for method input_type
+	19, // [19:19] is the sub-list for extension type_name
+	19, // [19:19] is the sub-list for extension extendee
+	0,  // [0:19] is the sub-list for field type_name
 }
 
 func init() { file_admission_proto_init() }
@@ -1401,7 +1588,7 @@ func file_admission_proto_init() {
 	if File_admission_proto != nil {
 		return
 	}
-	file_admission_proto_msgTypes[8].OneofWrappers = []any{
+	file_admission_proto_msgTypes[10].OneofWrappers = []any{
 		(*RelayReport_Snapshot)(nil),
 		(*RelayReport_Started)(nil),
 		(*RelayReport_Ended)(nil),
@@ -1409,7 +1596,7 @@ func file_admission_proto_init() {
 		(*RelayReport_Step)(nil),
 		(*RelayReport_Batch)(nil),
 	}
-	file_admission_proto_msgTypes[14].OneofWrappers = []any{
+	file_admission_proto_msgTypes[16].OneofWrappers = []any{
 		(*RelayCommand_End)(nil),
 	}
 	type x struct{}
@@ -1418,7 +1605,7 @@ func file_admission_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admission_proto_rawDesc), len(file_admission_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   16,
+			NumMessages:   18,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

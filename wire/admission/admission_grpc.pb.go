@@ -27,6 +27,7 @@ const _ = grpc.SupportPackageIsVersion9
 const (
 	Admission_Authenticate_FullMethodName = "/rendezvous.admission.v1.Admission/Authenticate"
 	Admission_Connect_FullMethodName      = "/rendezvous.admission.v1.Admission/Connect"
+	Admission_Enter_FullMethodName        = "/rendezvous.admission.v1.Admission/Enter"
 	Admission_Route_FullMethodName        = "/rendezvous.admission.v1.Admission/Route"
 	Admission_Report_FullMethodName       = "/rendezvous.admission.v1.Admission/Report"
 )
@@ -43,6 +44,9 @@ type AdmissionClient interface {
 	// an agent that dials at once is never too early. Where the client gives its ticket and its target at once, as in raw
 	// mode, no Authenticate comes before: Connect checks the ticket too, and says what Authenticate would have said.
 	Connect(ctx context.Context, in *ConnectRequest, opts ...grpc.CallOption) (*ConnectResponse, error)
+	// Enter asks which gateway is to serve a client that is told where to go (step 7 of the connection sequence). The ticket
+	// is checked and the broker authorises, but nothing is orchestrated yet: the client comes to the gateway that it is told.
+	Enter(ctx context.Context, in *EnterRequest, opts ...grpc.CallOption) (*EnterResponse, error)
 	// Route names the address of the relay instance that holds the client leg, where an agent's connection reached
 	// another pod of the same gateway. Only live peers of this gateway are ever named.
 	Route(ctx context.Context, in *RouteRequest, opts ...grpc.CallOption) (*RouteResponse, error)
@@ -73,6 +77,16 @@ func (c *admissionClient) Connect(ctx context.Context, in *ConnectRequest, opts 
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(ConnectResponse)
 	err := c.cc.Invoke(ctx, Admission_Connect_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *admissionClient) Enter(ctx context.Context, in *EnterRequest, opts ...grpc.CallOption) (*EnterResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(EnterResponse)
+	err := c.cc.Invoke(ctx, Admission_Enter_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -114,6 +128,9 @@ type AdmissionServer interface {
 	// an agent that dials at once is never too early. Where the client gives its ticket and its target at once, as in raw
 	// mode, no Authenticate comes before: Connect checks the ticket too, and says what Authenticate would have said.
 	Connect(context.Context, *ConnectRequest) (*ConnectResponse, error)
+	// Enter asks which gateway is to serve a client that is told where to go (step 7 of the connection sequence). The ticket
+	// is checked and the broker authorises, but nothing is orchestrated yet: the client comes to the gateway that it is told.
+	Enter(context.Context, *EnterRequest) (*EnterResponse, error)
 	// Route names the address of the relay instance that holds the client leg, where an agent's connection reached
 	// another pod of the same gateway. Only live peers of this gateway are ever named.
 	Route(context.Context, *RouteRequest) (*RouteResponse, error)
@@ -135,6 +152,9 @@ func (UnimplementedAdmissionServer) Authenticate(context.Context, *AuthenticateR
 }
 func (UnimplementedAdmissionServer) Connect(context.Context, *ConnectRequest) (*ConnectResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Connect not implemented")
+}
+func (UnimplementedAdmissionServer) Enter(context.Context, *EnterRequest) (*EnterResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Enter not implemented")
 }
 func (UnimplementedAdmissionServer) Route(context.Context, *RouteRequest) (*RouteResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Route not implemented")
@@ -199,6 +219,24 @@ func _Admission_Connect_Handler(srv interface{}, ctx context.Context, dec func(i
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admission_Enter_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(EnterRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdmissionServer).Enter(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admission_Enter_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdmissionServer).Enter(ctx, req.(*EnterRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Admission_Route_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(RouteRequest)
 	if err := dec(in); err != nil {
@@ -238,6 +276,10 @@ var Admission_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Connect",
 			Handler:    _Admission_Connect_Handler,
+		},
+		{
+			MethodName: "Enter",
+			Handler:    _Admission_Enter_Handler,
 		},
 		{
 			MethodName: "Route",
