@@ -46,7 +46,7 @@ unit: ## Unit, golden, CEL and envtest tests (kube-apiserver and etcd from the c
 	go -C hack/cluster test ./...
 	go -C hack/cluster/dex test ./...
 	go -C hack/desktop test ./...
-	go -C hack test ./wiretap
+	go -C hack test ./wiretap ./fleet
 	go -C hack/bench test ./...
 	go -C hack/sim test ./...
 
@@ -57,6 +57,10 @@ e2e: ## The end-to-end tests, on the embedded cluster
 .PHONY: bench
 bench: ## Measure the relay beside HAProxy, nginx, stunnel and a naive proxy: a table, the goals, hack/bench/bench.svg
 	go -C hack/bench run .
+
+.PHONY: fleet
+fleet: ## 200 live sessions while everything is rolled, scaled, renewed and killed: a table, bin/fleet.svg
+	$(DEV) fleet
 
 ##@ The embedded cluster
 .PHONY: cluster-up cluster-down

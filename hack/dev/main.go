@@ -2,19 +2,25 @@
 //
 //	dev demo    the main job, start to picture
 //	dev images  build the images and load them into the embedded cluster
+//	dev fleet   200 live sessions while everything is rolled, scaled and killed: a table, fleet.json, fleet.svg in bin/
 package main
 
 import (
 	"context"
+	"encoding/json"
+	"errors"
+	"flag"
 	"fmt"
 	"log/slog"
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
 	"rendezvous.dev/rendezvous/hack/desktop/rdpkit"
+	"rendezvous.dev/rendezvous/hack/fleet"
 	"rendezvous.dev/rendezvous/hack/stage"
 )
 
@@ -28,8 +34,10 @@ func main() {
 			err = demo(ctx, root)
 		case len(os.Args) == 2 && os.Args[1] == "images":
 			err = stage.Images(ctx, root, stage.NewProgress(os.Stderr))
+		case len(os.Args) >= 2 && os.Args[1] == "fleet":
+			err = runFleet(ctx, root, os.Args[2:])
 		default:
-			err = fmt.Errorf("usage: dev demo|images")
+			err = fmt.Errorf("usage: dev demo|images|fleet")
 		}
 	}
 	if err != nil {
@@ -101,6 +109,41 @@ func demo(ctx context.Context, root string) error {
 	fmt.Printf("\n$ kubectl get rdv -n %s\n%s\n", stage.Namespace, all)
 	fmt.Printf("The picture is %s. Look around with KUBECONFIG=%s; `make cluster-down` removes it all.\n", file, s.Kubeconfig)
 	return nil
+}
+
+// runFleet brings the stage about and the fleet on it.
+func runFleet(ctx context.Context, root string, args []string) error {
+	var o fleet.Options
+	fs := flag.NewFlagSet("dev fleet", flag.ContinueOnError)
+	fs.IntVar(&o.Sessions, "sessions", 200, "live sessions")
+	fs.IntVar(&o.Hosts, "hosts", 40, "machines, each with a real agent")
+	fs.IntVar(&o.Gateways, "gateways", 3, "gateway pods")
+	fs.IntVar(&o.Brokers, "brokers", 3, "broker pods")
+	out := fs.String("out", filepath.Join(root, "bin"), "folder for fleet.md, fleet.json and fleet.svg")
+	steps := fs.String("steps", "", "steps to take, separated by semicolons; all when empty: "+strings.Join(fleet.StepNames(), "; "))
+	if err := fs.Parse(args); err != nil {
+		return err
+	}
+	if *steps != "" {
+		o.Steps = strings.Split(*steps, ";")
+	}
+	say := stage.NewProgress(os.Stderr)
+	o.Say = say.Say
+	s, err := stage.Up(ctx, root, say)
+	if err != nil {
+		return err
+	}
+	r, err := fleet.Run(ctx, s, o)
+	if r == nil {
+		return err
+	}
+	fmt.Printf("\n%s\n", r.Markdown())
+	for _, f := range r.Faults {
+		fmt.Println("-", f)
+	}
+	text, jerr := json.MarshalIndent(r, "", "\t")
+	return errors.Join(err, jerr, os.WriteFile(filepath.Join(*out, "fleet.md"), []byte(r.Markdown()), 0o644),
+		os.WriteFile(filepath.Join(*out, "fleet.json"), text, 0o644), os.WriteFile(filepath.Join(*out, "fleet.svg"), r.Plot(), 0o644))
 }
 
 // typed waits for the session's terminal, types into it and takes the picture once the answer is there.

@@ -70,14 +70,28 @@ func pack(name, binary, dir string) (Image, error) {
 	for _, f := range old {
 		os.Remove(f)
 	}
-	err = imagetar.WriteFile(img.Tar, imagetar.Image{
+	return img, write(img, data)
+}
+
+// Variant packs a binary into an image of another tag and with a file more, into dir.
+func Variant(name, binary, dir, tag string) (Image, error) {
+	data, err := os.ReadFile(binary)
+	if err != nil {
+		return Image{}, fmt.Errorf("images: %w", err)
+	}
+	img := Image{Name: name, Ref: "rendezvous/" + name + ":" + tag, Tar: filepath.Join(dir, "variant-"+name+".tar")}
+	return img, write(img, data, imagetar.File{Path: "/variant", Data: []byte(tag + "\n"), Mode: 0o644})
+}
+
+func write(img Image, binary []byte, more ...imagetar.File) error {
+	err := imagetar.WriteFile(img.Tar, imagetar.Image{
 		Ref:        img.Ref,
-		Files:      []imagetar.File{{Path: "/" + name, Data: data, Mode: 0o755}},
-		Entrypoint: []string{"/" + name},
+		Files:      append([]imagetar.File{{Path: "/" + img.Name, Data: binary, Mode: 0o755}}, more...),
+		Entrypoint: []string{"/" + img.Name},
 		User:       fmt.Sprintf("%d:%d", nonRoot, nonRoot),
 	})
 	if err != nil {
-		return Image{}, fmt.Errorf("images: %s: %w", name, err)
+		return fmt.Errorf("images: %s: %w", img.Name, err)
 	}
-	return img, nil
+	return nil
 }

@@ -244,3 +244,6 @@ func (s *Stage) buildTools(ctx context.Context) error {
 	}
 	return nil
 }
+
+// Tool is the path of one of the product's binaries, or of buildTools', that machines of the stage run.
+func (s *Stage) Tool(name string) string { return filepath.Join(s.toolDir(), name) }

@@ -300,3 +300,17 @@ func (s *Stage) DesktopColor(ctx context.Context, pool string) (color.RGBA, erro
 	}
 	return c, nil
 }
+
+// VariantImages loads further images of components into the cluster, of the same programs, but with a tag and a file of
+// their own: what a rollout of a new image needs. It returns their references by component.
+func (s *Stage) VariantImages(ctx context.Context, tag string, components ...string) (map[string]string, error) {
+	refs, load := map[string]string{}, []string{"load"}
+	for _, name := range components {
+		variant, err := images.Variant(name, filepath.Join(s.toolDir(), name), s.imageDir(), tag)
+		if err != nil {
+			return nil, err
+		}
+		refs[name], load = variant.Ref, append(load, variant.Tar)
+	}
+	return refs, s.tool(ctx, "hack/cluster", load...)
+}
