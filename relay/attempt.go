@@ -19,8 +19,9 @@ import (
 
 // Transports, as told to the gateway container.
 const (
-	transportTSGU = "tsgu-websocket"
-	transportRaw  = "raw-websocket"
+	transportTSGU   = "tsgu-websocket"
+	transportLegacy = "tsgu-legacy"
+	transportRaw    = "raw-websocket"
 )
 
 // errClientGone says that the client left while it was being served: there is nobody to answer.
@@ -31,6 +32,7 @@ var errClientGone = errors.New("relay: the client has left")
 type attempt struct {
 	r         *Relay
 	v         *visitor
+	from      *leg // what the client is read from: v's, but for the legacy form
 	transport string
 	activity  string
 	sessionID string
@@ -57,7 +59,7 @@ type attempt struct {
 
 // newAttempt reserves a place for a client, or refuses.
 func (r *Relay) newAttempt(v *visitor, transport, activity string) (*attempt, *refusal.Error) {
-	a := &attempt{r: r, v: v, transport: transport, activity: activity, sessionID: newGUID(), requested: time.Now()}
+	a := &attempt{r: r, v: v, from: v.leg, transport: transport, activity: activity, sessionID: newGUID(), requested: time.Now()}
 	a.secured = a.requested.Sub(v.accepted)
 	if e := r.reserve(); e != nil {
 		return nil, a.refused(e)
@@ -147,7 +149,8 @@ func (a *attempt) connect(target string) error {
 	defer leave(nil)
 
 	a.v.SetDeadline(time.Time{})
-	unwatch := a.v.watch(func() { leave(errClientGone) })
+	a.from.SetDeadline(time.Time{})
+	unwatch := a.from.watch(func() { leave(errClientGone) })
 	err := a.orchestrate(ctx, target, wait)
 	unwatch()
 	if context.Cause(ctx) == errClientGone {
@@ -225,6 +228,7 @@ func (a *attempt) awaitAgent(ctx context.Context, w *joinWait, promised time.Tim
 func (a *attempt) begin(c *client) *session {
 	a.agent.leg.SetDeadline(time.Time{})
 	a.v.SetDeadline(time.Time{})
+	a.from.SetDeadline(time.Time{})
 	s := &session{
 		r: a.r, id: a.sessionID, activity: a.activity, workspace: a.workspace, user: a.user, resource: a.resource,
 		hostName: a.host, transport: a.transport, started: time.Now(), requested: a.requested, arrived: a.agent.arrived,

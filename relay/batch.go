@@ -70,14 +70,23 @@ func (b *batch) settle() {
 	}
 }
 
+// framing is what stands around RDP bytes on the client's side.
+type framing struct {
+	webSocket bool // binary frames
+	tsgu      bool // DATA packets; in the frames, where there are any
+}
+
 // frame puts the headers of one packet of RDP bytes to the client before the spans, within the first span's record
 // where they fit.
-func (b *batch) frame(inTSGU bool) {
-	size := b.content
-	if inTSGU {
+func (b *batch) frame(f framing) {
+	size, n := b.content, 0
+	if f.tsgu {
 		size += tsgu.DataHeaderLen
+		n += tsgu.DataHeaderLen
 	}
-	n := wsframe.HeaderLen(size) + size - b.content
+	if f.webSocket {
+		n += wsframe.HeaderLen(size)
+	}
 	first := &b.span[0]
 	at := first.at - n
 	if first.n+n <= maxContent {
@@ -88,9 +97,11 @@ func (b *batch) frame(inTSGU bool) {
 		b.spans++
 		b.span[0] = span{at, n}
 	}
-	h := wsframe.PutHeader(b.mem[at:], wsframe.Binary, size)
-	if inTSGU {
-		tsgu.PutDataHeader(b.mem[at+h:], b.content)
+	if f.webSocket {
+		at += wsframe.PutHeader(b.mem[at:], wsframe.Binary, size)
+	}
+	if f.tsgu {
+		tsgu.PutDataHeader(b.mem[at:], b.content)
 	}
 }
 

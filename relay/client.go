@@ -1,26 +1,55 @@
 package relay
 
 import (
+	"errors"
 	"io"
+	"time"
 
+	"rendezvous.dev/rendezvous/wire/chunked"
 	"rendezvous.dev/rendezvous/wire/tsgu"
 	"rendezvous.dev/rendezvous/wire/wsframe"
 )
 
-// client is the client's leg with its framing: WebSocket, and TSGU inside where tsgu is set.
+// client is the client's leg with its framing: WebSocket, TSGU inside it, or the legacy form of TSGU, whose packets come
+// in chunks on one connection and leave as they are on another.
 type client struct {
-	*leg
-	tsgu bool
+	*leg      // what is written to
+	from *leg // what is read: the same one, but for the legacy form
+	framing
 	// What the client's TSGU capabilities allow.
 	serviceMessages bool
 	idleTimeouts    bool
 
 	// Owned by whichever goroutine reads the client.
-	ws wsframe.Decoder
-	ts tsgu.Decoder
+	ws     wsframe.Decoder
+	chunks chunked.Decoder
+	ts     tsgu.Decoder
 
-	// Before the channel is open only: bytes read, WebSocket payload of them, and where they stand.
+	// Before the channel is open only: bytes read, payload of them, and where they stand.
 	buf, in, payload []byte
+}
+
+func newClient(to, from *leg, f framing) *client {
+	return &client{leg: to, from: from, framing: f, ws: wsframe.Decoder{Masked: true}}
+}
+
+func (c *client) SetDeadline(t time.Time) error {
+	return errors.Join(c.from.SetReadDeadline(t), c.leg.SetWriteDeadline(t))
+}
+
+// Close says good-bye where it can and closes both channels.
+func (c *client) Close() error {
+	err := c.leg.Close()
+	if c.from != c.leg {
+		err = errors.Join(err, c.from.Close())
+	}
+	return err
+}
+
+// abort closes both channels now.
+func (c *client) abort() {
+	c.leg.tcp.Close()
+	c.from.tcp.Close()
 }
 
 // next reads up to the next whole packet, before the channel is open.
@@ -37,21 +66,39 @@ func (c *client) next() (tsgu.Event, error) {
 			if c.buf == nil {
 				c.buf = make([]byte, 2<<10)
 			}
-			n, err := c.leg.Read(c.buf)
+			n, err := c.from.Read(c.buf)
 			if n == 0 && err != nil {
 				return tsgu.Event{}, err
 			}
 			c.in = c.buf[:n]
 		}
-		n, ev, err := c.ws.Decode(c.in)
-		c.in = c.in[n:]
+		n, payload, err := c.unframe(c.in)
+		c.in, c.payload = c.in[n:], payload
 		if err != nil {
 			return tsgu.Event{}, err
 		}
-		if c.payload, err = c.take(ev); err != nil {
-			return tsgu.Event{}, err
-		}
 	}
+}
+
+// unframe takes bytes from the front of b, says how many, and hands out what they carry, in place. The client's close is
+// io.EOF.
+func (c *client) unframe(b []byte) (n int, payload []byte, err error) {
+	if !c.webSocket {
+		return c.chunks.Decode(b)
+	}
+	n, ev, err := c.ws.Decode(b)
+	if err == nil {
+		payload, err = c.take(ev)
+	}
+	return n, payload, err
+}
+
+// brokeProtocol says that err is the client's breach of one of its protocols.
+func brokeProtocol(err error) bool {
+	var ws *wsframe.Error
+	var chunk *chunked.Error
+	var ts *tsgu.Error
+	return errors.As(err, &ws) || errors.As(err, &chunk) || errors.As(err, &ts)
 }
 
 // take answers a WebSocket control frame or hands payload through. The client's close is io.EOF.
@@ -87,18 +134,14 @@ func (c *client) unwrapAll(b *batch) error {
 // left moves together. What came before an error is still good.
 func (c *client) unwrap(b []byte) (out []byte, err error) {
 	for len(b) > 0 {
-		n, ev, err := c.ws.Decode(b)
+		n, payload, err := c.unframe(b)
 		b = b[n:]
 		if err != nil {
 			return out, err
 		}
-		if ev.Op == wsframe.Binary && !c.tsgu {
-			out = together(out, ev.Payload)
+		if !c.tsgu {
+			out = together(out, payload)
 			continue
-		}
-		payload, err := c.take(ev)
-		if err != nil {
-			return out, err
 		}
 		for len(payload) > 0 {
 			n, ev, err := c.ts.Decode(payload)
@@ -136,13 +179,21 @@ func together(out, part []byte) []byte {
 	return out[from : at+len(part)]
 }
 
+// wrap appends one packet as one message.
+func (c *client) wrap(b, packet []byte) []byte {
+	if c.webSocket {
+		return wsframe.AppendFrame(b, wsframe.Binary, packet)
+	}
+	return append(b, packet...)
+}
+
 // send writes one packet as one message. TLS writes whole slices, so packets of several goroutines never mix.
 func (c *client) send(p packet) error {
-	_, err := c.Write(wsframe.AppendFrame(nil, wsframe.Binary, p.Append(nil)))
+	_, err := c.Write(c.wrap(nil, p.Append(nil)))
 	return err
 }
 
-// control writes one control frame.
+// control writes one control frame of WebSocket.
 func (c *client) control(op wsframe.Opcode, payload []byte) error {
 	_, err := c.Write(wsframe.AppendFrame(nil, op, payload))
 	return err

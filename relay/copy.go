@@ -9,9 +9,9 @@ func (s *session) copyHostToClient() error {
 	if s.client.tsgu {
 		most = maxTSGU
 	}
-	return s.pump(s.host, most, func(b *batch) error {
+	return pump(s.host, most, func(b *batch) error {
 		s.count(&s.toClient, b)
-		b.frame(s.client.tsgu)
+		b.frame(s.client.framing)
 		if err := s.client.leg.send(b); err != nil {
 			return writeError{err}
 		}
@@ -22,7 +22,7 @@ func (s *session) copyHostToClient() error {
 // copyClientToHost takes the client's frames off and passes what is left on. It returns why it ended: io.EOF when the
 // client has said good-bye.
 func (s *session) copyClientToHost() error {
-	return s.pump(s.client.leg, maxBatch, func(b *batch) error {
+	return pump(s.client.from, maxBatch, func(b *batch) error {
 		uerr := s.client.unwrapAll(b)
 		if b.content > 0 {
 			s.count(&s.toHost, b)
@@ -36,7 +36,7 @@ func (s *session) copyClientToHost() error {
 
 // pump hands pass one batch of at most most bytes after the other, until the leg ends or pass fails. It waits for the leg without a batch in
 // hand, unless part of a record has come.
-func (s *session) pump(from *leg, most int, pass func(b *batch) error) error {
+func pump(from *leg, most int, pass func(b *batch) error) error {
 	b := getBatch()
 	b.most = most
 	defer func() { putBatch(b) }()
@@ -62,4 +62,10 @@ func (s *session) pump(from *leg, most int, pass func(b *batch) error) error {
 			return err
 		}
 	}
+}
+
+// discard reads a leg on which nothing is to be said, until it ends. Nobody else may read it.
+func (l *leg) discard() {
+	l.tcp.polling = true
+	pump(l, maxBatch, func(*batch) error { return nil })
 }

@@ -2,6 +2,7 @@ package relay
 
 import (
 	"bytes"
+	"crypto/tls"
 	"fmt"
 	"io"
 	"os"
@@ -28,10 +29,10 @@ func fillSpans(b *batch, content []byte, records ...int) {
 // TestFrame: whatever records came, the headers stand before their content, nothing is lost, no record is too long, and
 // there is room around each.
 func TestFrame(t *testing.T) {
-	for _, inTSGU := range []bool{false, true} {
+	for _, f := range framings {
 		for _, records := range [][]int{{1}, {64}, {115}, {116}, {125}, {126}, {maxContent - 15}, {maxContent - 14}, {maxContent - 13}, {maxContent - 4}, {maxContent - 3}, {maxContent},
 			{1, 1, 1}, {100, maxContent}, {maxContent, 100}, {maxContent, maxContent, maxContent}, {maxContent / 2, maxContent / 2, 1}, {9000, 9000, 9000, 9000, 9000, 9000, 9000}} {
-			t.Run(fmt.Sprintf("tsgu %t %v", inTSGU, records), func(t *testing.T) {
+			t.Run(fmt.Sprintf("%+v %v", f, records), func(t *testing.T) {
 				total := 0
 				for _, n := range records {
 					total += n
@@ -42,7 +43,7 @@ func TestFrame(t *testing.T) {
 				}
 				b := new(batch)
 				fillSpans(b, want, records...)
-				b.frame(inTSGU)
+				b.frame(f)
 				var out, got []byte
 				free := 0
 				for _, s := range b.filled() {
@@ -54,14 +55,17 @@ func TestFrame(t *testing.T) {
 				}
 				var ws wsframe.Decoder
 				var ts tsgu.Decoder
-				n, ev, err := ws.Decode(out)
-				if err != nil || n != len(out) || ev.Op != wsframe.Binary {
-					t.Fatalf("no whole frame: %d of %d bytes, op %#x, %v", n, len(out), ev.Op, err)
+				if got = out; f.webSocket {
+					n, ev, err := ws.Decode(out)
+					if err != nil || n != len(out) || ev.Op != wsframe.Binary {
+						t.Fatalf("no whole frame: %d of %d bytes, op %#x, %v", n, len(out), ev.Op, err)
+					}
+					got = ev.Payload
 				}
-				if got = ev.Payload; inTSGU {
-					n, pkt, err := ts.Decode(ev.Payload)
-					if err != nil || n != len(ev.Payload) || pkt.Type != tsgu.TypeData {
-						t.Fatalf("a message is not one DATA packet: %d of %d bytes, type %#x, %v", n, len(ev.Payload), pkt.Type, err)
+				if f.tsgu {
+					n, pkt, err := ts.Decode(got)
+					if err != nil || n != len(got) || pkt.Type != tsgu.TypeData {
+						t.Fatalf("a message is not one DATA packet: %d of %d bytes, type %#x, %v", n, len(got), pkt.Type, err)
 					}
 					got = pkt.Body
 				}
@@ -73,23 +77,28 @@ func TestFrame(t *testing.T) {
 	}
 }
 
+var framings = []framing{{webSocket: true}, {webSocket: true, tsgu: true}, {tsgu: true}}
+
 func TestFramingDoesNotAllocate(t *testing.T) {
-	for _, inTSGU := range []bool{false, true} {
-		rdp := &rdpClient{tsgu: inTSGU}
+	for _, f := range framings {
+		rdp := &rdpClient{tsgu: f.tsgu}
+		if !f.webSocket {
+			rdp.out = new(tls.Conn)
+		}
 		var in []byte
 		for range 5 {
 			in = append(in, rdp.frame(make([]byte, 700))...)
 		}
-		c := &client{tsgu: inTSGU, ws: wsframe.Decoder{Masked: true}}
+		c := newClient(nil, nil, f)
 		b := new(batch)
 		if n := testing.AllocsPerRun(200, func() {
 			fillSpans(b, in, len(in)-1000, 1000)
 			if err := c.unwrapAll(b); err != nil || b.content != 3500 {
 				t.Fatal(b.content, err)
 			}
-			b.frame(inTSGU)
+			b.frame(f)
 		}); n != 0 {
-			t.Errorf("tsgu %t: %v allocations per message", inTSGU, n)
+			t.Errorf("%+v: %v allocations per message", f, n)
 		}
 	}
 }
@@ -105,10 +114,7 @@ func TestSteadyPathAllocations(t *testing.T) {
 			c, a := s.session(mode)
 			up, down := c.frame(make([]byte, 64)), make([]byte, 64)
 			buf := make([]byte, 1<<10)
-			framed := 66
-			if mode == transportTSGU {
-				framed += tsgu.DataHeaderLen
-			}
+			framed := map[string]int{transportRaw: 66, transportTSGU: 66 + tsgu.DataHeaderLen, transportLegacy: 64 + tsgu.DataHeaderLen}[mode]
 			if n := testing.AllocsPerRun(500, func() {
 				c.Conn.Write(up)
 				if _, err := io.ReadFull(a, buf[:64]); err != nil {

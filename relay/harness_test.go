@@ -43,6 +43,8 @@ const (
 	testInstance = "10-0-0-1"
 	testTicket   = "good-ticket"
 	testTarget   = "pool.ns.rdv.internal"
+	// testConnection is the id of an OUT channel that isn't there.
+	testConnection = "{0f0e0d0c-0b0a-4908-8706-050403020100}"
 )
 
 // patience bounds waits for what must happen; no test asserts on how long it takes.
@@ -86,6 +88,7 @@ type fakeAdmission struct {
 	authenticate func(*admission.AuthenticateRequest) *admission.AuthenticateResponse
 	connect      func(context.Context, *admission.ConnectRequest) *admission.ConnectResponse
 	route        func(*admission.RouteRequest) *admission.RouteResponse
+	peers        []*admission.Peer
 	commands     chan *admission.RelayCommand
 
 	mu      sync.Mutex
@@ -109,6 +112,12 @@ func (f *fakeAdmission) Connect(ctx context.Context, r *admission.ConnectRequest
 
 func (f *fakeAdmission) Route(_ context.Context, r *admission.RouteRequest) (*admission.RouteResponse, error) {
 	return f.route(r), nil
+}
+
+func (f *fakeAdmission) Peers(context.Context, *admission.PeersRequest) (*admission.PeersResponse, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return &admission.PeersResponse{Peers: f.peers}, nil
 }
 
 func (f *fakeAdmission) Report(s grpc.BidiStreamingServer[admission.RelayReport, admission.RelayCommand]) error {
@@ -368,9 +377,10 @@ func (s *stack) request(c *tls.Conn, r *bufio.Reader, head string) (*http.Respon
 
 const upgradeHeaders = "Host: gw\nConnection: Upgrade\nUpgrade: websocket\nSec-WebSocket-Version: 13\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="
 
-// rdpClient is a client that has its WebSocket.
+// rdpClient is a client that has its WebSocket, or both channels of the legacy form: Conn is the IN channel then.
 type rdpClient struct {
 	*tls.Conn
+	out    *tls.Conn // the OUT channel of the legacy form
 	t      testing.TB
 	tsgu   bool
 	header http.Header
@@ -461,11 +471,83 @@ func (c *rdpClient) open(ticket, target string) (last tsgu.Type, status uint32) 
 	return tsgu.TypeChannelResponse, cr.Error
 }
 
+// dialTunnel gets as far as before the first packet, in one of TSGU's forms.
+func (s *stack) dialTunnel(mode string) *rdpClient {
+	s.t.Helper()
+	if mode == transportLegacy {
+		return s.dialLegacy(newGUID())
+	}
+	return s.dialTSGU("")
+}
+
+// closedWith says that the WebSocket was closed with a text that begins so; the legacy form has no such text.
+func (c *rdpClient) closedWith(prefix string) bool {
+	return c.out != nil && c.closed == "" || c.out == nil && strings.HasPrefix(c.closed, prefix)
+}
+
+// openOut gets an OUT channel of the legacy form, its seed read, or the refusal.
+func (s *stack) openOut(id string) (*tls.Conn, *bufio.Reader, http.Header, *refusal.Error) {
+	s.t.Helper()
+	c, err := s.dial(s.addr, testHost)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(func() { c.Close() })
+	c.SetDeadline(time.Now().Add(patience))
+	fmt.Fprintf(c, "RDG_OUT_DATA /remoteDesktopGateway/ HTTP/1.1\r\nHost: gw\r\nRDG-Connection-Id: {%s}\r\nContent-Length: 0\r\n\r\n", id)
+	r := bufio.NewReader(c)
+	resp, err := http.ReadResponse(r, nil)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		body, _ := io.ReadAll(resp.Body)
+		return nil, nil, nil, decodeRefusal(s.t, body)
+	}
+	if resp.ContentLength != -1 || len(resp.TransferEncoding) > 0 {
+		s.t.Fatalf("the OUT channel's answer has a length: %v", resp.Header)
+	}
+	if _, err := io.ReadFull(r, make([]byte, seedLen)); err != nil {
+		s.t.Fatal(err)
+	}
+	return c, r, resp.Header, nil
+}
+
+// openIn gets an IN channel of the legacy form, or the refusal.
+func (s *stack) openIn(id string) (*tls.Conn, *refusal.Error) {
+	s.t.Helper()
+	c, err := s.dial(s.addr, testHost)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(func() { c.Close() })
+	head := "RDG_IN_DATA /remoteDesktopGateway/ HTTP/1.1\nHost: gw\nRDG-Connection-Id: {" + id + "}\n"
+	if resp, body := s.request(c, bufio.NewReader(c), head+"Content-Length: 0"); resp.StatusCode != http.StatusOK {
+		return nil, decodeRefusal(s.t, body)
+	}
+	fmt.Fprint(c, strings.ReplaceAll(head, "\n", "\r\n")+"Transfer-Encoding: chunked\r\n\r\n")
+	return c, nil
+}
+
+// dialLegacy gets both channels.
+func (s *stack) dialLegacy(id string) *rdpClient {
+	s.t.Helper()
+	out, r, header, e := s.openOut(id)
+	if e != nil {
+		s.t.Fatal(e)
+	}
+	in, e := s.openIn(id)
+	if e != nil {
+		s.t.Fatal(e)
+	}
+	return &rdpClient{Conn: in, out: out, t: s.t, r: r, tsgu: true, header: header}
+}
+
 var maskKey = [4]byte{1, 2, 3, 4}
 
 func (c *rdpClient) packet(p packet) {
 	c.t.Helper()
-	if _, err := c.Conn.Write(wsframe.AppendMaskedFrame(nil, wsframe.Binary, p.Append(nil), maskKey)); err != nil {
+	if _, err := c.Conn.Write(c.message(p.Append(nil))); err != nil {
 		c.t.Fatal(err)
 	}
 }
@@ -522,6 +604,10 @@ func (c *rdpClient) event() (tsgu.Event, error) {
 			}
 			c.in = buf[:n]
 		}
+		if c.out != nil {
+			c.msg, c.in = c.in, nil
+			continue
+		}
 		n, ev, err := c.ws.Decode(c.in)
 		c.in = c.in[n:]
 		if err != nil {
@@ -560,7 +646,36 @@ func (c *rdpClient) frame(p []byte) []byte {
 	if c.tsgu {
 		p = tsgu.AppendData(nil, p)
 	}
+	return c.message(p)
+}
+
+// message is a TSGU packet, or RDP bytes in raw mode, as this client sends it.
+func (c *rdpClient) message(p []byte) []byte {
+	if c.out != nil {
+		return append(append(fmt.Appendf(nil, "%x\r\n", len(p)), p...), "\r\n"...)
+	}
 	return wsframe.AppendMaskedFrame(nil, wsframe.Binary, p, maskKey)
+}
+
+func (c *rdpClient) SetDeadline(t time.Time) error {
+	if c.out != nil {
+		c.out.SetDeadline(t)
+	}
+	return c.Conn.SetDeadline(t)
+}
+
+func (c *rdpClient) SetReadDeadline(t time.Time) error {
+	if c.out != nil {
+		return c.out.SetReadDeadline(t)
+	}
+	return c.Conn.SetReadDeadline(t)
+}
+
+func (c *rdpClient) Close() error {
+	if c.out != nil {
+		defer c.out.Close()
+	}
+	return c.Conn.Close()
 }
 
 // Write sends RDP bytes as one packet in one frame.
@@ -590,7 +705,7 @@ func (s *stack) session(mode string) (*rdpClient, *agentLeg) {
 			s.t.Fatal(e)
 		}
 	} else {
-		c = s.dialTSGU("")
+		c = s.dialTunnel(mode)
 		if typ, status := c.open(testTicket, testTarget); status != 0 {
 			s.t.Fatalf("packet %#x refused with %#x", typ, status)
 		}
@@ -602,11 +717,17 @@ func (s *stack) session(mode string) (*rdpClient, *agentLeg) {
 	return c, a
 }
 
-var modes = []string{transportRaw, transportTSGU}
+var modes = []string{transportRaw, transportTSGU, transportLegacy}
 
 // sessionReports are the reports so far, by kind.
 func (f *fakeAdmission) list() []*admission.RelayReport {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return append([]*admission.RelayReport(nil), f.reports...)
+}
+
+func (t *halves) len() int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return len(t.open)
 }

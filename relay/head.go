@@ -169,6 +169,7 @@ type answer struct {
 	activity string
 	header   []headerField
 	json     any
+	stream   []byte // what a body begins with that ends with the connection
 	close    bool
 }
 
@@ -195,7 +196,9 @@ func (a *answer) write(w io.Writer) error {
 			body = append(body, '\n')
 			b = append(b, "Content-Type: application/json\r\n"...)
 		}
-		if a.status != http.StatusNoContent {
+		if a.stream != nil {
+			body = a.stream
+		} else if a.status != http.StatusNoContent {
 			b = append(b, "Content-Length: "+strconv.Itoa(len(body))+"\r\n"...)
 		}
 		if a.close {

@@ -40,7 +40,8 @@ type visitor struct {
 	*leg
 	r        *Relay
 	accepted time.Time
-	handed   bool // somebody else closes it
+	handed   bool     // somebody else closes it
+	in       *inbound // the claim of an IN channel
 
 	// Guarded by strangers.mu.
 	place *list.Element // among the strangers, nil once somebody vouched for it
@@ -102,6 +103,9 @@ func (r *Relay) serve(v *visitor) {
 	r.adopt(c)
 	defer r.disown(c)
 	defer func() {
+		if v.in != nil {
+			v.in.close()
+		}
 		if !v.handed {
 			c.Close()
 		}
@@ -125,6 +129,9 @@ func (r *Relay) serve(v *visitor) {
 		return
 	}
 
+	if c.peer {
+		v.vouch()
+	}
 	for range maxRequests {
 		c.SetDeadline(time.Now().Add(timeout))
 		buf := heads.Get().(*[maxHead]byte)
@@ -149,8 +156,13 @@ func (r *Relay) serve(v *visitor) {
 func (r *Relay) onHello(h *tls.ClientHelloInfo) (*tls.Config, error) {
 	c := h.Conn.(*conn)
 	c.peeking = false
-	host := r.config.Load().Hostname
-	instance, ok := strings.CutSuffix(strings.ToLower(h.ServerName), ".join."+strings.ToLower(host))
+	name, host := strings.ToLower(h.ServerName), strings.ToLower(r.config.Load().Hostname)
+	if hop, ok := strings.CutSuffix(name, ".pair."+host); ok && host != "" {
+		c.hello = nil
+		c.onName()
+		return r.onPair(c, hop)
+	}
+	instance, ok := strings.CutSuffix(name, ".join."+host)
 	if ok {
 		c.onName()
 	}
@@ -171,11 +183,19 @@ func (r *Relay) route(v *visitor, req *request) (done bool) {
 		return true
 	}
 	switch {
+	case v.tcp.peer && path == pathPair && req.method == http.MethodGet:
+		r.servePair(v, req, activity)
+		return true
+	case v.tcp.peer:
+		return no(http.StatusNotFound, refusal.BadRequest, "A hop between relays serves %s alone.", pathPair)
 	case path == pathTSGU && req.method == "RDG_OUT_DATA" && req.has("Upgrade", "websocket"):
 		r.serveTSGU(v, req, activity)
 		return true
-	case path == pathTSGU && (req.method == "RDG_OUT_DATA" || req.method == "RDG_IN_DATA"):
-		return no(http.StatusNotImplemented, refusal.Protocol, "This gateway speaks MS-TSGU over WebSocket, not over two HTTP channels: allow WebSocket in the client and in proxies on the way (FreeRDP: no `no-websockets`).")
+	case path == pathTSGU && req.method == "RDG_OUT_DATA":
+		r.serveOut(v, req, activity)
+		return true
+	case path == pathTSGU && req.method == "RDG_IN_DATA":
+		return r.serveIn(v, req, activity)
 	case path == pathTSGU:
 		return no(http.StatusMethodNotAllowed, refusal.Protocol, "Method %s is not of MS-TSGU: point an RDP client at this gateway.", req.method)
 	case path == pathConnect && req.method == http.MethodGet:
@@ -187,7 +207,7 @@ func (r *Relay) route(v *visitor, req *request) (done bool) {
 	case path == pathPing && (req.method == http.MethodGet || req.method == http.MethodHead):
 		return (&answer{status: http.StatusNoContent, activity: activity, close: req.close}).write(v) != nil
 	case strings.HasPrefix(path+"/", pathRPC):
-		return no(http.StatusNotFound, refusal.Protocol, "RPC over HTTP is not spoken here: use MS-TSGU over WebSocket (gateway transport `http` in FreeRDP).")
+		return no(http.StatusNotFound, refusal.Protocol, "RPC over HTTP is not spoken here: use MS-TSGU over HTTP (gateway transport `http` in FreeRDP).")
 	}
 	return no(http.StatusNotFound, refusal.BadRequest, "There is nothing at this path: a gateway serves RDP clients at /remoteDesktopGateway/ and rdv at %s.", pathConnect)
 }

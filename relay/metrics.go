@@ -14,6 +14,7 @@ type Metrics struct {
 	Bytes      *prometheus.CounterVec // direction: to_client, to_host
 	Admissions *prometheus.CounterVec // transport, code ("ok" or a refusal code)
 	Joins      *prometheus.CounterVec // result: ok, refused
+	Pairs      *prometheus.CounterVec // result: here, peer, refused, late
 	Handshakes *prometheus.CounterVec // failures before a request; stage: limit, tls, head, route, tsgu
 	Ended      *prometheus.CounterVec // reason
 	Connect    prometheus.Histogram   // seconds from request to joined legs
@@ -36,6 +37,7 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 		Bytes:      counter("bytes_total", "RDP bytes carried, by direction.", "direction"),
 		Admissions: counter("admissions_total", "Clients admitted or refused, by transport and refusal code.", "transport", "code"),
 		Joins:      counter("joins_total", "Join requests of agents.", "result"),
+		Pairs:      counter("pairs_total", "Channels of MS-TSGU's legacy form: IN channels whose OUT channel was found here or at a peer, or that were refused; OUT channels whose IN channel came too late.", "result"),
 		Handshakes: counter("handshake_failures_total", "Connections that ended before a request was understood, by stage.", "stage"),
 		Ended:      counter("sessions_ended_total", "Sessions that ended, by reason.", "reason"),
 		Connect: prometheus.NewHistogram(prometheus.HistogramOpts{Namespace: ns, Subsystem: sub, Name: "connect_seconds",
@@ -44,7 +46,7 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 			Help: "How long sessions lasted.", Buckets: []float64{1, 10, 60, 600, 3600, 4 * 3600, 12 * 3600, 48 * 3600}}),
 	}
 	if reg != nil {
-		reg.MustRegister(m.Sessions, m.Pending, m.Splices, m.Bytes, m.Admissions, m.Joins, m.Handshakes, m.Ended, m.Connect, m.Duration)
+		reg.MustRegister(m.Sessions, m.Pending, m.Splices, m.Bytes, m.Admissions, m.Joins, m.Pairs, m.Handshakes, m.Ended, m.Connect, m.Duration)
 	}
 	return m
 }

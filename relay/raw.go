@@ -6,7 +6,6 @@ import (
 	"time"
 
 	"rendezvous.dev/rendezvous/wire/refusal"
-	"rendezvous.dev/rendezvous/wire/wsframe"
 )
 
 // serveRaw is RDP bytes in WebSocket frames, with the ticket as bearer token. The 101 is not sent before both legs are
@@ -41,5 +40,5 @@ func (r *Relay) serveRaw(v *visitor, req *request, activity string) {
 	if ok.write(v) != nil {
 		return
 	}
-	a.begin(&client{leg: v.leg, ws: wsframe.Decoder{Masked: true}}).run()
+	a.begin(newClient(v.leg, v.leg, framing{webSocket: true})).run()
 }

@@ -474,7 +474,7 @@ func TestRecordsDoNotAllocate(t *testing.T) {
 				switch {
 				case b.spans > 0:
 					got += b.content
-					b.frame(true)
+					b.frame(framing{webSocket: true, tsgu: true})
 					err = out.send(b)
 				case err == errAgain:
 					err = host.tcp.wait()

@@ -7,6 +7,7 @@
 //	head.go     one HTTP/1.1 request head
 //	attempt.go  a client's way in: authenticate, connect, wait for the agent's leg (join.go)
 //	tsgu.go     the client speaks MS-TSGU over WebSocket; raw.go: it speaks RDP in WebSocket frames
+//	legacy.go   it speaks MS-TSGU over two connections; pair.go: they reached two pods
 //	session.go  both legs are there: copy (copy.go), keep alive, end
 //	report.go   tell the gateway container what happens
 //
@@ -49,6 +50,8 @@ type Options struct {
 	KeepAlive time.Duration
 	// CloseGrace is how long one direction may go on after the other has ended. 5 s when 0.
 	CloseGrace time.Duration
+	// PairTimeout is how long an OUT channel of the legacy form waits for its IN channel. 30 s when 0 (MS-TSGU 3.3.6.3).
+	PairTimeout time.Duration
 	// Dial connects to a peer relay.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 }
@@ -56,16 +59,20 @@ type Options struct {
 // Relay serves one listener.
 type Relay struct {
 	// Static.
-	instance   string
-	tls        *tls.Config
-	admission  admission.AdmissionClient
-	log        *slog.Logger
-	metrics    *Metrics
-	keepAlive  time.Duration
-	closeGrace time.Duration
-	dial       func(ctx context.Context, network, address string) (net.Conn, error)
-	reports    *reporter
-	joins      joinTable
+	instance    string
+	tls         *tls.Config
+	certs       *ownCerts
+	admission   admission.AdmissionClient
+	log         *slog.Logger
+	metrics     *Metrics
+	keepAlive   time.Duration
+	closeGrace  time.Duration
+	pairTimeout time.Duration
+	dial        func(ctx context.Context, network, address string) (net.Conn, error)
+	reports     *reporter
+	joins       joinTable
+	halves      halves
+	searches    chan struct{} // holds one for each search among the peers
 
 	config    atomic.Pointer[config.Relay]
 	draining  atomic.Bool
@@ -113,16 +120,23 @@ func New(o Options) (*Relay, error) {
 	if o.CloseGrace == 0 {
 		o.CloseGrace = 5 * time.Second
 	}
+	if o.PairTimeout == 0 {
+		o.PairTimeout = 30 * time.Second
+	}
 	if o.Dial == nil {
 		o.Dial = (&net.Dialer{Timeout: 5 * time.Second}).DialContext
 	}
 	r := &Relay{
 		instance: o.Instance, admission: o.Admission, log: o.Log, metrics: o.Metrics,
-		keepAlive: o.KeepAlive, closeGrace: o.CloseGrace, dial: o.Dial,
+		keepAlive: o.KeepAlive, closeGrace: o.CloseGrace, pairTimeout: o.PairTimeout, dial: o.Dial, searches: make(chan struct{}, maxSearches),
 		sessions: map[string]*session{}, conns: map[net.Conn]struct{}{},
 	}
 	r.SetConfig(o.Config)
 	r.tls = o.TLS.Clone()
+	var err error
+	if r.certs, err = newOwnCerts(r.tls); err != nil {
+		return nil, err
+	}
 	r.tls.GetConfigForClient = r.onHello
 	r.tls.DynamicRecordSizingDisabled = true // full records from the start: a desktop's first picture is the big one
 	r.reports = newReporter(r)

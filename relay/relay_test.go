@@ -46,14 +46,18 @@ func TestBytesPassBothWays(t *testing.T) {
 			a.Write([]byte("\x03host"))
 			expect(t, c, "\x03host")
 		}
-		if _, err := c.Conn.Write(wsframe.AppendMaskedFrame(nil, wsframe.Ping, []byte("hi"), maskKey)); err != nil {
-			t.Fatal(err)
+		wantNotes := "[]"
+		if mode != transportLegacy {
+			wantNotes = "[pong hi]"
+			if _, err := c.Conn.Write(wsframe.AppendMaskedFrame(nil, wsframe.Ping, []byte("hi"), maskKey)); err != nil {
+				t.Fatal(err)
+			}
 		}
 		c.Write([]byte("after")) // the pong comes before what the host answers to this
 		expect(t, a, "after")
 		a.Write([]byte("x"))
 		expect(t, c, "x")
-		if fmt.Sprint(c.notes) != "[pong hi]" {
+		if fmt.Sprint(c.notes) != wantNotes {
 			t.Errorf("the ping was answered by %q", c.notes)
 		}
 		eventually(t, "all steps reported", func() bool {
@@ -124,11 +128,11 @@ func TestEveryByteArrivesInOrder(t *testing.T) {
 			var framed []byte
 			pieces(up, r, 40000, func(p []byte) {
 				framed = append(framed, c.frame(p)...)
-				if r.IntN(20) == 0 {
+				if mode != transportLegacy && r.IntN(20) == 0 {
 					framed = wsframe.AppendMaskedFrame(framed, wsframe.Pong, []byte("noise"), maskKey)
 				}
 				if c.tsgu && r.IntN(20) == 0 {
-					framed = wsframe.AppendMaskedFrame(framed, wsframe.Binary, tsgu.AppendKeepAlive(nil), maskKey)
+					framed = append(framed, c.message(tsgu.AppendKeepAlive(nil))...)
 				}
 			})
 			pieces(framed, r, 50000, func(p []byte) { c.Conn.Write(p) })
@@ -177,7 +181,7 @@ func TestHostEndsFirst(t *testing.T) {
 		if err != nil || string(got) != "last words" {
 			t.Fatalf("the client read %q, %v", got, err)
 		}
-		if !strings.HasPrefix(c.closed, "1000 host-closed; activity "+c.header.Get("Activity-Id")) {
+		if !c.closedWith("1000 host-closed; activity " + c.header.Get("Activity-Id")) {
 			t.Errorf("the WebSocket was closed with %q", c.closed)
 		}
 		if c.tsgu && (c.status == nil || *c.status != 0) {
@@ -260,7 +264,7 @@ func TestHostVanishes(t *testing.T) {
 		tcp.SetLinger(0)
 		tcp.Close()
 		io.ReadAll(c)
-		if !strings.HasPrefix(c.closed, "1001 host-closed") {
+		if !c.closedWith("1001 host-closed") {
 			t.Errorf("closed with %q", c.closed)
 		}
 		if c.tsgu && (c.status == nil || *c.status != tsgu.CloseAborted) {
@@ -360,11 +364,13 @@ func TestTSGUHandshakeRefusals(t *testing.T) {
 		{"PAA among others", tsgu.HandshakeRequest{Major: 1, Minor: 3, ExtAuth: tsgu.ExtAuthPAA | tsgu.ExtAuthSmartCard}, 0},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			c := s.dialTSGU("")
-			c.packet(&tt.req)
-			resp, err := tsgu.ParseHandshakeResponse(c.want(tsgu.TypeHandshakeResponse))
-			if err != nil || resp.Error != tt.status || resp.ExtAuth != tsgu.ExtAuthPAA || resp.Major != 1 {
-				t.Errorf("got %+v, %v; want status %#x", resp, err, tt.status)
+			for _, mode := range []string{transportTSGU, transportLegacy} {
+				c := s.dialTunnel(mode)
+				c.packet(&tt.req)
+				resp, err := tsgu.ParseHandshakeResponse(c.want(tsgu.TypeHandshakeResponse))
+				if err != nil || resp.Error != tt.status || resp.ExtAuth != tsgu.ExtAuthPAA || resp.Major != 1 {
+					t.Errorf("%s: got %+v, %v; want status %#x", mode, resp, err, tt.status)
+				}
 			}
 		})
 	}
@@ -408,8 +414,14 @@ func TestHTTPAnswers(t *testing.T) {
 		status     int
 		says       string
 	}{
-		{"legacy out", "RDG_OUT_DATA /remoteDesktopGateway/ HTTP/1.1\nHost: x\nContent-Length: 0", 501, "WebSocket"},
-		{"legacy in", "RDG_IN_DATA /RemoteDesktopGateway HTTP/1.1\nHost: x\nTransfer-Encoding: chunked", 501, "WebSocket"},
+		{"legacy out without an id", "RDG_OUT_DATA /remoteDesktopGateway/ HTTP/1.1\nHost: x\nContent-Length: 0", 400, "RDG-Connection-Id"},
+		{"legacy out with a body", "RDG_OUT_DATA /remoteDesktopGateway/ HTTP/1.1\nRDG-Connection-Id: " + testConnection + "\nContent-Length: 1", 400, "no body"},
+		{"legacy in without an id", "RDG_IN_DATA /RemoteDesktopGateway HTTP/1.1\nHost: x\nTransfer-Encoding: chunked", 400, "RDG-Connection-Id"},
+		{"legacy in without out", "RDG_IN_DATA /RemoteDesktopGateway HTTP/1.1\nRDG-Connection-Id: " + testConnection + "\nContent-Length: 0", 409, "opens it first"},
+		{"legacy in with a plain body", "RDG_IN_DATA /RemoteDesktopGateway HTTP/1.1\nRDG-Connection-Id: " + testConnection + "\nContent-Length: 5", 400, "chunked"},
+		{"legacy in with two lengths", "RDG_IN_DATA /RemoteDesktopGateway HTTP/1.1\nRDG-Connection-Id: " + testConnection + "\nContent-Length: 5\nTransfer-Encoding: chunked", 400, "chunked"},
+		{"a hop's path", "GET /rendezvous/v1/pair HTTP/1.1\nHost: x\nConnection: Upgrade\nUpgrade: rendezvous-pair/1\nRDG-Connection-Id: " + testConnection, 404, "nothing at this path"},
+		{"RPC out", "RPC_OUT_DATA /rpc/rpcproxy.dll HTTP/1.1\nHost: x", 404, "RPC over HTTP"},
 		{"RPC", "RPC_IN_DATA /rpc/rpcproxy.dll?localhost:3388 HTTP/1.1\nHost: x", 404, "RPC over HTTP"},
 		{"GET where TSGU is", "GET /remoteDesktopGateway/ HTTP/1.1\nHost: x", 405, "Method GET"},
 		{"elsewhere", "GET / HTTP/1.1\nHost: x", 404, "nothing at this path"},
@@ -552,7 +564,7 @@ func TestHostThatNeverComes(t *testing.T) {
 			if e == nil || e.Code != refusal.HostTimeout || !strings.Contains(e.Message, "pool/sleepy") || !strings.Contains(e.Message, "check the host's way out to "+testHost) || resp.StatusCode != 504 {
 				t.Errorf("%s %v", resp.Status, e)
 			}
-		} else if typ, status := s.dialTSGU("").open(testTicket, testTarget); typ != tsgu.TypeChannelResponse || status != tsgu.ErrConnectFailed {
+		} else if typ, status := s.dialTunnel(mode).open(testTicket, testTarget); typ != tsgu.TypeChannelResponse || status != tsgu.ErrConnectFailed {
 			t.Errorf("packet %#x, status %#x", typ, status)
 		}
 		s.idle()
@@ -567,7 +579,7 @@ func (s *stack) idle() {
 		defer s.relay.mu.Unlock()
 		s.relay.joins.mu.Lock()
 		defer s.relay.joins.mu.Unlock()
-		return s.relay.pending == 0 && len(s.relay.sessions) == 0 && len(s.relay.joins.waiting) == 0 && len(s.relay.conns) == 0 && s.relay.strangers.len() == 0
+		return s.relay.pending == 0 && len(s.relay.sessions) == 0 && len(s.relay.joins.waiting) == 0 && len(s.relay.conns) == 0 && s.relay.halves.len() == 0 && s.relay.strangers.len() == 0
 	})
 }
 
@@ -592,7 +604,7 @@ func TestClientLeavesWhileItsHostIsComing(t *testing.T) {
 			})
 			c.Close()
 		} else {
-			c := s.dialTSGU("")
+			c := s.dialTunnel(mode)
 			c.packet(&tsgu.HandshakeRequest{Major: 1, ExtAuth: tsgu.ExtAuthPAA})
 			create := &tsgu.TunnelCreate{}
 			create.SetCookie(testTicket)
@@ -728,7 +740,7 @@ func TestIdleTimeout(t *testing.T) {
 		c.Write([]byte("x"))
 		expect(t, a, "x")
 		io.ReadAll(c)
-		if !strings.HasPrefix(c.closed, "1001 idle-timeout") {
+		if !c.closedWith("1001 idle-timeout") {
 			t.Errorf("closed with %q", c.closed)
 		}
 		if c.tsgu && (c.status == nil || *c.status != tsgu.CloseSessionTimeout || len(c.notes) != 1 || !strings.Contains(c.notes[0], "idle for 1s") || !strings.Contains(c.notes[0], c.header.Get("Activity-Id"))) {
@@ -739,14 +751,18 @@ func TestIdleTimeout(t *testing.T) {
 }
 
 func TestKeepAlive(t *testing.T) {
-	s := newStack(t, func(o *Options, _ *fakeAdmission) { o.KeepAlive = 20 * time.Millisecond })
-	c, a := s.session(transportTSGU)
-	for range 3 {
-		c.want(tsgu.TypeKeepAlive)
-		c.Conn.Write(wsframe.AppendMaskedFrame(nil, wsframe.Binary, tsgu.AppendKeepAlive(nil), maskKey)) // as FreeRDP echoes it
+	for _, mode := range []string{transportTSGU, transportLegacy} {
+		t.Run(mode, func(t *testing.T) {
+			s := newStack(t, func(o *Options, _ *fakeAdmission) { o.KeepAlive = 20 * time.Millisecond })
+			c, a := s.session(mode)
+			for range 3 {
+				c.want(tsgu.TypeKeepAlive)
+				c.Conn.Write(c.message(tsgu.AppendKeepAlive(nil))) // as FreeRDP echoes it
+			}
+			a.Write([]byte("x"))
+			expect(t, c, "x")
+		})
 	}
-	a.Write([]byte("x"))
-	expect(t, c, "x")
 }
 
 func TestAdministratorEndsSession(t *testing.T) {
@@ -767,7 +783,7 @@ func TestAdministratorEndsSession(t *testing.T) {
 		})
 		s.adm.commands <- &admission.RelayCommand{Command: &admission.RelayCommand_End{End: &admission.End{SessionId: id, Reason: "Maintenance until noon."}}}
 		io.ReadAll(c)
-		if !strings.HasPrefix(c.closed, "1001 ended-by-administrator") {
+		if !c.closedWith("1001 ended-by-administrator") {
 			t.Errorf("closed with %q", c.closed)
 		}
 		if c.tsgu && (c.status == nil || *c.status != tsgu.CloseAborted || len(c.notes) != 1 || !strings.HasPrefix(c.notes[0], "Maintenance until noon.")) {
@@ -844,7 +860,7 @@ func TestDrainDeadline(t *testing.T) {
 		c, _ := s.session(mode)
 		s.stop()
 		io.ReadAll(c)
-		if !strings.HasPrefix(c.closed, "1001 drain-deadline") {
+		if !c.closedWith("1001 drain-deadline") {
 			t.Errorf("closed with %q", c.closed)
 		}
 	})
@@ -867,7 +883,7 @@ func TestNothingIsLeft(t *testing.T) {
 	round := func(n int) {
 		var all sync.WaitGroup
 		for i := range n {
-			c, a := s.session(modes[i%2])
+			c, a := s.session(modes[i%len(modes)])
 			all.Go(func() {
 				c.Write([]byte("hello"))
 				expect(t, a, "hello")

@@ -62,7 +62,7 @@ type session struct {
 
 // run copies until both directions have ended. It owns both legs and its caller's goroutine.
 func (s *session) run() {
-	s.host.tcp.polling, s.client.tcp.polling = true, true
+	s.host.tcp.polling, s.client.from.tcp.polling = true, true
 	now := time.Now()
 	s.lastMove, s.lastKeep = now, now
 	s.r.reports.started(s)
@@ -81,8 +81,6 @@ func (s *session) run() {
 
 // clientEnded half-closes the host's leg where the client said good-bye, and ends all at once where it vanished.
 func (s *session) clientEnded(err error) {
-	var ws *wsframe.Error
-	var ts *tsgu.Error
 	var host writeError
 	switch {
 	case err == io.EOF:
@@ -90,7 +88,7 @@ func (s *session) clientEnded(err error) {
 		s.armGrace()
 		s.host.SetWriteDeadline(time.Now().Add(s.r.closeGrace))
 		s.host.CloseWrite()
-	case errors.As(err, &ws), errors.As(err, &ts):
+	case brokeProtocol(err):
 		s.r.log.Info("the client broke the protocol", "activity", s.activity, "session", s.id, "error", err)
 		s.end(refusal.Protocol, "The client broke the protocol: update it.")
 	case errors.As(err, &host):
@@ -155,11 +153,13 @@ func (s *session) sayGoodbye(status uint32, code int, reason, message string) {
 		if s.client.tsgu {
 			if message != "" && s.client.serviceMessages {
 				text := tsgu.ServiceMessage{Message: tsgu.NewText(fmt.Sprintf("%s (%s, activity %s)", message, reason, s.activity))}
-				b = wsframe.AppendFrame(b, wsframe.Binary, text.Append(nil))
+				b = s.client.wrap(b, text.Append(nil))
 			}
-			b = wsframe.AppendFrame(b, wsframe.Binary, (&tsgu.CloseChannel{Status: status}).Append(nil))
+			b = s.client.wrap(b, (&tsgu.CloseChannel{Status: status}).Append(nil))
 		}
-		b = wsframe.AppendFrame(b, wsframe.Close, wsframe.ClosePayload(code, fmt.Sprintf("%s; activity %s", reason, s.activity)))
+		if s.client.webSocket {
+			b = wsframe.AppendFrame(b, wsframe.Close, wsframe.ClosePayload(code, fmt.Sprintf("%s; activity %s", reason, s.activity)))
+		}
 		s.client.SetWriteDeadline(time.Now().Add(lingerTime))
 		s.client.Write(b)
 		s.client.CloseWrite()
@@ -177,7 +177,7 @@ func (s *session) armGrace() {
 
 // abort ends both directions now.
 func (s *session) abort() {
-	s.client.tcp.Close()
+	s.client.abort()
 	s.host.tcp.Close()
 }
 
@@ -241,7 +241,7 @@ func (s *session) tick() {
 	}
 	s.schedule()
 	if keep { // after schedule: a client that doesn't read may hold this up, but not the next tick
-		s.client.Write(wsframe.AppendFrame(nil, wsframe.Binary, tsgu.AppendKeepAlive(nil)))
+		s.client.Write(s.client.wrap(nil, tsgu.AppendKeepAlive(nil)))
 		s.keeping.Store(false)
 	}
 }

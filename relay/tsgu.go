@@ -47,14 +47,19 @@ func (r *Relay) serveTSGU(v *visitor, req *request, activity string) {
 	if ok.write(v) != nil {
 		return
 	}
-	t := &tunnel{client: &client{leg: v.leg, tsgu: true, ws: wsframe.Decoder{Masked: true}}, a: a}
+	a.serveTunnel(newClient(v.leg, v.leg, framing{webSocket: true, tsgu: true}))
+}
+
+// serveTunnel is MS-TSGU in either form, from the first packet to the session's end.
+func (a *attempt) serveTunnel(c *client) {
+	t := &tunnel{client: c, a: a}
 	for _, step := range []func() error{t.handshake, t.create, t.authorise, t.channel} {
 		if err := step(); err != nil {
 			t.fail(err)
 			return
 		}
 	}
-	a.begin(t.client).run()
+	a.begin(c).run()
 }
 
 // fail ends a tunnel that a step gave up. Refusals were answered by the step where the protocol has a packet for it.
@@ -64,6 +69,9 @@ func (t *tunnel) fail(err error) {
 		t.a.r.metrics.handshakeFailed("tsgu")
 		t.a.r.log.Info("the client ended its tunnel", "activity", t.a.activity, "error", err)
 		return
+	}
+	if !t.webSocket {
+		return // serveOut says good-bye
 	}
 	code := wsframe.ClosePolicy
 	if e.Code == refusal.Protocol {
@@ -80,10 +88,8 @@ func (t *tunnel) want(typ tsgu.Type) ([]byte, error) {
 	t.SetDeadline(time.Now().Add(timeout))
 	for {
 		ev, err := t.next()
-		var ws *wsframe.Error
-		var ts *tsgu.Error
 		switch {
-		case errors.As(err, &ws), errors.As(err, &ts):
+		case brokeProtocol(err):
 			return nil, t.breach("The client broke the protocol (%v): update it, or report it with the activity id.", err)
 		case err != nil:
 			return nil, err
@@ -193,7 +199,7 @@ func (t *tunnel) channel() error {
 	if len(t.payload) > 0 {
 		return t.breach("The client sent data before its channel was open: update it, or report it with the activity id.")
 	}
-	t.unread = append(t.in, t.unread...)
+	t.from.unread = append(t.in, t.from.unread...)
 	t.in, t.buf = nil, nil
 	target := t.target(req)
 	t.ts.Release()

@@ -709,6 +709,147 @@ func (x *RouteResponse) GetAddress() string {
 	return ""
 }
 
+type PeersRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PeersRequest) Reset() {
+	*x = PeersRequest{}
+	mi := &file_admission_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PeersRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PeersRequest) ProtoMessage() {}
+
+func (x *PeersRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admission_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PeersRequest.ProtoReflect.Descriptor instead.
+func (*PeersRequest) Descriptor() ([]byte, []int) {
+	return file_admission_proto_rawDescGZIP(), []int{9}
+}
+
+type PeersResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Error         *Error                 `protobuf:"bytes,1,opt,name=error,proto3" json:"error,omitempty"`
+	Peers         []*Peer                `protobuf:"bytes,2,rep,name=peers,proto3" json:"peers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PeersResponse) Reset() {
+	*x = PeersResponse{}
+	mi := &file_admission_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PeersResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PeersResponse) ProtoMessage() {}
+
+func (x *PeersResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_admission_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PeersResponse.ProtoReflect.Descriptor instead.
+func (*PeersResponse) Descriptor() ([]byte, []int) {
+	return file_admission_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *PeersResponse) GetError() *Error {
+	if x != nil {
+		return x.Error
+	}
+	return nil
+}
+
+func (x *PeersResponse) GetPeers() []*Peer {
+	if x != nil {
+		return x.Peers
+	}
+	return nil
+}
+
+type Peer struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Instance string                 `protobuf:"bytes,1,opt,name=instance,proto3" json:"instance,omitempty"`
+	// address is host:port of its public listener inside the cluster.
+	Address       string `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Peer) Reset() {
+	*x = Peer{}
+	mi := &file_admission_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Peer) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Peer) ProtoMessage() {}
+
+func (x *Peer) ProtoReflect() protoreflect.Message {
+	mi := &file_admission_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Peer.ProtoReflect.Descriptor instead.
+func (*Peer) Descriptor() ([]byte, []int) {
+	return file_admission_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *Peer) GetInstance() string {
+	if x != nil {
+		return x.Instance
+	}
+	return ""
+}
+
+func (x *Peer) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
 type Session struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	SessionId     string                 `protobuf:"bytes,1,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
@@ -727,7 +868,7 @@ type Session struct {
 
 func (x *Session) Reset() {
 	*x = Session{}
-	mi := &file_admission_proto_msgTypes[9]
+	mi := &file_admission_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -739,7 +880,7 @@ func (x *Session) String() string {
 func (*Session) ProtoMessage() {}
 
 func (x *Session) ProtoReflect() protoreflect.Message {
-	mi := &file_admission_proto_msgTypes[9]
+	mi := &file_admission_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -752,7 +893,7 @@ func (x *Session) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Session.ProtoReflect.Descriptor instead.
 func (*Session) Descriptor() ([]byte, []int) {
-	return file_admission_proto_rawDescGZIP(), []int{9}
+	return file_admission_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Session) GetSessionId() string {
@@ -842,7 +983,7 @@ type RelayReport struct {
 
 func (x *RelayReport) Reset() {
 	*x = RelayReport{}
-	mi := &file_admission_proto_msgTypes[10]
+	mi := &file_admission_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -854,7 +995,7 @@ func (x *RelayReport) String() string {
 func (*RelayReport) ProtoMessage() {}
 
 func (x *RelayReport) ProtoReflect() protoreflect.Message {
-	mi := &file_admission_proto_msgTypes[10]
+	mi := &file_admission_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -867,7 +1008,7 @@ func (x *RelayReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RelayReport.ProtoReflect.Descriptor instead.
 func (*RelayReport) Descriptor() ([]byte, []int) {
-	return file_admission_proto_rawDescGZIP(), []int{10}
+	return file_admission_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *RelayReport) GetReport() isRelayReport_Report {
@@ -984,7 +1125,7 @@ type Batch struct {
 
 func (x *Batch) Reset() {
 	*x = Batch{}
-	mi := &file_admission_proto_msgTypes[11]
+	mi := &file_admission_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -996,7 +1137,7 @@ func (x *Batch) String() string {
 func (*Batch) ProtoMessage() {}
 
 func (x *Batch) ProtoReflect() protoreflect.Message {
-	mi := &file_admission_proto_msgTypes[11]
+	mi := &file_admission_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1009,7 +1150,7 @@ func (x *Batch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Batch.ProtoReflect.Descriptor instead.
 func (*Batch) Descriptor() ([]byte, []int) {
-	return file_admission_proto_rawDescGZIP(), []int{11}
+	return file_admission_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Batch) GetReports() []*RelayReport {
@@ -1029,7 +1170,7 @@ type Snapshot struct {
 
 func (x *Snapshot) Reset() {
 	*x = Snapshot{}
-	mi := &file_admission_proto_msgTypes[12]
+	mi := &file_admission_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1041,7 +1182,7 @@ func (x *Snapshot) String() string {
 func (*Snapshot) ProtoMessage() {}
 
 func (x *Snapshot) ProtoReflect() protoreflect.Message {
-	mi := &file_admission_proto_msgTypes[12]
+	mi := &file_admission_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1054,7 +1195,7 @@ func (x *Snapshot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
 func (*Snapshot) Descriptor() ([]byte, []int) {
-	return file_admission_proto_rawDescGZIP(), []int{12}
+	return file_admission_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Snapshot) GetInstance() string {
@@ -1082,7 +1223,7 @@ type Ended struct {
 
 func (x *Ended) Reset() {
 	*x = Ended{}
-	mi := &file_admission_proto_msgTypes[13]
+	mi := &file_admission_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1094,7 +1235,7 @@ func (x *Ended) String() string {
 func (*Ended) ProtoMessage() {}
 
 func (x *Ended) ProtoReflect() protoreflect.Message {
-	mi := &file_admission_proto_msgTypes[13]
+	mi := &file_admission_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1107,7 +1248,7 @@ func (x *Ended) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ended.ProtoReflect.Descriptor instead.
 func (*Ended) Descriptor() ([]byte, []int) {
-	return file_admission_proto_rawDescGZIP(), []int{13}
+	return file_admission_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Ended) GetSession() *Session {
@@ -1133,7 +1274,7 @@ type Draining struct {
 
 func (x *Draining) Reset() {
 	*x = Draining{}
-	mi := &file_admission_proto_msgTypes[14]
+	mi := &file_admission_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1145,7 +1286,7 @@ func (x *Draining) String() string {
 func (*Draining) ProtoMessage() {}
 
 func (x *Draining) ProtoReflect() protoreflect.Message {
-	mi := &file_admission_proto_msgTypes[14]
+	mi := &file_admission_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1158,7 +1299,7 @@ func (x *Draining) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Draining.ProtoReflect.Descriptor instead.
 func (*Draining) Descriptor() ([]byte, []int) {
-	return file_admission_proto_rawDescGZIP(), []int{14}
+	return file_admission_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Draining) GetDeadline() *timestamppb.Timestamp {
@@ -1187,7 +1328,7 @@ type Step struct {
 
 func (x *Step) Reset() {
 	*x = Step{}
-	mi := &file_admission_proto_msgTypes[15]
+	mi := &file_admission_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1199,7 +1340,7 @@ func (x *Step) String() string {
 func (*Step) ProtoMessage() {}
 
 func (x *Step) ProtoReflect() protoreflect.Message {
-	mi := &file_admission_proto_msgTypes[15]
+	mi := &file_admission_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1212,7 +1353,7 @@ func (x *Step) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Step.ProtoReflect.Descriptor instead.
 func (*Step) Descriptor() ([]byte, []int) {
-	return file_admission_proto_rawDescGZIP(), []int{15}
+	return file_admission_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Step) GetActivityId() string {
@@ -1283,7 +1424,7 @@ type RelayCommand struct {
 
 func (x *RelayCommand) Reset() {
 	*x = RelayCommand{}
-	mi := &file_admission_proto_msgTypes[16]
+	mi := &file_admission_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1295,7 +1436,7 @@ func (x *RelayCommand) String() string {
 func (*RelayCommand) ProtoMessage() {}
 
 func (x *RelayCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_admission_proto_msgTypes[16]
+	mi := &file_admission_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1308,7 +1449,7 @@ func (x *RelayCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RelayCommand.ProtoReflect.Descriptor instead.
 func (*RelayCommand) Descriptor() ([]byte, []int) {
-	return file_admission_proto_rawDescGZIP(), []int{16}
+	return file_admission_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *RelayCommand) GetCommand() isRelayCommand_Command {
@@ -1347,7 +1488,7 @@ type End struct {
 
 func (x *End) Reset() {
 	*x = End{}
-	mi := &file_admission_proto_msgTypes[17]
+	mi := &file_admission_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1359,7 +1500,7 @@ func (x *End) String() string {
 func (*End) ProtoMessage() {}
 
 func (x *End) ProtoReflect() protoreflect.Message {
-	mi := &file_admission_proto_msgTypes[17]
+	mi := &file_admission_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1372,7 +1513,7 @@ func (x *End) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use End.ProtoReflect.Descriptor instead.
 func (*End) Descriptor() ([]byte, []int) {
-	return file_admission_proto_rawDescGZIP(), []int{17}
+	return file_admission_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *End) GetSessionId() string {
@@ -1455,6 +1596,13 @@ const file_admission_proto_rawDesc = "" +
 	"\binstance\x18\x01 \x01(\tR\binstance\"_\n" +
 	"\rRouteResponse\x124\n" +
 	"\x05error\x18\x01 \x01(\v2\x1e.rendezvous.admission.v1.ErrorR\x05error\x12\x18\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\"\x0e\n" +
+	"\fPeersRequest\"z\n" +
+	"\rPeersResponse\x124\n" +
+	"\x05error\x18\x01 \x01(\v2\x1e.rendezvous.admission.v1.ErrorR\x05error\x123\n" +
+	"\x05peers\x18\x02 \x03(\v2\x1d.rendezvous.admission.v1.PeerR\x05peers\"<\n" +
+	"\x04Peer\x12\x1a\n" +
+	"\binstance\x18\x01 \x01(\tR\binstance\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\"\xcb\x02\n" +
 	"\aSession\x12\x1d\n" +
 	"\n" +
@@ -1504,12 +1652,13 @@ const file_admission_proto_rawDesc = "" +
 	"\x03End\x12\x1d\n" +
 	"\n" +
 	"session_id\x18\x01 \x01(\tR\tsessionId\x12\x16\n" +
-	"\x06reason\x18\x02 \x01(\tR\x06reason2\xe1\x03\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason2\xb9\x04\n" +
 	"\tAdmission\x12k\n" +
 	"\fAuthenticate\x12,.rendezvous.admission.v1.AuthenticateRequest\x1a-.rendezvous.admission.v1.AuthenticateResponse\x12\\\n" +
 	"\aConnect\x12'.rendezvous.admission.v1.ConnectRequest\x1a(.rendezvous.admission.v1.ConnectResponse\x12V\n" +
 	"\x05Enter\x12%.rendezvous.admission.v1.EnterRequest\x1a&.rendezvous.admission.v1.EnterResponse\x12V\n" +
-	"\x05Route\x12%.rendezvous.admission.v1.RouteRequest\x1a&.rendezvous.admission.v1.RouteResponse\x12Y\n" +
+	"\x05Route\x12%.rendezvous.admission.v1.RouteRequest\x1a&.rendezvous.admission.v1.RouteResponse\x12V\n" +
+	"\x05Peers\x12%.rendezvous.admission.v1.PeersRequest\x1a&.rendezvous.admission.v1.PeersResponse\x12Y\n" +
 	"\x06Report\x12$.rendezvous.admission.v1.RelayReport\x1a%.rendezvous.admission.v1.RelayCommand(\x010\x01B*Z(rendezvous.dev/rendezvous/wire/admissionb\x06proto3"
 
 var (
@@ -1524,7 +1673,7 @@ func file_admission_proto_rawDescGZIP() []byte {
 	return file_admission_proto_rawDescData
 }
 
-var file_admission_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
+var file_admission_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
 var file_admission_proto_goTypes = []any{
 	(*Error)(nil),                 // 0: rendezvous.admission.v1.Error
 	(*AuthenticateRequest)(nil),   // 1: rendezvous.admission.v1.AuthenticateRequest
@@ -1535,52 +1684,59 @@ var file_admission_proto_goTypes = []any{
 	(*EnterResponse)(nil),         // 6: rendezvous.admission.v1.EnterResponse
 	(*RouteRequest)(nil),          // 7: rendezvous.admission.v1.RouteRequest
 	(*RouteResponse)(nil),         // 8: rendezvous.admission.v1.RouteResponse
-	(*Session)(nil),               // 9: rendezvous.admission.v1.Session
-	(*RelayReport)(nil),           // 10: rendezvous.admission.v1.RelayReport
-	(*Batch)(nil),                 // 11: rendezvous.admission.v1.Batch
-	(*Snapshot)(nil),              // 12: rendezvous.admission.v1.Snapshot
-	(*Ended)(nil),                 // 13: rendezvous.admission.v1.Ended
-	(*Draining)(nil),              // 14: rendezvous.admission.v1.Draining
-	(*Step)(nil),                  // 15: rendezvous.admission.v1.Step
-	(*RelayCommand)(nil),          // 16: rendezvous.admission.v1.RelayCommand
-	(*End)(nil),                   // 17: rendezvous.admission.v1.End
-	(*timestamppb.Timestamp)(nil), // 18: google.protobuf.Timestamp
+	(*PeersRequest)(nil),          // 9: rendezvous.admission.v1.PeersRequest
+	(*PeersResponse)(nil),         // 10: rendezvous.admission.v1.PeersResponse
+	(*Peer)(nil),                  // 11: rendezvous.admission.v1.Peer
+	(*Session)(nil),               // 12: rendezvous.admission.v1.Session
+	(*RelayReport)(nil),           // 13: rendezvous.admission.v1.RelayReport
+	(*Batch)(nil),                 // 14: rendezvous.admission.v1.Batch
+	(*Snapshot)(nil),              // 15: rendezvous.admission.v1.Snapshot
+	(*Ended)(nil),                 // 16: rendezvous.admission.v1.Ended
+	(*Draining)(nil),              // 17: rendezvous.admission.v1.Draining
+	(*Step)(nil),                  // 18: rendezvous.admission.v1.Step
+	(*RelayCommand)(nil),          // 19: rendezvous.admission.v1.RelayCommand
+	(*End)(nil),                   // 20: rendezvous.admission.v1.End
+	(*timestamppb.Timestamp)(nil), // 21: google.protobuf.Timestamp
 }
 var file_admission_proto_depIdxs = []int32{
 	0,  // 0: rendezvous.admission.v1.AuthenticateResponse.error:type_name -> rendezvous.admission.v1.Error
-	18, // 1: rendezvous.admission.v1.AuthenticateResponse.expires:type_name -> google.protobuf.Timestamp
-	18, // 2: rendezvous.admission.v1.ConnectRequest.deadline:type_name -> google.protobuf.Timestamp
+	21, // 1: rendezvous.admission.v1.AuthenticateResponse.expires:type_name -> google.protobuf.Timestamp
+	21, // 2: rendezvous.admission.v1.ConnectRequest.deadline:type_name -> google.protobuf.Timestamp
 	0,  // 3: rendezvous.admission.v1.ConnectResponse.error:type_name -> rendezvous.admission.v1.Error
 	0,  // 4: rendezvous.admission.v1.EnterResponse.error:type_name -> rendezvous.admission.v1.Error
 	0,  // 5: rendezvous.admission.v1.RouteResponse.error:type_name -> rendezvous.admission.v1.Error
-	18, // 6: rendezvous.admission.v1.Session.started:type_name -> google.protobuf.Timestamp
-	12, // 7: rendezvous.admission.v1.RelayReport.snapshot:type_name -> rendezvous.admission.v1.Snapshot
-	9,  // 8: rendezvous.admission.v1.RelayReport.started:type_name -> rendezvous.admission.v1.Session
-	13, // 9: rendezvous.admission.v1.RelayReport.ended:type_name -> rendezvous.admission.v1.Ended
-	14, // 10: rendezvous.admission.v1.RelayReport.draining:type_name -> rendezvous.admission.v1.Draining
-	15, // 11: rendezvous.admission.v1.RelayReport.step:type_name -> rendezvous.admission.v1.Step
-	11, // 12: rendezvous.admission.v1.RelayReport.batch:type_name -> rendezvous.admission.v1.Batch
-	10, // 13: rendezvous.admission.v1.Batch.reports:type_name -> rendezvous.admission.v1.RelayReport
-	9,  // 14: rendezvous.admission.v1.Snapshot.sessions:type_name -> rendezvous.admission.v1.Session
-	9,  // 15: rendezvous.admission.v1.Ended.session:type_name -> rendezvous.admission.v1.Session
-	18, // 16: rendezvous.admission.v1.Draining.deadline:type_name -> google.protobuf.Timestamp
-	18, // 17: rendezvous.admission.v1.Step.at:type_name -> google.protobuf.Timestamp
-	17, // 18: rendezvous.admission.v1.RelayCommand.end:type_name -> rendezvous.admission.v1.End
-	1,  // 19: rendezvous.admission.v1.Admission.Authenticate:input_type -> rendezvous.admission.v1.AuthenticateRequest
-	3,  // 20: rendezvous.admission.v1.Admission.Connect:input_type -> rendezvous.admission.v1.ConnectRequest
-	5,  // 21: rendezvous.admission.v1.Admission.Enter:input_type -> rendezvous.admission.v1.EnterRequest
-	7,  // 22: rendezvous.admission.v1.Admission.Route:input_type -> rendezvous.admission.v1.RouteRequest
-	10, // 23: rendezvous.admission.v1.Admission.Report:input_type -> rendezvous.admission.v1.RelayReport
-	2,  // 24: rendezvous.admission.v1.Admission.Authenticate:output_type -> rendezvous.admission.v1.AuthenticateResponse
-	4,  // 25: rendezvous.admission.v1.Admission.Connect:output_type -> rendezvous.admission.v1.ConnectResponse
-	6,  // 26: rendezvous.admission.v1.Admission.Enter:output_type -> rendezvous.admission.v1.EnterResponse
-	8,  // 27: rendezvous.admission.v1.Admission.Route:output_type -> rendezvous.admission.v1.RouteResponse
-	16, // 28: rendezvous.admission.v1.Admission.Report:output_type -> rendezvous.admission.v1.RelayCommand
-	24, // [24:29] is the sub-list for method output_type
-	19, // [19:24] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	0,  // 6: rendezvous.admission.v1.PeersResponse.error:type_name -> rendezvous.admission.v1.Error
+	11, // 7: rendezvous.admission.v1.PeersResponse.peers:type_name -> rendezvous.admission.v1.Peer
+	21, // 8: rendezvous.admission.v1.Session.started:type_name -> google.protobuf.Timestamp
+	15, // 9: rendezvous.admission.v1.RelayReport.snapshot:type_name -> rendezvous.admission.v1.Snapshot
+	12, // 10: rendezvous.admission.v1.RelayReport.started:type_name -> rendezvous.admission.v1.Session
+	16, // 11: rendezvous.admission.v1.RelayReport.ended:type_name -> rendezvous.admission.v1.Ended
+	17, // 12: rendezvous.admission.v1.RelayReport.draining:type_name -> rendezvous.admission.v1.Draining
+	18, // 13: rendezvous.admission.v1.RelayReport.step:type_name -> rendezvous.admission.v1.Step
+	14, // 14: rendezvous.admission.v1.RelayReport.batch:type_name -> rendezvous.admission.v1.Batch
+	13, // 15: rendezvous.admission.v1.Batch.reports:type_name -> rendezvous.admission.v1.RelayReport
+	12, // 16: rendezvous.admission.v1.Snapshot.sessions:type_name -> rendezvous.admission.v1.Session
+	12, // 17: rendezvous.admission.v1.Ended.session:type_name -> rendezvous.admission.v1.Session
+	21, // 18: rendezvous.admission.v1.Draining.deadline:type_name -> google.protobuf.Timestamp
+	21, // 19: rendezvous.admission.v1.Step.at:type_name -> google.protobuf.Timestamp
+	20, // 20: rendezvous.admission.v1.RelayCommand.end:type_name -> rendezvous.admission.v1.End
+	1,  // 21: rendezvous.admission.v1.Admission.Authenticate:input_type -> rendezvous.admission.v1.AuthenticateRequest
+	3,  // 22: rendezvous.admission.v1.Admission.Connect:input_type -> rendezvous.admission.v1.ConnectRequest
+	5,  // 23: rendezvous.admission.v1.Admission.Enter:input_type -> rendezvous.admission.v1.EnterRequest
+	7,  // 24: rendezvous.admission.v1.Admission.Route:input_type -> rendezvous.admission.v1.RouteRequest
+	9,  // 25: rendezvous.admission.v1.Admission.Peers:input_type -> rendezvous.admission.v1.PeersRequest
+	13, // 26: rendezvous.admission.v1.Admission.Report:input_type -> rendezvous.admission.v1.RelayReport
+	2,  // 27: rendezvous.admission.v1.Admission.Authenticate:output_type -> rendezvous.admission.v1.AuthenticateResponse
+	4,  // 28: rendezvous.admission.v1.Admission.Connect:output_type -> rendezvous.admission.v1.ConnectResponse
+	6,  // 29: rendezvous.admission.v1.Admission.Enter:output_type -> rendezvous.admission.v1.EnterResponse
+	8,  // 30: rendezvous.admission.v1.Admission.Route:output_type -> rendezvous.admission.v1.RouteResponse
+	10, // 31: rendezvous.admission.v1.Admission.Peers:output_type -> rendezvous.admission.v1.PeersResponse
+	19, // 32: rendezvous.admission.v1.Admission.Report:output_type -> rendezvous.admission.v1.RelayCommand
+	27, // [27:33] is the sub-list for method output_type
+	21, // [21:27] is the sub-list for method input_type
+	21, // [21:21] is the sub-list for extension type_name
+	21, // [21:21] is the sub-list for extension extendee
+	0,  // [0:21] is the sub-list for field type_name
 }
 
 func init() { file_admission_proto_init() }
@@ -1588,7 +1744,7 @@ func file_admission_proto_init() {
 	if File_admission_proto != nil {
 		return
 	}
-	file_admission_proto_msgTypes[10].OneofWrappers = []any{
+	file_admission_proto_msgTypes[13].OneofWrappers = []any{
 		(*RelayReport_Snapshot)(nil),
 		(*RelayReport_Started)(nil),
 		(*RelayReport_Ended)(nil),
@@ -1596,7 +1752,7 @@ func file_admission_proto_init() {
 		(*RelayReport_Step)(nil),
 		(*RelayReport_Batch)(nil),
 	}
-	file_admission_proto_msgTypes[16].OneofWrappers = []any{
+	file_admission_proto_msgTypes[19].OneofWrappers = []any{
 		(*RelayCommand_End)(nil),
 	}
 	type x struct{}
@@ -1605,7 +1761,7 @@ func file_admission_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admission_proto_rawDesc), len(file_admission_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   18,
+			NumMessages:   21,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -29,6 +29,7 @@ const (
 	Admission_Connect_FullMethodName      = "/rendezvous.admission.v1.Admission/Connect"
 	Admission_Enter_FullMethodName        = "/rendezvous.admission.v1.Admission/Enter"
 	Admission_Route_FullMethodName        = "/rendezvous.admission.v1.Admission/Route"
+	Admission_Peers_FullMethodName        = "/rendezvous.admission.v1.Admission/Peers"
 	Admission_Report_FullMethodName       = "/rendezvous.admission.v1.Admission/Report"
 )
 
@@ -50,6 +51,8 @@ type AdmissionClient interface {
 	// Route names the address of the relay instance that holds the client leg, where an agent's connection reached
 	// another pod of the same gateway. Only live peers of this gateway are ever named.
 	Route(ctx context.Context, in *RouteRequest, opts ...grpc.CallOption) (*RouteResponse, error)
+	// Peers names the other live relays of this gateway: one that got half of a client's channels asks them for the other.
+	Peers(ctx context.Context, in *PeersRequest, opts ...grpc.CallOption) (*PeersResponse, error)
 	// Report is one long stream per relay: session events and a full snapshot after each (re)connect one way, commands
 	// (end a session) the other way.
 	Report(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[RelayReport, RelayCommand], error)
@@ -103,6 +106,16 @@ func (c *admissionClient) Route(ctx context.Context, in *RouteRequest, opts ...g
 	return out, nil
 }
 
+func (c *admissionClient) Peers(ctx context.Context, in *PeersRequest, opts ...grpc.CallOption) (*PeersResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PeersResponse)
+	err := c.cc.Invoke(ctx, Admission_Peers_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *admissionClient) Report(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[RelayReport, RelayCommand], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	stream, err := c.cc.NewStream(ctx, &Admission_ServiceDesc.Streams[0], Admission_Report_FullMethodName, cOpts...)
@@ -134,6 +147,8 @@ type AdmissionServer interface {
 	// Route names the address of the relay instance that holds the client leg, where an agent's connection reached
 	// another pod of the same gateway. Only live peers of this gateway are ever named.
 	Route(context.Context, *RouteRequest) (*RouteResponse, error)
+	// Peers names the other live relays of this gateway: one that got half of a client's channels asks them for the other.
+	Peers(context.Context, *PeersRequest) (*PeersResponse, error)
 	// Report is one long stream per relay: session events and a full snapshot after each (re)connect one way, commands
 	// (end a session) the other way.
 	Report(grpc.BidiStreamingServer[RelayReport, RelayCommand]) error
@@ -158,6 +173,9 @@ func (UnimplementedAdmissionServer) Enter(context.Context, *EnterRequest) (*Ente
 }
 func (UnimplementedAdmissionServer) Route(context.Context, *RouteRequest) (*RouteResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Route not implemented")
+}
+func (UnimplementedAdmissionServer) Peers(context.Context, *PeersRequest) (*PeersResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Peers not implemented")
 }
 func (UnimplementedAdmissionServer) Report(grpc.BidiStreamingServer[RelayReport, RelayCommand]) error {
 	return status.Error(codes.Unimplemented, "method Report not implemented")
@@ -255,6 +273,24 @@ func _Admission_Route_Handler(srv interface{}, ctx context.Context, dec func(int
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admission_Peers_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PeersRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdmissionServer).Peers(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admission_Peers_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdmissionServer).Peers(ctx, req.(*PeersRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Admission_Report_Handler(srv interface{}, stream grpc.ServerStream) error {
 	return srv.(AdmissionServer).Report(&grpc.GenericServerStream[RelayReport, RelayCommand]{ServerStream: stream})
 }
@@ -284,6 +320,10 @@ var Admission_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Route",
 			Handler:    _Admission_Route_Handler,
+		},
+		{
+			MethodName: "Peers",
+			Handler:    _Admission_Peers_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -40,6 +40,9 @@ type Relay struct {
 	Gateway string `json:"gateway"`
 	// Hostname is the public name; agents' SNI is INSTANCE.join.Hostname.
 	Hostname string `json:"hostname"`
+	// ClientAddressesHidden says that the Service's forwarding may show a node's address for a client's, another for each of
+	// its connections: they tell clients apart no more.
+	ClientAddressesHidden bool `json:"clientAddressesHidden,omitempty"`
 	// MaxSessions bounds live sessions of this pod.
 	MaxSessions int32 `json:"maxSessions"`
 	// MaxPending bounds connections that are not joined yet, each before or in admission.

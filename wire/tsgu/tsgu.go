@@ -94,6 +94,7 @@ const (
 	CloseSessionTimeout uint32 = 0x59f6 // E_PROXY_SESSIONTIMEOUT, to a client with CapIdleTimeout
 	CloseAborted        uint32 = 0x04d4 // ERROR_CONNECTION_ABORTED: an administrator, a drain
 	CloseGraceful       uint32 = 0x04ca // ERROR_GRACEFUL_DISCONNECT
+	CloseUnpaired       uint32 = 0x03e3 // ERROR_OPERATION_ABORTED: an OUT channel whose IN channel did not come
 )
 
 const (
