@@ -43,13 +43,17 @@ type gatewayScope struct {
 	served     []*rdv.Workspace // of picked, those whose certificates can be mounted
 	identities map[string]bool  // names of the Certificates for picked
 
+	// Set by applyNetwork.
+	service *corev1.Service
+
 	// Set by applyPods.
 	deployment *appsv1.Deployment
-	service    *corev1.Service
+	pods       gatewayPods
 }
 
 // +kubebuilder:rbac:groups=rendezvous.dev,resources=gateways,verbs=get;list;watch
 // +kubebuilder:rbac:groups=rendezvous.dev,resources=gateways/status,verbs=patch
+// +kubebuilder:rbac:groups=apps,resources=replicasets,verbs=get;list;patch;watch
 // +kubebuilder:rbac:groups=autoscaling,resources=horizontalpodautoscalers,verbs=create;delete;get;list;patch;watch
 
 func (r *gatewayReconciler) setup(mgr ctrl.Manager) error {
@@ -64,6 +68,8 @@ func (r *gatewayReconciler) setup(mgr ctrl.Manager) error {
 		Owns(&policyv1.PodDisruptionBudget{}, builder.OnlyMetadata).
 		Owns(&networkingv1.NetworkPolicy{}, builder.OnlyMetadata).
 		Watches(&corev1.Secret{}, byLabel(rdv.LabelGateway), builder.OnlyMetadata).
+		Watches(&corev1.Pod{}, byLabel(rdv.LabelGateway)).
+		Watches(&appsv1.ReplicaSet{}, byLabel(rdv.LabelGateway)).
 		Watches(&corev1.Secret{}, handler.EnqueueRequestsFromMapFunc(func(ctx context.Context, o client.Object) []reconcile.Request {
 			if ws := o.GetLabels()[rdv.LabelWorkspace]; ws == "" || o.GetName() != render.WorkspaceTickets(ws) {
 				return nil
@@ -196,9 +202,18 @@ func (r *gatewayReconciler) applyPods(ctx context.Context, s *gatewayScope) erro
 			return err
 		}
 	}
-	deployment := r.render.GatewayDeployment(gw, s.served)
+	want, err := r.render.GatewayDeployment(gw, s.served)
+	if err != nil {
+		return err
+	}
+	if err := r.seePods(ctx, s, want); err != nil {
+		return err
+	}
+	if err := r.writeDeletionCosts(ctx, s); err != nil {
+		return err
+	}
 	if (s.tlsIssued && len(s.served) > 0) || s.deployment != nil {
-		if err := r.applyAll(ctx, &s.pass, gw, deployment); err != nil {
+		if err := r.roll(ctx, s, want); err != nil {
 			return err
 		}
 	}
@@ -207,7 +222,7 @@ func (r *gatewayReconciler) applyPods(ctx context.Context, s *gatewayScope) erro
 			return err
 		}
 	}
-	s.deployment, err = getOrNil(ctx, r.Client, gw.Namespace, deployment.Name, &appsv1.Deployment{})
+	s.deployment, err = getOrNil(ctx, r.Client, gw.Namespace, want.Name, &appsv1.Deployment{})
 	return err
 }
 

@@ -28,12 +28,17 @@ func (r *gatewayReconciler) writeStatus(ctx context.Context, s *gatewayScope) er
 	for _, ws := range s.served {
 		status.Workspaces = append(status.Workspaces, ws.Name)
 	}
+	var others []metav1.Condition
+	rollout, progress := s.rollout()
+	if status.Rollout = rollout; rollout != nil {
+		others = append(others, isTrue(rdv.ConditionReconciling, rdv.ReasonProgressing, progress))
+	}
 	status.Conditions = summarise(gw.Status.Conditions, gw.Generation, "serves at "+gw.Spec.Hostname, []metav1.Condition{
 		s.refs.condition(rdv.ConditionReferencesResolved, "all references resolve"),
 		s.certificates.condition(rdv.ConditionCertificatesReady, "all certificates are issued"),
 		availableCondition("gateway", s.deployment, want, true),
-	}, nil)
-	return r.writeChangedStatus(ctx, gw, &gw.Status, &status, "sessions")
+	}, others)
+	return r.writeChangedStatus(ctx, gw, &gw.Status, &status, "sessions", "instances")
 }
 
 // serviceAddress is where a Service is reached: at its load balancer, or else inside the cluster.

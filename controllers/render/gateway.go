@@ -40,9 +40,27 @@ const (
 	relayDrainDeadline        = 8 * 60 * 60
 	gatewayReplicas           = 1
 	gatewayCPUTarget          = 70
-	gatewayGraceBeyondDrain   = 30
 	gatewayScaleDownStability = 10 * 60
 )
+
+// Annotations by which a new image of the gateway container is told from a template that needs new pods.
+const (
+	// AnnotationGatewayImage, on a gateway's Deployment, on its ReplicaSet and on a pod, is the image that its gateway
+	// container was last given. What stands in the template may be another text: admission webhooks rewrite images.
+	AnnotationGatewayImage = "rendezvous.dev/gateway-image"
+	// AnnotationRolling on a Deployment says that its pods get a new gateway image in place, and which.
+	AnnotationRolling = "rendezvous.dev/rolling-gateway-image"
+	// AnnotationReplaced on a pod is the id of the gateway container that its new image is to replace.
+	AnnotationReplaced = "rendezvous.dev/replaced-container"
+	// AnnotationRetired on a ReplicaSet's template keeps an old one from being taken for the newest.
+	AnnotationRetired = "rendezvous.dev/retired"
+)
+
+// GatewayContainer names the container that decides; the relay is the other one.
+const GatewayContainer = "gateway"
+
+// GatewayGraceBeyondDrain is how many seconds a gateway pod that must go has beyond its relay's drain deadline.
+const GatewayGraceBeyondDrain = 30
 
 // GatewayReplicas is how many pods the gateway wants; fixed is false where an autoscaler decides.
 func GatewayReplicas(gw *rdv.Gateway) (replicas int32, fixed bool) {
@@ -55,6 +73,9 @@ func GatewayReplicas(gw *rdv.Gateway) (replicas int32, fixed bool) {
 func gatewayLabels(gw *rdv.Gateway, component string) map[string]string {
 	return labels(rdv.LabelGateway, gw.Name, component)
 }
+
+// GatewayPodLabels find a gateway's pods and their ReplicaSets.
+func GatewayPodLabels(gateway string) map[string]string { return gatewaySelector(gateway) }
 
 func gatewaySelector(gateway string) map[string]string {
 	return selector(rdv.LabelGateway, gateway, componentGateway)
@@ -117,8 +138,9 @@ func (o Options) GatewayConfigMap(gw *rdv.Gateway, workspaces []*rdv.Workspace) 
 
 // GatewayDeployment is the gateway's pods: the relay, a native sidecar, which starts before and stops after the gateway
 // container that decides for it. The two share one small folder, for the admission socket; each sees its own secrets,
-// and neither has a Kubernetes credential.
-func (o Options) GatewayDeployment(gw *rdv.Gateway, workspaces []*rdv.Workspace) *appsv1.Deployment {
+// and neither has a Kubernetes credential. Its annotations say what the pods were rendered from, apart from the gateway
+// container's image, and that image.
+func (o Options) GatewayDeployment(gw *rdv.Gateway, workspaces []*rdv.Workspace) (*appsv1.Deployment, error) {
 	sel := gatewaySelector(gw.Name)
 	podLabels := gatewayLabels(gw, componentGateway)
 	d := &appsv1.Deployment{
@@ -133,7 +155,7 @@ func (o Options) GatewayDeployment(gw *rdv.Gateway, workspaces []*rdv.Workspace)
 					AutomountServiceAccountToken:  new(false),
 					SecurityContext:               hardenedPod(),
 					TopologySpreadConstraints:     spread(sel),
-					TerminationGracePeriodSeconds: new(int64(drainDeadline(gw)) + gatewayGraceBeyondDrain),
+					TerminationGracePeriodSeconds: new(int64(drainDeadline(gw)) + GatewayGraceBeyondDrain),
 					EnableServiceLinks:            new(false),
 					InitContainers:                []corev1.Container{o.relayContainer(gw)},
 					Containers:                    []corev1.Container{o.gatewayContainer(gw)},
@@ -151,6 +173,26 @@ func (o Options) GatewayDeployment(gw *rdv.Gateway, workspaces []*rdv.Workspace)
 	if replicas, fixed := GatewayReplicas(gw); fixed {
 		d.Spec.Replicas = new(replicas)
 	}
+	image := &d.Spec.Template.Spec.Containers[0].Image
+	given := *image
+	*image = ""
+	hash, err := hashOf(d.Spec.Template)
+	*image = given
+	if err != nil {
+		return nil, err
+	}
+	d.Annotations = map[string]string{AnnotationPodHash: hash, AnnotationGatewayImage: given}
+	return d, nil
+}
+
+// RollingGatewayDeployment is a gateway's Deployment while its pods get a new gateway image in place: paused, and still
+// with the image that it was given before.
+func RollingGatewayDeployment(d *appsv1.Deployment, before string) *appsv1.Deployment {
+	d = d.DeepCopy()
+	d.Annotations[AnnotationRolling] = d.Annotations[AnnotationGatewayImage]
+	d.Annotations[AnnotationGatewayImage] = before
+	d.Spec.Paused = true
+	d.Spec.Template.Spec.Containers[0].Image = before
 	return d
 }
 
@@ -182,7 +224,7 @@ func (o Options) relayContainer(gw *rdv.Gateway) corev1.Container {
 
 func (o Options) gatewayContainer(gw *rdv.Gateway) corev1.Container {
 	return corev1.Container{
-		Name:            "gateway",
+		Name:            GatewayContainer,
 		Image:           orString(gw.Spec.Admission.Image, o.GatewayImage),
 		ImagePullPolicy: corev1.PullIfNotPresent,
 		Args:            []string{"--config=" + config.GatewayFile, fmt.Sprintf("--metrics-addr=:%d", config.PortGatewayMetrics)},

@@ -115,6 +115,7 @@ func TestGolden(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	gatewayDeployment := must[*appsv1.Deployment](t)(options.GatewayDeployment(gw, both)).(*appsv1.Deployment)
 	registration := Registration{Token: "rdvreg.desk.linux.-.x", Expires: time.Date(2026, 5, 4, 12, 0, 0, 0, time.UTC), CA: "ca", Broker: "https://broker.example.test"}
 
 	for file, obj := range map[string]client.Object{
@@ -142,21 +143,22 @@ func TestGolden(t *testing.T) {
 		"workspace-pdb":                      BrokerDisruptionBudget(ws),
 		"workspace-networkpolicy":            BrokerNetworkPolicy(ws),
 
-		"gateway-certificate":       GatewayCertificate(gw),
-		"gateway-identity":          GatewayIdentityCertificate(gw, ws),
-		"gateway-identity-vault":    GatewayIdentityCertificate(gw, exposed),
-		"gateway-relay-configmap":   must[*corev1.ConfigMap](t)(RelayConfigMap(gw)),
-		"gateway-relay-limits":      must[*corev1.ConfigMap](t)(RelayConfigMap(scaled)),
-		"gateway-configmap":         must[*corev1.ConfigMap](t)(options.GatewayConfigMap(gw, both)),
-		"gateway-configmap-none":    must[*corev1.ConfigMap](t)(options.GatewayConfigMap(gw, nil)),
-		"gateway-deployment":        options.GatewayDeployment(gw, both),
-		"gateway-deployment-scaled": options.GatewayDeployment(scaled, nil),
-		"gateway-service":           GatewayService(gw),
-		"gateway-service-exposed":   GatewayService(scaled),
-		"gateway-relays-service":    GatewayRelaysService(gw),
-		"gateway-pdb":               GatewayDisruptionBudget(gw),
-		"gateway-hpa":               GatewayAutoscaler(scaled),
-		"gateway-networkpolicy":     GatewayNetworkPolicy(gw),
+		"gateway-certificate":        GatewayCertificate(gw),
+		"gateway-identity":           GatewayIdentityCertificate(gw, ws),
+		"gateway-identity-vault":     GatewayIdentityCertificate(gw, exposed),
+		"gateway-relay-configmap":    must[*corev1.ConfigMap](t)(RelayConfigMap(gw)),
+		"gateway-relay-limits":       must[*corev1.ConfigMap](t)(RelayConfigMap(scaled)),
+		"gateway-configmap":          must[*corev1.ConfigMap](t)(options.GatewayConfigMap(gw, both)),
+		"gateway-configmap-none":     must[*corev1.ConfigMap](t)(options.GatewayConfigMap(gw, nil)),
+		"gateway-deployment":         gatewayDeployment,
+		"gateway-deployment-rolling": RollingGatewayDeployment(gatewayDeployment, "registry.example.test/gateway:before"),
+		"gateway-deployment-scaled":  must[*appsv1.Deployment](t)(options.GatewayDeployment(scaled, nil)),
+		"gateway-service":            GatewayService(gw),
+		"gateway-service-exposed":    GatewayService(scaled),
+		"gateway-relays-service":     GatewayRelaysService(gw),
+		"gateway-pdb":                GatewayDisruptionBudget(gw),
+		"gateway-hpa":                GatewayAutoscaler(scaled),
+		"gateway-networkpolicy":      GatewayNetworkPolicy(gw),
 
 		"hostpool-registration":    PoolRegistrationSecret(linux, registration),
 		"hostpool-networkpolicy":   PoolNetworkPolicy(linux),
@@ -189,7 +191,7 @@ func TestGolden(t *testing.T) {
 
 // TestSeparation holds the walls between the containers of a gateway pod: who mounts what.
 func TestSeparation(t *testing.T) {
-	d := options.GatewayDeployment(gateway(), []*rdv.Workspace{workspace()})
+	d := must[*appsv1.Deployment](t)(options.GatewayDeployment(gateway(), []*rdv.Workspace{workspace()})).(*appsv1.Deployment)
 	spec := d.Spec.Template.Spec
 	if a := spec.AutomountServiceAccountToken; a == nil || *a {
 		t.Error("a gateway pod must hold no Kubernetes credential")

@@ -4,13 +4,12 @@ import (
 	"fmt"
 	"net/netip"
 	"strings"
+
+	"rendezvous.dev/rendezvous/wire/identity"
 )
 
-// InstanceName names a gateway pod by its address: one DNS label that fits a bus subject and a TLS server name, from which
-// any peer finds the pod without a directory. 10.244.0.7 is "10-244-0-7"; an IPv6 address stands in full.
-func InstanceName(addr netip.Addr) string {
-	return strings.NewReplacer(".", "-", ":", "-").Replace(addr.Unmap().WithZone("").StringExpanded())
-}
+// InstanceName is identity.InstanceName.
+func InstanceName(addr netip.Addr) string { return identity.InstanceName(addr) }
 
 // InstanceAddr reads the address back. What InstanceName would not have written is an error.
 func InstanceAddr(instance string) (netip.Addr, error) {
