@@ -69,6 +69,7 @@ type Orchestrator struct {
 	o       Options
 	started time.Time
 	live    *registry
+	peers   peers
 	status  *statusWriter
 	slots   chan struct{}
 	subs    []*nats.Subscription
@@ -118,7 +119,7 @@ func New(o Options) *Orchestrator {
 	if o.Settle == 0 {
 		o.Settle = settle
 	}
-	b := &Orchestrator{o: o, started: o.Now(), live: newRegistry(o.Now), slots: make(chan struct{}, maxConnects)}
+	b := &Orchestrator{o: o, started: o.Now(), live: newRegistry(o.Now), peers: peers{met: map[string]peer{}}, slots: make(chan struct{}, maxConnects)}
 	b.status = newStatusWriter(b)
 	return b
 }
@@ -133,6 +134,8 @@ func (b *Orchestrator) Start(ctx context.Context) error {
 		{bus.AllGatewayReports, "", b.onGatewayReport},
 		{subjectPresence, "", b.onPresence},
 		{subjectJourney, "", b.onJourney},
+		{subjectHello, "", b.onHello},
+		{subjectHosts + "." + b.o.Name, "", b.onHosts},
 		{bus.SubjectConnect, bus.Brokers, b.onConnect},
 		{bus.SubjectEntry, bus.Brokers, b.onEntry},
 		{bus.SubjectGateways, bus.Brokers, b.onGateways},
@@ -154,6 +157,7 @@ func (b *Orchestrator) Start(ctx context.Context) error {
 		return fmt.Errorf("orchestrate: %w", err)
 	}
 	b.work.Go(func() { b.sweep(ctx) })
+	b.work.Go(func() { b.sayHello(ctx) })
 	b.work.Go(func() { b.status.run(ctx) })
 	return nil
 }

@@ -1,0 +1,125 @@
+package orchestrate
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"rendezvous.dev/rendezvous/wire/bus"
+)
+
+// Brokers that meet tell each other of the agents on them. Without it a broker that has just started, or whose agents
+// were back before its routes were, would know the others' hosts from their next reports only, ten seconds later.
+
+const (
+	subjectHello = "rdv.hello"
+	subjectHosts = "rdv.hosts" // and a broker's name: for that one alone
+	helloEvery   = time.Second
+	// estranged is after which silence a broker is met anew: its routes were down, and reports were missed.
+	estranged = 3 * helloEvery
+	// hostsPerMessage keeps a message well below the bus's bound: a report is some 300 bytes, and more with sessions.
+	hostsPerMessage = 200
+)
+
+// helloMessage says that a broker is there. Boot tells its lives apart.
+type helloMessage struct {
+	Broker string    `json:"broker"`
+	Boot   time.Time `json:"boot"`
+}
+
+// hostsMessage is a part of the agents on a broker, and what they said last.
+type hostsMessage struct {
+	Broker string     `json:"broker"`
+	Hosts  []hostSeen `json:"hosts"`
+}
+
+type hostSeen struct {
+	Conn   string         `json:"conn"`
+	Report bus.HostReport `json:"report"`
+}
+
+// peers are the brokers that were met.
+type peers struct {
+	mu  sync.Mutex
+	met map[string]peer
+}
+
+type peer struct {
+	boot  time.Time
+	heard time.Time
+}
+
+// meet notes a hello, and says whether it is one to answer.
+func (p *peers) meet(h helloMessage, now time.Time) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	last, known := p.met[h.Broker]
+	p.met[h.Broker] = peer{h.Boot, now}
+	return !known || !last.boot.Equal(h.Boot) || now.Sub(last.heard) > estranged
+}
+
+// sayHello tells the others, again and again, that this broker is there.
+func (b *Orchestrator) sayHello(ctx context.Context) {
+	tick := time.NewTicker(helloEvery)
+	defer tick.Stop()
+	for {
+		b.publish(subjectHello, helloMessage{b.o.Name, b.started})
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}
+
+func (b *Orchestrator) onHello(_ context.Context, m *nats.Msg) {
+	var h helloMessage
+	if !b.decode(m, &h) || h.Broker == b.o.Name || !b.peers.meet(h, b.o.Now()) {
+		return
+	}
+	mine := b.live.mine()
+	b.o.Log.Info("met a broker", "broker", h.Broker, "hosts", len(mine))
+	for part := range slices.Chunk(mine, hostsPerMessage) {
+		b.publish(fmt.Sprintf("%s.%s", subjectHosts, h.Broker), hostsMessage{b.o.Name, part})
+	}
+}
+
+func (b *Orchestrator) onHosts(_ context.Context, m *nats.Msg) {
+	var msg hostsMessage
+	if !b.decode(m, &msg) {
+		return
+	}
+	for _, s := range msg.Hosts {
+		b.live.introduce(hostKey{s.Report.Pool, s.Report.Host}, s)
+	}
+}
+
+// mine lists the agents on this broker.
+func (r *registry) mine() (all []hostSeen) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, h := range r.hosts {
+		if h.local && !h.gone && !h.at.IsZero() {
+			all = append(all, hostSeen{h.conn, h.report})
+		}
+	}
+	return all
+}
+
+// introduce takes another broker's word on an agent of its own, unless the news that this one has left was faster.
+func (r *registry) introduce(k hostKey, s hostSeen) {
+	r.mu.Lock()
+	h := r.host(k)
+	left := h.conn == "" && r.now().Sub(h.lost) <= overtaken
+	if h.conn == "" && !left {
+		h.conn, h.local = s.Conn, false
+	}
+	r.mu.Unlock()
+	if !left {
+		r.report(k, s.Report)
+	}
+}
