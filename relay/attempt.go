@@ -100,7 +100,7 @@ func (a *attempt) authenticate(ticket string) *refusal.Error {
 		ActivityId: a.activity, Ticket: ticket, ClientAddr: a.v.tcp.RemoteAddr().String()})
 	a.asking = time.Since(a.asked)
 	if err != nil {
-		return a.refused(a.admissionFailed(err))
+		return a.refused(a.r.admissionFailed(a.activity, err))
 	}
 	a.told(resp)
 	a.target, a.redirectFlags = resp.Target, resp.RedirectFlags
@@ -191,7 +191,7 @@ func (a *attempt) orchestrate(ctx context.Context, target string, wait time.Dura
 	}
 	var e *refusal.Error
 	if err != nil {
-		e = a.admissionFailed(err)
+		e = a.r.admissionFailed(a.activity, err)
 	} else {
 		e = &refusal.Error{Code: refusal.Code(resp.Error.Code), Message: resp.Error.Message}
 	}
@@ -242,8 +242,8 @@ func (a *attempt) begin(c *client) *session {
 }
 
 // admissionFailed is the refusal where the gateway container gave no answer.
-func (a *attempt) admissionFailed(err error) *refusal.Error {
-	a.r.log.Warn("the gateway container gave no answer", "activity", a.activity, "error", err)
+func (r *Relay) admissionFailed(activity string, err error) *refusal.Error {
+	r.log.Warn("the gateway container gave no answer", "activity", activity, "error", err)
 	if status.Code(err) == codes.DeadlineExceeded {
 		return refusal.New(refusal.BrokerAway, "The broker did not answer in time: try again; if it lasts, ask your administrator to look at the Workspace's broker.")
 	}

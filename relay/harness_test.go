@@ -87,6 +87,7 @@ type fakeAdmission struct {
 	admission.UnimplementedAdmissionServer
 	authenticate func(*admission.AuthenticateRequest) *admission.AuthenticateResponse
 	connect      func(context.Context, *admission.ConnectRequest) *admission.ConnectResponse
+	enter        func(*admission.EnterRequest) *admission.EnterResponse
 	route        func(*admission.RouteRequest) *admission.RouteResponse
 	peers        []*admission.Peer
 	commands     chan *admission.RelayCommand

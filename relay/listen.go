@@ -201,6 +201,11 @@ func (r *Relay) route(v *visitor, req *request) (done bool) {
 	case path == pathConnect && req.method == http.MethodGet:
 		r.serveRaw(v, req, activity)
 		return true
+	case path == pathArmEntry && req.method == http.MethodPost:
+		r.serveArmEntry(v, req, activity)
+		return true
+	case path == pathArm && req.method == http.MethodGet:
+		return r.serveArm(v, req, activity)
 	case path == pathJoin && req.method == http.MethodGet:
 		r.serveJoin(v, req, activity)
 		return true

@@ -8,6 +8,7 @@
 //	attempt.go  a client's way in: authenticate, connect, wait for the agent's leg (join.go)
 //	tsgu.go     the client speaks MS-TSGU over WebSocket; raw.go: it speaks RDP in WebSocket frames
 //	legacy.go   it speaks MS-TSGU over two connections; pair.go: they reached two pods
+//	arm.go      it asks first which gateway is to serve it, then speaks RDP in WebSocket frames
 //	session.go  both legs are there: copy (copy.go), keep alive, end
 //	report.go   tell the gateway container what happens
 //
@@ -78,6 +79,7 @@ type Relay struct {
 	draining  atomic.Bool
 	serving   atomic.Bool
 	strangers strangers
+	entries   atomic.Int32   // clients of the ARM form that are being told where to go
 	legs      sync.WaitGroup // every connection's goroutine
 
 	mu       sync.Mutex
