@@ -23,7 +23,7 @@ const (
 	busDialTimeout = 5 * time.Second
 	// busHandshakeTimeout is longer: where all agents come at once, as after the loss of every broker, a handshake waits
 	// its turn, and one given up is made twice.
-	busHandshakeTimeout = 15 * time.Second
+	busHandshakeTimeout = 20 * time.Second
 	busPingInterval     = 10 * time.Second
 	// busStable is how long a channel must have lasted for the next one to be tried without growing delays.
 	busStable = 30 * time.Second

@@ -32,7 +32,9 @@ const (
 	maxPayload = 512 << 10
 	// maxSubscriptions of one connection; an agent or gateway has three.
 	maxSubscriptions = 128
-	handshakeTimeout = 10 * time.Second
+	// handshakeTimeout leaves room for thousands that come at one time, as after the loss of every broker: their handshakes
+	// share the cores, and one that is given up is made twice.
+	handshakeTimeout = 20 * time.Second
 	// A peer that says nothing is dropped after pingEvery*(maxPingsOut+1).
 	pingEvery   = 20 * time.Second
 	maxPingsOut = 2

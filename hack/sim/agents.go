@@ -32,7 +32,7 @@ const (
 	// asking is how many connects are in work at one time.
 	asking = 32
 	// The delays of package agent between attempts, and its timeout for a handshake.
-	retryMin, retryMax, dialTimeout = 500 * time.Millisecond, 15 * time.Second, 15 * time.Second
+	retryMin, retryMax, dialTimeout = 500 * time.Millisecond, 15 * time.Second, 20 * time.Second
 )
 
 // agentsOptions of one run.
