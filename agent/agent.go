@@ -19,6 +19,7 @@ package agent
 import (
 	"context"
 	"crypto/rand"
+	"crypto/tls"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -133,6 +134,8 @@ type Agent struct {
 	ledger  *ledger
 	install installer // nil where the host keeps its own RDP certificate
 	boot    string
+	// tlsSessions with gateway instances, to resume.
+	tlsSessions tls.ClientSessionCache
 
 	changed chan struct{} // one waiting signal: report at once
 	redial  chan struct{} // one waiting signal: make another control channel in place of this one
@@ -145,6 +148,9 @@ type Agent struct {
 	sequence uint64
 }
 
+// maxInstances is how many gateway instances' TLS sessions are kept.
+const maxInstances = 64
+
 // New makes an agent. It touches nothing yet.
 func New(o Options) (*Agent, error) {
 	o, err := o.withDefaults()
@@ -155,7 +161,7 @@ func New(o Options) (*Agent, error) {
 	rand.Read(boot)
 	return &Agent{
 		opts: o, log: o.Log.With("host", o.Host), store: store{dir: o.StateDir}, ledger: newLedger(),
-		install: newInstaller(o.RDPCertDir), boot: hex.EncodeToString(boot),
+		install: newInstaller(o.RDPCertDir), boot: hex.EncodeToString(boot), tlsSessions: tls.NewLRUClientSessionCache(maxInstances),
 		changed: make(chan struct{}, 1), redial: make(chan struct{}, 1), early: make(chan struct{}, 1),
 	}, nil
 }

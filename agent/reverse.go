@@ -103,7 +103,7 @@ func (a *Agent) openLegs(req bus.HostConnect) (gateway *joinedConn, host *net.TC
 	defer cancel()
 	retry := backoff{min: 100 * time.Millisecond, max: time.Second}
 	for {
-		gateway, err = join(ctx, req)
+		gateway, err = join(ctx, req, a.tlsSessions)
 		var refused *refusal.Error
 		if err == nil || errors.As(err, &refused) {
 			break
@@ -138,14 +138,14 @@ func (c *joinedConn) Read(p []byte) (int, error) {
 }
 
 // join dials the gateway instance that holds the client and presents the join secret. The TLS server name routes to
-// the instance; the certificate must be the gateway's.
-func join(ctx context.Context, req bus.HostConnect) (*joinedConn, error) {
+// the instance; the certificate must be the gateway's. A handshake with an instance that is known is resumed.
+func join(ctx context.Context, req bus.HostConnect, known tls.ClientSessionCache) (*joinedConn, error) {
 	d := net.Dialer{KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 4}}
 	raw, err := d.DialContext(ctx, "tcp", req.Address)
 	if err != nil {
 		return nil, fmt.Errorf("gateway %s can't be reached: %w", req.Address, err)
 	}
-	conf, err := gatewayTLS(req)
+	conf, err := gatewayTLS(req, known)
 	if err != nil {
 		raw.Close()
 		return nil, err
@@ -206,8 +206,10 @@ func joinRefusal(req bus.HostConnect, res *http.Response) error {
 	return refusal.New(refusal.Protocol, "Gateway %s answered the join with %s: is that a Rendezvous gateway?", req.Address, res.Status).With(req.ActivityID)
 }
 
-// gatewayTLS names the instance in SNI and verifies the gateway's own name, which Go's default check would not.
-func gatewayTLS(req bus.HostConnect) (*tls.Config, error) {
+// gatewayTLS names the instance in SNI and verifies the gateway's own name, which Go's default check would not. A resumed
+// handshake shows no certificate: the one that the session began with is verified again, at the time of now and against
+// the CA of this very request. A session is used once, so that one which no longer passes stands in nobody's way.
+func gatewayTLS(req bus.HostConnect, known tls.ClientSessionCache) (*tls.Config, error) {
 	var roots *x509.CertPool // nil: the machine's own
 	if req.CABundle != "" {
 		roots = x509.NewCertPool()
@@ -218,7 +220,8 @@ func gatewayTLS(req bus.HostConnect) (*tls.Config, error) {
 	return &tls.Config{
 		MinVersion:         tls.VersionTLS12,
 		ServerName:         req.Instance + ".join." + req.ServerName,
-		InsecureSkipVerify: true, // VerifyConnection does it
+		ClientSessionCache: known, // by server name, which is an instance's
+		InsecureSkipVerify: true,  // VerifyConnection does it
 		VerifyConnection: func(cs tls.ConnectionState) error {
 			opts := x509.VerifyOptions{Roots: roots, DNSName: req.ServerName, Intermediates: x509.NewCertPool()}
 			for _, c := range cs.PeerCertificates[1:] {

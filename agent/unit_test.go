@@ -330,3 +330,36 @@ func BenchmarkCopyPooled(b *testing.B) {
 		}
 	}
 }
+
+// TestJoinsResumeTLS is that a second join with an instance spares both sides a full handshake, and that a session never
+// outlives the trust that it began with.
+func TestJoinsResumeTLS(t *testing.T) {
+	const name = "gw.example.test"
+	ca, other := newAuthority(t), newAuthority(t)
+	g := startGateway(t, ca.config(t, x509.Certificate{DNSNames: []string{name}}))
+	cache := tls.NewLRUClientSessionCache(1)
+	for _, step := range []struct {
+		name, serverName, ca string
+		resumed, refused     bool
+	}{
+		{"first", name, ca.pem, false, false},
+		{"second", name, ca.pem, true, false},
+		{"the same instance under another CA", name, other.pem, false, true},
+		{"after a refusal", name, ca.pem, false, false},
+		{"another gateway's name", "evil.example.test", ca.pem, false, true},
+	} {
+		req := bus.HostConnect{Address: g.addr, ServerName: step.serverName, Instance: "10-0-0-1", CABundle: step.ca, JoinSecret: make([]byte, 32)}
+		c, err := join(t.Context(), req, cache)
+		if (err != nil) != step.refused {
+			t.Fatalf("%s: join says %v", step.name, err)
+		}
+		if err != nil {
+			continue
+		}
+		if got := c.ConnectionState().DidResume; got != step.resumed {
+			t.Errorf("%s: resumed %v, want %v", step.name, got, step.resumed)
+		}
+		c.Close()
+		(<-g.joins).Close()
+	}
+}

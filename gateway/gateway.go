@@ -345,12 +345,12 @@ func (g *Gateway) Connect(ctx context.Context, r *admission.ConnectRequest) (*ad
 	}
 	e := refusal.From(err)
 	g.metrics.connected(e, time.Since(began), resp.ActivityId)
-	log := g.log.With("activity", resp.ActivityId, "session", r.SessionId, "workspace", resp.Workspace, "user", resp.User, "resource", resp.Resource)
 	if e != nil {
 		resp.Error = protoError(e)
-		log.Info("connect refused", "client", r.ClientAddr, "code", e.Code, "error", e.Message)
+		g.log.Info("connect refused", "activity", resp.ActivityId, "session", r.SessionId, "workspace", resp.Workspace, "user", resp.User, "resource", resp.Resource,
+			"client", r.ClientAddr, "code", e.Code, "error", e.Message)
 		return resp, nil
 	}
-	log.Info("host promised", "host", resp.Host)
+	g.log.Info("host promised", "activity", resp.ActivityId, "session", r.SessionId, "workspace", resp.Workspace, "user", resp.User, "resource", resp.Resource, "host", resp.Host)
 	return resp, nil
 }

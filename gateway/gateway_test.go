@@ -291,6 +291,56 @@ func TestConnect(t *testing.T) {
 	if got.Gateway != "gateway-a" || got.Instance != testInstance || got.SessionID != "s1" || got.ActivityID != "ticket-activity" || got.Ticket != raw || len(got.JoinSecret) != 32 || got.Deadline.IsZero() {
 		t.Errorf("the broker was asked %+v", got)
 	}
+
+	// A raw client's Connect comes first, and says the same.
+	for range 2 {
+		resp, err = client.Connect(within(t), connectRequest(raw, ""))
+		if err != nil || resp.Error != nil || resp.Host != "linux/host-1" {
+			t.Fatal(err, resp)
+		}
+		if resp.ActivityId != "ticket-activity" || resp.Workspace != "demo" || resp.User != "alice" || resp.Resource != "desk" {
+			t.Errorf("Connect gave %v", resp)
+		}
+	}
+}
+
+// TestVerifiedTickets: a ticket is checked again but for one Connect, under the same keys of a workspace that is served.
+func TestVerifiedTickets(t *testing.T) {
+	now := time.Now()
+	for name, tt := range map[string]struct {
+		between func(w *workspace)
+		expires time.Duration
+		later   time.Duration
+		known   bool
+	}{
+		"at once":           {nil, time.Hour, time.Second, true},
+		"too late":          {nil, time.Hour, verifiedLife, false},
+		"the ticket is old": {nil, time.Second, time.Second, false},
+		"other keys":        {func(w *workspace) { w.keys.Store(&[]ed25519.PublicKey{}) }, time.Hour, 0, false},
+		"no longer served":  {func(w *workspace) { w.close() }, time.Hour, 0, false},
+	} {
+		w := &workspace{stop: func() {}}
+		w.keys.Store(&[]ed25519.PublicKey{})
+		var known verifiedTickets
+		known.put("raw", ticket.Claims{User: "alice", Expires: now.Add(tt.expires)}, w, now)
+		if tt.between != nil {
+			tt.between(w)
+		}
+		if claims, of := known.take("raw", now.Add(tt.later)); (of == w) != tt.known || (claims.User == "alice") != tt.known {
+			t.Errorf("%s: known is %v", name, of != nil)
+		}
+		if _, of := known.take("raw", now); of != nil {
+			t.Errorf("%s: good for two connects", name)
+		}
+	}
+	var known verifiedTickets
+	w := &workspace{}
+	for i := range 3 * maxVerified {
+		known.put(fmt.Sprint(i), ticket.Claims{Expires: now.Add(time.Hour)}, w, now)
+	}
+	if len(known.m) > maxVerified {
+		t.Errorf("%d tickets are kept", len(known.m))
+	}
 }
 
 func TestRefusals(t *testing.T) {
@@ -488,6 +538,27 @@ func TestReports(t *testing.T) {
 	case <-time.After(patience):
 		t.Error("no trace event")
 	}
+
+	// In a batch, and of a connect whose answer the relay never heard: it knows its own activity id and no workspace.
+	resp, err := client.Connect(within(t), connectRequest(w.ticket(func(c *ticket.Claims) { c.ActivityID = "the-ticket's" }), "wrong"))
+	if err != nil || resp.Error.GetCode() != string(refusal.WrongTarget) {
+		t.Fatal(err, resp)
+	}
+	send(t, stream, &admission.RelayReport{Report: &admission.RelayReport_Batch{Batch: &admission.Batch{Reports: []*admission.RelayReport{
+		{Report: &admission.RelayReport_Step{Step: &admission.Step{ActivityId: "nobody's", Step: 2, At: timestamppb.New(at)}}},
+		{Report: &admission.RelayReport_Step{Step: &admission.Step{ActivityId: "act-1", Step: 3, At: timestamppb.New(at)}}},
+		{Report: &admission.RelayReport_Started{Started: &admission.Session{SessionId: "s3", Workspace: "demo"}}},
+	}}}})
+	want = trace.Event{ActivityID: "the-ticket's", Step: 3, Component: "relay/" + testInstance, At: at, User: "alice"}
+	select {
+	case e := <-events:
+		if e != want {
+			t.Errorf("event %+v, want %+v", e, want)
+		}
+	case <-time.After(patience):
+		t.Error("no trace event of the batch")
+	}
+	until("the batch", func(r bus.GatewayReport) bool { return r.Sessions == 2 && r.Draining })
 
 	// A relay that lost its stream tells all again: what it no longer has is gone.
 	stream.CloseSend()

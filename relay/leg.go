@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"cmp"
 	"crypto/tls"
 	"errors"
 	"io"
@@ -340,11 +341,10 @@ func (l *leg) updateLocked() error {
 
 // alertLocked writes an alert, after which nothing else is written.
 func (l *leg) alertLocked(a alert, after error) error {
-	const fatal = 2
 	if l.werr == nil {
-		level := byte(fatal)
+		level := byte(alertLevelFatal)
 		if a == alertCloseNotify {
-			level = 1
+			level = alertLevelWarning
 		}
 		l.smallLocked(typeAlert, level, byte(a))
 	}
@@ -362,6 +362,35 @@ func (l *leg) smallLocked(typ byte, content ...byte) {
 	if l.werr = l.out.seal(rec, typ); l.werr == nil {
 		_, l.werr = l.tcp.TCPConn.Write(rec)
 	}
+}
+
+// writeLast sends p, which must fit a record, and TLS's good-bye in one write.
+func (l *leg) writeLast(p []byte) error {
+	if l.tls != nil {
+		if _, err := l.tls.Write(p); err != nil {
+			return err
+		}
+		return l.tls.CloseWrite()
+	}
+	const alertSize = 2
+	b := make([]byte, recordOverhead+len(p), 2*recordOverhead+len(p)+alertSize)
+	copy(b[recordHeader:], p)
+	bye := b[len(b) : len(b)+recordOverhead+alertSize]
+	bye[recordHeader], bye[recordHeader+1] = alertLevelWarning, byte(alertCloseNotify)
+	l.wmu.Lock()
+	defer l.wmu.Unlock()
+	if l.werr != nil {
+		return l.werr
+	}
+	err := l.out.seal(b, typeData)
+	if err == nil {
+		err = l.out.seal(bye, typeAlert)
+	}
+	if err == nil {
+		_, err = l.tcp.TCPConn.Write(b[:cap(b)])
+	}
+	l.werr = cmp.Or(err, errShutdown)
+	return err
 }
 
 // CloseWrite says TLS's good-bye. It doesn't end TCP's half.

@@ -57,6 +57,12 @@ const (
 // alert is a reason to end a TLS connection (6).
 type alert byte
 
+// Alert levels. TLS 1.3 goes by the alert alone (6), but says what they are to be.
+const (
+	alertLevelWarning = 1
+	alertLevelFatal   = 2
+)
+
 const (
 	alertCloseNotify       alert = 0
 	alertUnexpectedMessage alert = 10

@@ -681,6 +681,41 @@ func TestLimits(t *testing.T) {
 	})
 }
 
+// TestTicketVouches: a raw client whose ticket is being looked at is no stranger, for that may take as long as its host
+// does; one whose ticket was refused is, at once.
+func TestTicketVouches(t *testing.T) {
+	s := newStack(t, func(_ *Options, f *fakeAdmission) {
+		f.connect = func(ctx context.Context, _ *admission.ConnectRequest) *admission.ConnectResponse {
+			<-ctx.Done()
+			return &admission.ConnectResponse{}
+		}
+	})
+	ask := func(ticket string) net.Conn {
+		t.Helper()
+		c, err := s.dial(s.addr, testHost)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		fmt.Fprint(c, strings.ReplaceAll("GET /rendezvous/v1/connect HTTP/1.1\n"+upgradeHeaders+"\nAuthorization: Bearer "+ticket+"\n\n", "\n", "\r\n"))
+		return c
+	}
+	waiting := ask(testTicket)
+	eventually(t, "it waits, vouched for", func() bool {
+		s.relay.joins.mu.Lock()
+		defer s.relay.joins.mu.Unlock()
+		return len(s.relay.joins.waiting) == 1 && s.relay.strangers.len() == 0
+	})
+	refused := ask("bad")
+	expect(t, refused, "HTTP/1.1 401") // and the relay waits for it to go
+	if n := s.relay.strangers.len(); n != 1 {
+		t.Errorf("%d strangers while a refused client lingers, want 1", n)
+	}
+	refused.Close()
+	waiting.Close()
+	s.idle()
+}
+
 // gone waits until the relay has closed c.
 func gone(t *testing.T, c net.Conn) {
 	t.Helper()

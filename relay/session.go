@@ -161,8 +161,7 @@ func (s *session) sayGoodbye(status uint32, code int, reason, message string) {
 			b = wsframe.AppendFrame(b, wsframe.Close, wsframe.ClosePayload(code, fmt.Sprintf("%s; activity %s", reason, s.activity)))
 		}
 		s.client.SetWriteDeadline(time.Now().Add(lingerTime))
-		s.client.Write(b)
-		s.client.CloseWrite()
+		s.client.writeLast(b)
 	})
 }
 

@@ -13,6 +13,7 @@ import (
 	"net/netip"
 	"os"
 	"os/signal"
+	"runtime"
 	"syscall"
 	"time"
 
@@ -48,6 +49,10 @@ func run() error {
 	flag.Parse()
 	log := slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
 	slog.SetDefault(log)
+	ballast = make([]byte, ballastSize)
+	if !*profile {
+		runtime.MemProfileRate = 0
+	}
 	if limit := limitMemory(os.DirFS("/")); limit > 0 {
 		log.Info("memory is limited", "bytes", limit)
 	}
