@@ -51,6 +51,8 @@ type Inventory interface {
 	Run(ctx context.Context) error
 	// Synced says that there was a first whole snapshot.
 	Synced() bool
+	// Heard says when the declared world's keeper last answered, zero for never, and why the last look failed.
+	Heard() (time.Time, error)
 }
 
 // Options of a broker.
@@ -270,13 +272,24 @@ func gauges(reg prometheus.Registerer, o Options, b *bus.Server, orch *orchestra
 	metrics.Gauge(reg, "hosts", "Session hosts that report.", func() float64 { n, _, _ := orch.Counts(); return float64(n) })
 	metrics.Gauge(reg, "hosts_local", "Session hosts whose agent is on this replica.", func() float64 { _, n, _ := orch.Counts(); return float64(n) })
 	metrics.Gauge(reg, "sessions", "Sessions that hosts report.", func() float64 { _, _, n := orch.Counts(); return float64(n) })
-	metrics.Gauge(reg, "identity_heard_timestamp_seconds", "When the identity provider last answered, 0 for never.", func() float64 {
-		heard, _ := v.Heard()
-		if heard.IsZero() {
-			return 0
-		}
-		return float64(heard.Unix())
-	})
+	for name, of := range map[string]struct {
+		who   string
+		heard func() (time.Time, error)
+	}{"identity": {"identity provider", v.Heard}, "kubernetes": {"Kubernetes API server", o.Inventory.Heard}} {
+		metrics.Gauge(reg, name+"_heard_timestamp_seconds", "When the "+of.who+" last answered, 0 for never.", func() float64 {
+			heard, _ := of.heard()
+			if heard.IsZero() {
+				return 0
+			}
+			return float64(heard.Unix())
+		})
+		metrics.Gauge(reg, name+"_up", "1 where the "+of.who+" answered when it was last asked.", func() float64 {
+			if heard, err := of.heard(); err != nil || heard.IsZero() {
+				return 0
+			}
+			return 1
+		})
+	}
 	metrics.Gauge(reg, "kubernetes_synced", "1 once the caches of Kubernetes objects were filled.", func() float64 {
 		if o.Inventory.Synced() {
 			return 1

@@ -26,7 +26,7 @@ import (
 const (
 	discoveryTimeout   = 5 * time.Second
 	discoveryRetry     = 20 * time.Second
-	discoveryRefresh   = 10 * time.Minute
+	discoveryRefresh   = time.Minute
 	discoveryAtOnce    = 4
 	discoveryMaxAnswer = 1 << 20
 )

@@ -24,6 +24,12 @@ import (
 	"rendezvous.dev/rendezvous/broker/model"
 )
 
+const (
+	// lookEvery is how often the API server is asked whether it is there; watches may be silent for minutes.
+	lookEvery   = 10 * time.Second
+	lookTimeout = 5 * time.Second
+)
+
 // settle is how long a burst of changes is gathered before it becomes one snapshot.
 const settle = 100 * time.Millisecond
 
@@ -35,6 +41,7 @@ type Inventory struct {
 	client               client.Client
 	now                  func() time.Time
 	pollEvery, pollMost  time.Duration // of Sign
+	lookEvery            time.Duration
 
 	current atomic.Pointer[model.Snapshot]
 	synced  atomic.Bool
@@ -42,6 +49,8 @@ type Inventory struct {
 
 	mu       sync.Mutex
 	onChange []func()
+	heard    time.Time // when the API server last answered a look
+	lastLook error
 }
 
 // Scheme knows every kind that the broker reads or writes.
@@ -79,7 +88,7 @@ func New(cfg *rest.Config, namespace, workspace string, log *slog.Logger) (*Inve
 	}
 	i := &Inventory{
 		namespace: namespace, workspace: workspace, log: log, cache: c, client: direct, now: time.Now,
-		pollEvery: 250 * time.Millisecond, pollMost: 45 * time.Second, dirty: make(chan struct{}, 1),
+		pollEvery: 250 * time.Millisecond, pollMost: 45 * time.Second, lookEvery: lookEvery, dirty: make(chan struct{}, 1),
 	}
 	i.current.Store(snapshot(objects{}))
 	return i, nil
@@ -98,8 +107,54 @@ func (i *Inventory) Snapshot() *model.Snapshot { return i.current.Load() }
 // Synced says that the caches were filled once.
 func (i *Inventory) Synced() bool { return i.synced.Load() }
 
+// Heard says when the API server last answered, zero for never, and why the last look failed.
+func (i *Inventory) Heard() (time.Time, error) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.heard, i.lastLook
+}
+
+// keepLooking asks the API server, again and again, for the Workspace.
+func (i *Inventory) keepLooking(ctx context.Context) {
+	tick := time.NewTicker(i.lookEvery)
+	defer tick.Stop()
+	for {
+		err := i.look(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		i.mu.Lock()
+		was := i.lastLook
+		if i.lastLook = err; err == nil {
+			i.heard = i.now()
+		}
+		i.mu.Unlock()
+		switch {
+		case err != nil && was == nil:
+			i.log.Warn("the API server does not answer; serving what was known before", "error", err)
+		case err == nil && was != nil:
+			i.log.Info("the API server answers again")
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}
+
+func (i *Inventory) look(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
+	defer cancel()
+	return client.IgnoreNotFound(i.client.Get(ctx, client.ObjectKey{Namespace: i.namespace, Name: i.workspace}, &v1alpha1.Workspace{}))
+}
+
 // Run watches until ctx ends.
 func (i *Inventory) Run(ctx context.Context) error {
+	var looking sync.WaitGroup
+	look, stop := context.WithCancel(ctx)
+	defer func() { stop(); looking.Wait() }()
+	looking.Go(func() { i.keepLooking(look) })
 	changed := toolscache.ResourceEventHandlerFuncs{
 		AddFunc:    func(any) { i.markDirty() },
 		UpdateFunc: func(any, any) { i.markDirty() },

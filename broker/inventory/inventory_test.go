@@ -162,6 +162,7 @@ func TestAgainstAPIServer(t *testing.T) {
 		t.Fatal("a Workspace out of nothing")
 	}
 	eventually(t, "the caches are filled", c.Synced)
+	eventually(t, "the API server is heard", func() bool { heard, err := c.Heard(); return err == nil && !heard.IsZero() })
 
 	ws := testWorkspace()
 	ws.Spec.Signing.IssuerRef.Name, ws.Spec.Certificates.IssuerRef.Name = "ca", "ca"
@@ -323,6 +324,10 @@ func TestAgainstAPIServer(t *testing.T) {
 		}
 		if s := c.Snapshot(); s.Workspace == nil || s.Hosts["h1"] == nil || !c.Synced() {
 			t.Errorf("%+v", s)
+		}
+		eventually(t, "it is missed", func() bool { _, err := c.Heard(); return err != nil })
+		if heard, _ := c.Heard(); heard.IsZero() {
+			t.Error("it was heard before, and that is forgotten")
 		}
 	})
 }

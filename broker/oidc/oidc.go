@@ -32,8 +32,9 @@ const (
 	// MaxStale is how long keys serve after the provider was last heard. A key that the provider withdrew meanwhile is
 	// trusted for so long at most.
 	MaxStale = 24 * time.Hour
-	// refreshAfter is the age at which keys are read again.
-	refreshAfter = 15 * time.Minute
+	// refreshAfter is the age at which keys are read again: soon, since that is also how it is noticed that the provider
+	// is away.
+	refreshAfter = time.Minute
 	// retryAfter holds off the next attempt, also where a token names a key that the provider doesn't have.
 	retryAfter   = 5 * time.Second
 	fetchTimeout = 10 * time.Second
@@ -97,7 +98,7 @@ func New(o Options) *Validator {
 
 // Run reads the keys ahead of need until ctx ends.
 func (v *Validator) Run(ctx context.Context) {
-	tick := time.NewTicker(30 * time.Second)
+	tick := time.NewTicker(refreshAfter / 4)
 	defer tick.Stop()
 	for {
 		if cfg, ok := v.o.Config(); ok && cfg.IssuerURL != "" {

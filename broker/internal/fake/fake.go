@@ -7,6 +7,7 @@ import (
 	"maps"
 	"strconv"
 	"sync"
+	"time"
 
 	"rendezvous.dev/rendezvous/broker/model"
 )
@@ -95,6 +96,7 @@ func (w *World) OnChange(f func()) {
 
 func (w *World) Run(ctx context.Context) error { <-ctx.Done(); return nil }
 func (w *World) Synced() bool                  { return true }
+func (w *World) Heard() (time.Time, error)     { return time.Now(), w.Away }
 
 func (w *World) CreateHost(_ context.Context, pool *model.Pool, host string) error {
 	if w.Away != nil {
