@@ -258,6 +258,9 @@ func (w *world) brokerMux() http.Handler {
 		w.mu.Unlock()
 		for _, g := range w.gateways {
 			if g.Name == r.URL.Query().Get("gateway") {
+				if r.URL.Query().Get("form") == brokerapi.FormARM {
+					io.WriteString(rw, "resourceprovider:s:arm\r\n")
+				}
 				fmt.Fprintf(rw, rdpText, net.JoinHostPort(g.Hostname, strconv.Itoa(int(g.Port))))
 				return
 			}
@@ -597,6 +600,29 @@ func TestConnectRaw(t *testing.T) {
 	}
 	if text := string(file); strings.Contains(text, "gateway") || strings.Contains(text, "sign") || !strings.Contains(text, "full address:s:linux.demo.rdv.internal\r\n") {
 		t.Errorf("raw mode's file:\n%s", text)
+	}
+}
+
+// In ARM mode the file stays as it was signed, and FreeRDP is told the ticket and where to look for a sign-in beside it.
+func TestConnectARM(t *testing.T) {
+	w := newWorld(t)
+	w.gateway("a", 0, 204)
+	c, _, _ := w.login()
+	program, saw := fakeClient(t, "xfreerdp3", `{ echo "shown: $@"; cat <&3; } > $saw; cp "$(sed -n 2p $saw)" $saw.rdp`)
+	if err := c.Connect(t.Context(), ConnectOptions{Resource: "linux-desktop", Mode: ModeARM, RDPClient: program, Args: []string{"/u:alice"}}); err != nil {
+		t.Fatal(err)
+	}
+	data, _ := os.ReadFile(saw)
+	lines := strings.Split(strings.TrimSpace(string(data)), "\n")
+	if len(lines) != 5 || lines[0] != "shown: /args-from:fd:3" || lines[2] != "/gateway:type:arm,bearer:secret.ticket" || lines[3] != "/azure:ad:"+strings.TrimPrefix(w.broker.URL, "https://") || lines[4] != "/u:alice" {
+		t.Errorf("the client was given:\n%s", data)
+	}
+	file, err := os.ReadFile(saw + ".rdp")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if text := string(file); !strings.Contains(text, "resourceprovider:s:arm\r\n") || !strings.Contains(text, "signature:s:AAAA\r\n") {
+		t.Errorf("ARM mode's file:\n%s", text)
 	}
 }
 

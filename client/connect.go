@@ -20,6 +20,7 @@ import (
 const (
 	ModeTSGU = "tsgu" // the gateway protocol that every RDP client speaks
 	ModeRaw  = "raw"  // raw RDP in a WebSocket, FreeRDP 3 only
+	ModeARM  = "arm"  // FreeRDP 3's type:arm: the gateway says which gateway is to serve, then as raw
 )
 
 // ConnectOptions says what to connect to, and how.
@@ -59,13 +60,13 @@ func (c *Client) Connect(ctx context.Context, o ConnectOptions) error {
 	if o.Mode == "" {
 		o.Mode = ModeTSGU
 	}
-	if o.Mode != ModeTSGU && o.Mode != ModeRaw {
-		return fmt.Errorf("--mode %q: it is %s or %s", o.Mode, ModeTSGU, ModeRaw)
+	if o.Mode != ModeTSGU && o.Mode != ModeRaw && o.Mode != ModeARM {
+		return fmt.Errorf("--mode %q: it is %s, %s or %s", o.Mode, ModeTSGU, ModeRaw, ModeARM)
 	}
 	var program rdpClient
 	var err error
 	if !o.Print { // before any ticket is made
-		if program, err = findRDPClient(o.RDPClient, o.Mode == ModeRaw); err != nil {
+		if program, err = findRDPClient(o.RDPClient, o.Mode); err != nil {
 			return err
 		}
 	}
@@ -92,15 +93,13 @@ func (c *Client) Connect(ctx context.Context, o ConnectOptions) error {
 		}
 		return err
 	}
-	secret := ""
-	if o.Mode == ModeRaw {
-		if secret, err = rdp.rawGateway(); err != nil {
-			return fmt.Errorf("resource %s: %w (activity %s)", o.Resource, err, f.activity)
-		}
+	secrets, err := rdp.gatewayOptions(o.Mode, a.URL)
+	if err != nil {
+		return fmt.Errorf("resource %s: %w (activity %s)", o.Resource, err, f.activity)
 	}
 	if o.Print {
 		c.postSteps(ctx, cn)
-		return c.print(file, secret)
+		return c.print(file, o.Mode, secrets)
 	}
 	// The steps travel while the client starts: they must not make the user wait.
 	posted := make(chan struct{})
@@ -108,7 +107,7 @@ func (c *Client) Connect(ctx context.Context, o ConnectOptions) error {
 		defer close(posted)
 		c.postSteps(ctx, cn)
 	}()
-	err = c.launch(ctx, program, file, secret, o.Args, a.CA)
+	err = c.launch(ctx, program, file, secrets, o.Args, a.CA)
 	<-posted
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
@@ -155,7 +154,11 @@ func (c *Client) prepare(ctx context.Context, cn *connect, o ConnectOptions, dir
 	}
 	fmt.Fprintf(c.Err, "gateway %s\n", cn.steps[len(cn.steps)-1].Detail)
 	err = cn.step(trace.StepStore, func() (string, error) {
-		data, err := cn.do(ctx, http.MethodGet, resource.RDPFile, url.Values{"gateway": near, "activity": {cn.activity}}, nil)
+		query := url.Values{"gateway": near, "activity": {cn.activity}}
+		if o.Mode == ModeARM {
+			query.Set("form", brokerapi.FormARM)
+		}
+		data, err := cn.do(ctx, http.MethodGet, resource.RDPFile, query, nil)
 		if err != nil {
 			return "", err
 		}
@@ -241,12 +244,12 @@ func (c *Client) postSteps(ctx context.Context, cn *connect) {
 }
 
 // print writes what a client would have been started with.
-func (c *Client) print(file, secret string) error {
+func (c *Client) print(file, mode string, secrets []string) error {
 	data, err := os.ReadFile(file)
 	if err != nil {
 		return err
 	}
-	if secret == "" {
+	if mode != ModeRaw {
 		_, err = c.Out.Write(data)
 		return err
 	}
@@ -255,7 +258,7 @@ func (c *Client) print(file, secret string) error {
 	if err != nil {
 		return err
 	}
-	_, err = fmt.Fprintf(c.Out, "/v:%s\n%s\n", rdp.get("full address"), secret)
+	_, err = fmt.Fprintf(c.Out, "/v:%s\n%s\n", rdp.get("full address"), secrets[0])
 	return err
 }
 

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 )
@@ -34,8 +35,9 @@ func preferred() []string {
 	return []string{"xfreerdp3", "xfreerdp", "wlfreerdp3", "sdl-freerdp3", "wlfreerdp", "remmina"}
 }
 
-// findRDPClient takes the one that the user names, or the first that is there. Raw mode needs FreeRDP 3.
-func findRDPClient(named string, raw bool) (rdpClient, error) {
+// findRDPClient takes the one that the user names, or the first that is there. All modes but TSGU need FreeRDP 3.
+func findRDPClient(named, mode string) (rdpClient, error) {
+	raw := mode != ModeTSGU
 	candidates := preferred()
 	if named != "" {
 		candidates = []string{named}
@@ -53,11 +55,11 @@ func findRDPClient(named string, raw bool) (rdpClient, error) {
 	}
 	switch {
 	case named != "" && raw:
-		return rdpClient{}, fmt.Errorf("--rdp-client %s: not found, or not FreeRDP 3, which --mode raw needs", named)
+		return rdpClient{}, fmt.Errorf("--rdp-client %s: not found, or not FreeRDP 3, which --mode %s needs", named, mode)
 	case named != "":
 		return rdpClient{}, fmt.Errorf("--rdp-client %s: not found", named)
 	case raw:
-		return rdpClient{}, errors.New("--mode raw needs FreeRDP 3 (xfreerdp3): install it, name it with --rdp-client, or leave --mode out")
+		return rdpClient{}, fmt.Errorf("--mode %s needs FreeRDP 3 (xfreerdp3): install it, name it with --rdp-client, or leave --mode out", mode)
 	}
 	return rdpClient{}, fmt.Errorf("no RDP client found (looked for %s): install one, name it with --rdp-client, or get the file with --print", strings.Join(candidates, ", "))
 }
@@ -94,9 +96,9 @@ func (e *ExitError) Error() string {
 	return fmt.Sprintf("%s ended with code %d: see its messages above, and `rdv explain %s`", e.Client, e.Code, e.Activity)
 }
 
-// launch starts the client on file with the user's own arguments and waits for its end. secret, where there is one, is
-// an argument that the process list must not show.
-func (c *Client) launch(ctx context.Context, r rdpClient, file, secret string, extra []string, ca string) error {
+// launch starts the client on file with the user's own arguments and waits for its end. secrets, where there are any, are
+// arguments that the process list must not show.
+func (c *Client) launch(ctx context.Context, r rdpClient, file string, secrets, extra []string, ca string) error {
 	cmd := exec.CommandContext(ctx, r.path)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stderr, os.Stderr
 	cmd.Env = clientEnv(os.Environ(), filepath.Dir(file), ca)
@@ -106,9 +108,9 @@ func (c *Client) launch(ctx context.Context, r rdpClient, file, secret string, e
 
 	feed := func() error { return nil }
 	switch {
-	case secret != "":
+	case len(secrets) > 0:
 		var err error
-		if feed, err = argsFrom(cmd, filepath.Dir(file), append([]string{file, secret}, extra...)); err != nil {
+		if feed, err = argsFrom(cmd, filepath.Dir(file), slices.Concat([]string{file}, secrets, extra)); err != nil {
 			return err
 		}
 	case r.kind == kindRemmina:
@@ -130,7 +132,7 @@ func (c *Client) launch(ctx context.Context, r rdpClient, file, secret string, e
 func argsFrom(cmd *exec.Cmd, dir string, args []string) (feed func() error, err error) {
 	for _, a := range args {
 		if a == "" || strings.ContainsAny(a, "\r\n") {
-			return nil, fmt.Errorf("argument %q can't be passed to FreeRDP in raw mode: it is empty or has a line break", a)
+			return nil, fmt.Errorf("argument %q can't be passed to FreeRDP in this mode: it is empty or has a line break", a)
 		}
 	}
 	list := strings.Join(args, "\n") + "\n"

@@ -71,19 +71,30 @@ func (f rdpFile) withoutGateway() []byte {
 	return b.Bytes()
 }
 
-// rawGateway is FreeRDP 3's option for raw RDP in a WebSocket, with the ticket as bearer token.
-func (f rdpFile) rawGateway() (string, error) {
+// gatewayOptions are the options that FreeRDP 3 takes beside the file: none in TSGU mode. In the others the ticket is a
+// bearer token, which no line of a file can say.
+func (f rdpFile) gatewayOptions(mode, workspaceURL string) ([]string, error) {
+	if mode == ModeTSGU {
+		return nil, nil
+	}
 	host, ticket := f.get("gatewayhostname"), f.get("gatewayaccesstoken")
 	if host == "" || ticket == "" {
-		return "", errors.New("the connection file names no gateway or carries no ticket, so there is no raw mode")
+		return nil, fmt.Errorf("the connection file names no gateway or carries no ticket, so there is no mode %s", mode)
 	}
 	if strings.ContainsAny(host+ticket, ", \t\"") {
-		return "", fmt.Errorf("gateway %q or its ticket can't stand in FreeRDP's command line", host)
+		return nil, fmt.Errorf("gateway %q or its ticket can't stand in FreeRDP's command line", host)
+	}
+	if mode == ModeARM {
+		if f.get("resourceprovider") != brokerapi.FormARM {
+			return nil, errors.New("the workspace's broker makes no files for --mode arm: it is older than this rdv")
+		}
+		// It insists on reading a discovery document, from Microsoft unless told otherwise.
+		return []string{"/gateway:type:arm,bearer:" + ticket, "/azure:ad:" + strings.TrimPrefix(workspaceURL, "https://")}, nil
 	}
 	if _, _, err := net.SplitHostPort(host); err != nil {
 		host = net.JoinHostPort(host, "443")
 	}
-	return "/gateway:url:wss://" + host + pathRaw + ",bearer:" + ticket, nil
+	return []string{"/gateway:url:wss://" + host + pathRaw + ",bearer:" + ticket}, nil
 }
 
 // pathRaw is where a gateway takes raw RDP in a WebSocket.

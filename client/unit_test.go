@@ -68,8 +68,14 @@ func TestParseRDP(t *testing.T) {
 		if got := f.get("full address"); got != "a.b:3389" {
 			t.Errorf("%s: full address %q", name, got)
 		}
-		if got, err := f.rawGateway(); err != nil || got != "/gateway:url:wss://gw:8443/rendezvous/v1/connect,bearer:x.y" {
+		if got, err := f.gatewayOptions(ModeRaw, ""); err != nil || len(got) != 1 || got[0] != "/gateway:url:wss://gw:8443/rendezvous/v1/connect,bearer:x.y" {
 			t.Errorf("%s: %q, %v", name, got, err)
+		}
+		if got, err := f.gatewayOptions(ModeTSGU, ""); err != nil || len(got) != 0 {
+			t.Errorf("%s: TSGU mode needs %q, %v", name, got, err)
+		}
+		if got, err := f.gatewayOptions(ModeARM, ""); err == nil || !strings.Contains(err.Error(), "older") {
+			t.Errorf("%s: a file that isn't for ARM gave %q, %v", name, got, err)
 		}
 		if got := string(f.withoutGateway()); got != "full address:s:a.b:3389\r\n" {
 			t.Errorf("%s: without the gateway: %q", name, got)
@@ -89,13 +95,16 @@ func TestParseRDP(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got, err := f.rawGateway(); err == nil {
+		if got, err := f.gatewayOptions(ModeRaw, ""); err == nil {
 			t.Errorf("%s gave %q", name, got)
 		}
 	}
-	f, _ := parseRDP([]byte("gatewayhostname:s:gw\ngatewayaccesstoken:s:x"))
-	if got, _ := f.rawGateway(); !strings.Contains(got, "wss://gw:443/") {
+	f, _ := parseRDP([]byte("gatewayhostname:s:gw\ngatewayaccesstoken:s:x\nresourceprovider:s:arm"))
+	if got, _ := f.gatewayOptions(ModeRaw, ""); len(got) != 1 || !strings.Contains(got[0], "wss://gw:443/") {
 		t.Errorf("without a port: %q, want 443", got)
+	}
+	if got, err := f.gatewayOptions(ModeARM, "https://broker:8443"); err != nil || strings.Join(got, " ") != "/gateway:type:arm,bearer:x /azure:ad:broker:8443" {
+		t.Errorf("ARM: %q, %v", got, err)
 	}
 }
 

@@ -63,8 +63,11 @@ func TestLines(t *testing.T) {
 		"Authentication Level:i:1", "audiocapturemode:i:1", "use multimon:i:1", "bad\r\ngatewayhostname:s:evil",
 		"gatewayhostname:s:evil", "Full Address:s:evil", "signscope:s:", "pcb:s:x", "no colon",
 	}
+	arm := desktopFile()
+	arm.ARM = true
 	for name, f := range map[string]File{
 		"desktop.rdp": desktopFile(),
+		"arm.rdp":     arm,
 		"app.rdp":     {Resource: app, Gateway: gw, Address: "linux.ns.rdv.internal", Ticket: "TICKET", Verified: true},
 		"custom.rdp":  custom,
 	} {

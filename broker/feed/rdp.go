@@ -27,6 +27,9 @@ type File struct {
 	Verified bool
 	// Ticket is the secret that the client shows to the gateway. It is not covered by the signature.
 	Ticket string
+	// ARM makes a file for clients that ask the gateway first which gateway is to serve them (FreeRDP 3's type:arm). They
+	// need the ticket as bearer token, too, which no line of a file can say.
+	ARM bool
 	// Properties are the pool's own lines; they replace those of the same name that they may replace.
 	Properties []string
 }
@@ -50,6 +53,16 @@ func Lines(f File) []string {
 	number("gatewayusagemethod", 1)        // always, never try a direct connection
 	number("gatewayprofileusagemethod", 1) // by these lines, not by the client's defaults
 	number("gatewaycredentialssource", 5)  // by the access token
+	if f.ARM {
+		text("resourceprovider", "arm")
+		// The client insists on both, and reads neither: the ticket says what it is about.
+		text("loadbalanceinfo", "rdv:"+r.Name)
+		if r.Type != model.RemoteApp {
+			text("remoteapplicationprogram", "||"+r.Name)
+		}
+		// Without, newer ones want to be told the host's key for a password. The gateway has them fall back to TLS.
+		number("enablerdsaadauth", 1)
+	}
 	// Where the pool's issuer gives its hosts certificates, a wrong one ends the connect; elsewhere the user is warned.
 	number("authentication level", map[bool]int{true: 1, false: 2}[f.Verified])
 	number("enablecredsspsupport", 1)

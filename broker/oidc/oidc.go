@@ -80,6 +80,7 @@ type keyring struct {
 	issuer string
 	ca     string
 	keys   []jose.JSONWebKey
+	doc    []byte    // the discovery document
 	heard  time.Time // when the keys were read
 	tried  time.Time // when they were last asked for
 	err    error     // of that attempt
@@ -119,6 +120,13 @@ func (v *Validator) Heard() (time.Time, error) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	return v.keys.heard, v.keys.err
+}
+
+// Discovery gives the provider's discovery document as it was last read, nil where it never was.
+func (v *Validator) Discovery() []byte {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.keys.doc
 }
 
 // CA gives the provider's CA (PEM), empty where the system's roots serve.
@@ -268,12 +276,12 @@ func (v *Validator) refresh(ctx context.Context, issuer string) keyring {
 	// Others wait for this answer too, so it does not end with the request that happened to ask.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), fetchTimeout)
 	defer cancel()
-	keys, err := fetch(ctx, issuer, k.ca)
+	doc, keys, err := fetch(ctx, issuer, k.ca)
 	k.tried, k.err = v.o.Now(), err
 	if err != nil {
 		v.o.Log.Warn("the identity provider does not answer", "issuer", issuer, "error", err, "lastHeard", k.heard)
 	} else {
-		k.keys, k.heard = keys, k.tried
+		k.doc, k.keys, k.heard = doc, keys, k.tried
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -284,12 +292,12 @@ func (v *Validator) refresh(ctx context.Context, issuer string) keyring {
 }
 
 // fetch reads the provider's discovery document and the keys that it names.
-func fetch(ctx context.Context, issuer, ca string) ([]jose.JSONWebKey, error) {
+func fetch(ctx context.Context, issuer, ca string) (doc json.RawMessage, keys []jose.JSONWebKey, err error) {
 	tc := &tls.Config{MinVersion: tls.VersionTLS12}
 	if ca != "" {
 		tc.RootCAs = x509.NewCertPool()
 		if !tc.RootCAs.AppendCertsFromPEM([]byte(ca)) {
-			return nil, errors.New("the CA bundle for the identity provider holds no certificate")
+			return nil, nil, errors.New("the CA bundle for the identity provider holds no certificate")
 		}
 	}
 	// One connection per look, minutes apart: none is worth keeping.
@@ -298,35 +306,35 @@ func fetch(ctx context.Context, issuer, ca string) ([]jose.JSONWebKey, error) {
 	}}
 	p, err := gooidc.NewProvider(gooidc.ClientContext(ctx, client), issuer)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	var doc struct {
+	var where struct {
 		JWKS string `json:"jwks_uri"`
 	}
-	if err := p.Claims(&doc); err != nil {
-		return nil, err
+	if err := errors.Join(p.Claims(&doc), p.Claims(&where)); err != nil {
+		return nil, nil, err
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, doc.JWKS, nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, where.JWKS, nil)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	res, err := client.Do(req)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	defer res.Body.Close()
 	if res.StatusCode != http.StatusOK {
-		return nil, fmt.Errorf("%s answers %s", doc.JWKS, res.Status)
+		return nil, nil, fmt.Errorf("%s answers %s", where.JWKS, res.Status)
 	}
 	var set jose.JSONWebKeySet
 	if err := json.NewDecoder(io.LimitReader(res.Body, maxDocument)).Decode(&set); err != nil {
-		return nil, fmt.Errorf("%s: %w", doc.JWKS, err)
+		return nil, nil, fmt.Errorf("%s: %w", where.JWKS, err)
 	}
-	keys := slices.DeleteFunc(set.Keys, func(k jose.JSONWebKey) bool { return k.Use == "enc" || !k.IsPublic() || !k.Valid() })
+	keys = slices.DeleteFunc(set.Keys, func(k jose.JSONWebKey) bool { return k.Use == "enc" || !k.IsPublic() || !k.Valid() })
 	if len(keys) == 0 {
-		return nil, fmt.Errorf("%s lists no key to verify signatures with", doc.JWKS)
+		return nil, nil, fmt.Errorf("%s lists no key to verify signatures with", where.JWKS)
 	}
-	return keys, nil
+	return doc, keys, nil
 }
 
 func invalid(cfg model.OIDC, why string, args ...any) error {

@@ -178,10 +178,16 @@ func TestProviderAway(t *testing.T) {
 		}
 	}
 	check("never reached", refusal.IdentityAway)
+	if doc := f.Discovery(); doc != nil {
+		t.Errorf("a discovery document of nobody: %s", doc)
+	}
 	f.idp.away.Store(false)
 	check("reached, but asked a moment ago", refusal.IdentityAway)
 	f.now = f.now.Add(retryAfter)
 	check("reached", "")
+	if doc := string(f.Discovery()); !strings.Contains(doc, `"jwks_uri"`) || !strings.Contains(doc, f.idp.URL) {
+		t.Errorf("the discovery document is kept as %q", doc)
+	}
 	f.idp.away.Store(true)
 	f.now = f.now.Add(MaxStale)
 	check("away, keys kept", "")

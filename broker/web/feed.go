@@ -41,6 +41,19 @@ func (a *api) workspace(w http.ResponseWriter, _ *request) error {
 	})
 }
 
+// discovery answers the identity provider's own discovery document, where clients of the ARM form insist on reading one
+// before they do anything; their ticket stands for the sign-in. So it is there also while the provider was never heard.
+func (a *api) discovery(w http.ResponseWriter, _ *request) error {
+	snap, err := a.declared()
+	if err != nil {
+		return err
+	}
+	if doc := a.o.Identity.Discovery(); len(doc) > 0 {
+		return write(w, http.StatusOK, "application/json", doc)
+	}
+	return writeJSON(w, http.StatusOK, map[string]string{"issuer": snap.Workspace.OIDC.IssuerURL})
+}
+
 // granted are the resources that the user may use.
 func granted(ws *model.Workspace, r *request) []*model.Resource {
 	var mine []*model.Resource
@@ -141,6 +154,10 @@ func (a *api) connectionFile(snap *model.Snapshot, res *model.Resource, r *reque
 	if pool == nil {
 		return nil, "", refusal.New(refusal.NoHost, "Resource %q names HostPool %q, which does not exist in this workspace: an administrator must make it, or change the resource's hostPoolRef.", res.Name, res.Pool)
 	}
+	form := r.URL.Query().Get("form")
+	if form != "" && form != brokerapi.FormARM {
+		return nil, "", refusal.New(refusal.BadRequest, "There is no form %q of a connection file: leave it out, or use %s.", form, brokerapi.FormARM)
+	}
 	key, err := a.o.TicketKey()
 	if err != nil {
 		return nil, "", fmt.Errorf("the broker can't sign tickets: %w", err)
@@ -161,6 +178,7 @@ func (a *api) connectionFile(snap *model.Snapshot, res *model.Resource, r *reque
 	}
 	lines, err := feed.Sign(feed.Lines(feed.File{
 		Resource: res, Gateway: gw, Address: address, Ticket: raw, Properties: pool.Properties, Verified: pool.RDPIssuer != nil,
+		ARM: form == brokerapi.FormARM,
 	}), a.o.Signer())
 	if err != nil {
 		return nil, "", err

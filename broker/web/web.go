@@ -37,6 +37,8 @@ const (
 // Identity validates users' tokens; *oidc.Validator does.
 type Identity interface {
 	Validate(ctx context.Context, token string) (oidc.User, error)
+	// Discovery is the provider's discovery document (JSON) as it was last read, nil where it never was.
+	Discovery() []byte
 	// CA is the provider's (PEM), empty where public roots verify it.
 	CA() string
 }
@@ -105,6 +107,7 @@ func Handler(o Options) http.Handler {
 		"GET " + brokerapi.PathWebFeed:               a.signedIn(a.webFeed),
 		"GET " + brokerapi.PathActivities + "{id}":   a.signedIn(a.activity),
 		"POST " + brokerapi.PathActivities + "{id}":  a.signedIn(a.addToActivity),
+		"GET /{tenant}" + brokerapi.PathDiscovery:    a.discovery,
 		"GET " + brokerapi.PathEnroll:                a.preEnroll,
 		"POST " + brokerapi.PathEnroll:               a.enroll,
 		"/":                                          a.nothing,

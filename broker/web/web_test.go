@@ -59,6 +59,13 @@ func (p people) Validate(_ context.Context, token string) (oidc.User, error) {
 
 func (people) CA() string { return "CA" }
 
+func (p people) Discovery() []byte {
+	if _, away := p["away"]; away {
+		return nil
+	}
+	return []byte(`{"issuer":"https://idp","token_endpoint":"https://idp/token"}`)
+}
+
 type fixture struct {
 	t       *testing.T
 	handler http.Handler
@@ -67,10 +74,11 @@ type fixture struct {
 	key     ed25519.PrivateKey
 	load    map[string]int32
 	token   string
+	people  people
 }
 
 func setUp(t *testing.T) *fixture {
-	f := &fixture{t: t, traces: traces.New(), load: map[string]int32{"a": 5, "b": 2, "c": 0}}
+	f := &fixture{t: t, traces: traces.New(), load: map[string]int32{"a": 5, "b": 2, "c": 0}, people: people{"alice": {"engineers", "x"}, "bob": nil, "carol": nil}}
 	f.token = "rdvreg.ns.linux.-." + base64.RawURLEncoding.EncodeToString(make([]byte, 32))
 	hash := sha256.Sum256([]byte(f.token))
 	f.world = fake.New(&model.Snapshot{
@@ -107,7 +115,7 @@ func setUp(t *testing.T) *fixture {
 	signer := &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: rsaKey}
 	clock := func() time.Time { return now }
 	f.handler = Handler(Options{
-		Namespace: ns, Workspace: ws, Name: "b0", Source: f.world, Identity: people{"alice": {"engineers", "x"}, "bob": nil, "carol": nil},
+		Namespace: ns, Workspace: ws, Name: "b0", Source: f.world, Identity: f.people,
 		Enrol:  enrol.New(enrol.Options{Namespace: ns, Workspace: ws, Source: f.world, Writer: f.world, Now: clock}),
 		Traces: f.traces, Trace: func(e trace.Event) { f.traces.Hear("rdv.trace.broker", e) },
 		Gateways:  loads{f},
@@ -245,6 +253,15 @@ func TestConnectionFile(t *testing.T) {
 	}
 	f.load["a"], f.load["b"] = 6, 3
 
+	if l["resourceprovider"] != "" {
+		t.Error("a file is for the ARM form though nobody asked for it")
+	}
+	l = lines(t, f.do("GET", brokerapi.PathResources+"/desk.rdp?gateway=a&form=arm", "alice", "").Body.Bytes())
+	if l["resourceprovider"] != "arm" || l["gatewayhostname"] != "a.test:443" || l["loadbalanceinfo"] == "" || l["remoteapplicationprogram"] == "" || l["signature"] == "" {
+		t.Errorf("the ARM form: %v", l)
+	}
+	f.load["a"], f.load["b"] = 6, 3
+
 	// Without a wish, the ready gateway with the fewest connections; without an activity, none in the ticket.
 	l = lines(t, f.do("GET", brokerapi.PathResources+"/own.rdp", "bob", "").Body.Bytes())
 	if l["gatewayhostname"] != "b.test:8443" {
@@ -252,6 +269,20 @@ func TestConnectionFile(t *testing.T) {
 	}
 	if c, err := ticket.Verify(l["gatewayaccesstoken"], f.key.Public().(ed25519.PublicKey), ns, ws, now); err != nil || c.ActivityID != "" {
 		t.Errorf("%+v %v", c, err)
+	}
+}
+
+func TestDiscovery(t *testing.T) {
+	f := setUp(t)
+	w := f.do("GET", "/common"+brokerapi.PathDiscovery, "", "")
+	if w.Code != 200 || !strings.Contains(w.Body.String(), "https://idp/token") || w.Header().Get("Content-Type") != "application/json" {
+		t.Errorf("%d %s", w.Code, w.Body)
+	}
+	delete(f.people, "alice")
+	f.people["away"] = nil
+	w = f.do("GET", "/common"+brokerapi.PathDiscovery, "", "")
+	if w.Code != 200 || w.Body.String() != `{"issuer":"https://idp"}` {
+		t.Errorf("the provider was never heard: %d %s", w.Code, w.Body)
 	}
 }
 
@@ -272,6 +303,7 @@ func TestRefusals(t *testing.T) {
 		{name: "unknown resource", path: rdp("none"), token: "alice", status: 404, code: refusal.UnknownResource},
 		{name: "no such kind of file", path: brokerapi.PathResources + "/desk.exe", token: "alice", status: 404, code: refusal.UnknownResource},
 		{name: "unknown gateway", path: rdp("desk") + "?gateway=x", token: "alice", status: 404, code: refusal.UnknownInstance},
+		{name: "unknown form", path: rdp("desk") + "?form=x", token: "alice", status: 400, code: refusal.BadRequest},
 		{name: "pool missing", path: rdp("broken"), token: "bob", status: 503, code: refusal.NoHost},
 		{name: "somebody's activity", path: brokerapi.PathActivities + activity, token: "bob", status: 404, code: refusal.UnknownResource},
 		{name: "adding to somebody's activity", method: "POST", path: brokerapi.PathActivities + activity, token: "bob", body: "[]", status: 404, code: refusal.UnknownResource},

@@ -120,7 +120,7 @@ func connectCommand(c *client.Client) *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVar(&o.Gateway, "gateway", "", "gateway to use (default: measure and choose)")
-	cmd.Flags().StringVar(&o.Mode, "mode", client.ModeTSGU, "tsgu, which every RDP client speaks, or raw, for FreeRDP 3")
+	cmd.Flags().StringVar(&o.Mode, "mode", client.ModeTSGU, "tsgu, which every RDP client speaks; for FreeRDP 3 also raw, or arm, where the gateway chooses the gateway")
 	cmd.Flags().BoolVar(&o.Print, "print", false, "print the connection file (raw: FreeRDP's arguments) and start nothing; it holds a secret")
 	cmd.Flags().StringVar(&o.RDPClient, "rdp-client", "", "RDP client to start (default: the first found of xfreerdp3, xfreerdp, wlfreerdp3, remmina; mstsc on Windows)")
 	return cmd

@@ -2,10 +2,11 @@
 //
 //	GET  /api/v1/workspace                    Workspace; no sign-in: where to sign in
 //	GET  /api/v1/resources                    Resources; bearer token
-//	GET  /api/v1/resources/NAME.rdp           a signed .rdp file; bearer token; ?gateway=NAME ?activity=GUID
+//	GET  /api/v1/resources/NAME.rdp           a signed .rdp file; bearer token; ?gateway=NAME ?activity=GUID ?form=arm
 //	GET  /RDWeb/Feed/webfeed.aspx             the same list as MS-TSWP XML; bearer token
 //	GET  /api/v1/activities/ID                []trace.Event; bearer token of the activity's user
 //	POST /api/v1/activities/ID                []trace.Event from rdv, for its own steps; bearer token
+//	GET  /TENANT/v2.0/.well-known/openid-configuration   the identity provider's discovery document, for FreeRDP's type:arm
 //	POST /api/v1/enroll                       EnrollRequest -> EnrollResponse; the registration token is the credential
 //
 // A refusal is the fitting HTTP status with {"error": refusal.Error}. Every answer carries the header Activity-Id.
@@ -20,7 +21,12 @@ const (
 	PathWebFeed    = "/RDWeb/Feed/webfeed.aspx"
 	PathActivities = "/api/v1/activities/"
 	PathEnroll     = "/api/v1/enroll"
+	// PathDiscovery stands behind a tenant of any name.
+	PathDiscovery = "/v2.0/.well-known/openid-configuration"
 )
+
+// FormARM, as the parameter form of a connection file, makes one for FreeRDP 3's type:arm.
+const FormARM = "arm"
 
 // HeaderActivity carries the activity id both ways.
 const HeaderActivity = "Activity-Id"
