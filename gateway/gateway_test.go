@@ -697,6 +697,35 @@ func TestRoute(t *testing.T) {
 	}
 }
 
+func TestPeers(t *testing.T) {
+	own, err := admission.InstanceAddr(testInstance)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var fail error
+	_, client := start(t, t.TempDir(), nil, func(o *Options) {
+		o.Lookup = func(_ context.Context, host string) ([]netip.Addr, error) {
+			return []netip.Addr{netip.MustParseAddr("10.0.0.7"), own, netip.MustParseAddr("::ffff:10.0.0.8"), netip.MustParseAddr("fd00::9")}, fail
+		}
+	})
+	resp, err := client.Peers(within(t), &admission.PeersRequest{})
+	if err != nil || resp.Error != nil {
+		t.Fatal(resp, err)
+	}
+	var got []string
+	for _, p := range resp.Peers {
+		got = append(got, p.Instance+" "+p.Address)
+	}
+	want := []string{"10-0-0-7 10.0.0.7:8443", "10-0-0-8 10.0.0.8:8443", "fd00-0000-0000-0000-0000-0000-0000-0009 [fd00::9]:8443"}
+	if !slices.Equal(got, want) {
+		t.Errorf("peers %q, want %q: all but this pod", got, want)
+	}
+	fail = errors.New("no DNS")
+	if resp, err := client.Peers(within(t), &admission.PeersRequest{}); err != nil || resp.Error.GetCode() != string(refusal.Internal) || len(resp.Peers) > 0 {
+		t.Errorf("%v, %v", resp, err)
+	}
+}
+
 func TestListenTakesOverAStaleSocket(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "s")
 	first, err := Listen(path)

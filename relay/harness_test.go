@@ -20,6 +20,7 @@ import (
 	mrand "math/rand/v2"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -157,6 +158,10 @@ type stack struct {
 	agents chan *agentLeg
 	log    *lockedBuffer
 	wrap   func(net.Conn) net.Conn // what clients and agents dial through, where set
+	from   netip.Addr              // whom clients and agents dial from, where set
+	conf   *tls.Config             // what the relay serves
+	reload *mtls.Reloader
+	dir    string // of its certificate
 	stop   context.CancelFunc
 	// stopAdmission stops the gateway container.
 	stopAdmission func()
@@ -222,7 +227,7 @@ func newStack(t testing.TB, change func(*Options, *fakeAdmission)) *stack {
 	s.adm.connect = func(ctx context.Context, r *admission.ConnectRequest) *admission.ConnectResponse {
 		secret := bytes.Clone(r.JoinSecret)
 		go func() {
-			if a, err := s.dialAgent(secret, testInstance, s.addr); err == nil {
+			if a, err := s.dialAgent(secret, r.Instance, s.addr); err == nil {
 				s.agents <- a
 			}
 		}()
@@ -238,6 +243,7 @@ func newStack(t testing.TB, change func(*Options, *fakeAdmission)) *stack {
 	if err != nil {
 		t.Fatal(err)
 	}
+	s.reload, s.dir = reload, dir
 	o := Options{
 		Config:   config.Relay{Gateway: "gateway-a", Hostname: testHost, JoinTimeoutSeconds: 10, HandshakeTimeoutSeconds: 10, DrainDeadlineSeconds: 20},
 		Instance: testInstance, TLS: reload.ServerConfig(), Log: log,
@@ -247,6 +253,7 @@ func newStack(t testing.TB, change func(*Options, *fakeAdmission)) *stack {
 	if change != nil {
 		change(&o, s.adm)
 	}
+	s.conf = o.TLS
 	if s.relay, err = New(o); err != nil {
 		t.Fatal(err)
 	}
@@ -274,7 +281,11 @@ func newStack(t testing.TB, change func(*Options, *fakeAdmission)) *stack {
 }
 
 func (s *stack) dial(addr, serverName string) (*tls.Conn, error) {
-	tcp, err := net.DialTimeout("tcp", addr, patience)
+	d := net.Dialer{Timeout: patience}
+	if s.from.IsValid() {
+		d.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(s.from, 0))
+	}
+	tcp, err := d.Dial("tcp", addr)
 	if err != nil {
 		return nil, err
 	}
@@ -503,6 +514,7 @@ func (s *stack) openOut(id string) (*tls.Conn, *bufio.Reader, http.Header, *refu
 	}
 	if resp.StatusCode != http.StatusOK {
 		body, _ := io.ReadAll(resp.Body)
+		c.Close()
 		return nil, nil, nil, decodeRefusal(s.t, body)
 	}
 	if resp.ContentLength != -1 || len(resp.TransferEncoding) > 0 {
@@ -524,6 +536,7 @@ func (s *stack) openIn(id string) (*tls.Conn, *refusal.Error) {
 	s.t.Cleanup(func() { c.Close() })
 	head := "RDG_IN_DATA /remoteDesktopGateway/ HTTP/1.1\nHost: gw\nRDG-Connection-Id: {" + id + "}\n"
 	if resp, body := s.request(c, bufio.NewReader(c), head+"Content-Length: 0"); resp.StatusCode != http.StatusOK {
+		c.Close()
 		return nil, decodeRefusal(s.t, body)
 	}
 	fmt.Fprint(c, strings.ReplaceAll(head, "\n", "\r\n")+"Transfer-Encoding: chunked\r\n\r\n")
