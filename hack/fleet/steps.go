@@ -37,10 +37,10 @@ var steps = []step{
 		return f.rollGateways(ctx, func(gw *rdv.Gateway) { gw.Spec.Relay.Image = f.images["relay"] })
 	}},
 	{"gateway image", func(f *fleet, ctx context.Context) error { return f.gatewayImage(ctx) }},
-	{"gateways to 4", func(f *fleet, ctx context.Context) error {
+	{"one gateway pod more", func(f *fleet, ctx context.Context) error {
 		return f.rollGateways(ctx, func(gw *rdv.Gateway) { gw.Spec.Replicas = new(int32(f.o.Gateways + 1)) })
 	}},
-	{"gateways to 2", func(f *fleet, ctx context.Context) error {
+	{"one gateway pod fewer than at first", func(f *fleet, ctx context.Context) error {
 		return f.rollGateways(ctx, func(gw *rdv.Gateway) { gw.Spec.Replicas = new(int32(f.o.Gateways - 1)) })
 	}},
 	{"kill -9 of every gateway container", (*fleet).killGatewayContainers},

@@ -1,0 +1,25 @@
+package e2e
+
+import (
+	"testing"
+
+	"rendezvous.dev/rendezvous/hack/fleet"
+)
+
+// The fleet run (`make fleet`) on a small scale: nobody is dropped.
+func TestFleet(t *testing.T) {
+	r, err := fleet.Run(t.Context(), w.Stage, fleet.Options{
+		Sessions: 20, Hosts: 4, Gateways: 2, Brokers: 3, Say: t.Logf,
+		Steps: []string{"relay image", "one gateway pod fewer than at first", "kill -9 of a broker", "certificates renewed", "workspace, pool and gateway edited"},
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	if r == nil {
+		return
+	}
+	t.Logf("\n%s", r.Markdown())
+	if r.Checked < 1<<20 {
+		t.Errorf("only %d bytes were checked", r.Checked)
+	}
+}
