@@ -39,6 +39,8 @@ const (
 type agentsOptions struct {
 	Agents, Connects int
 	Patience         time.Duration
+	// Plot is a file for the curves of arrival; none where empty.
+	Plot string
 }
 
 // runAgents starts brokers as processes and agents in this one, and measures.
@@ -84,7 +86,9 @@ func runAgents(ctx context.Context, o agentsOptions, out io.Writer) error {
 
 	t := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	defer t.Flush()
+	var facts []string
 	row := func(what, format string, args ...any) {
+		facts = append(facts, what+": "+fmt.Sprintf(format, args...))
 		fmt.Fprintf(t, "%s\t%s\n", what, fmt.Sprintf(format, args...))
 		t.Flush()
 	}
@@ -93,11 +97,11 @@ func runAgents(ctx context.Context, o agentsOptions, out io.Writer) error {
 	for _, a := range fleet.all {
 		wg.Go(func() { a.run(agentCtx) })
 	}
-	back, err := all.waitFor(ctx, o, begin)
+	first, err := all.waitFor(ctx, o, begin)
 	if err != nil {
 		return err
 	}
-	row("first time: all agents known to every broker", "%s (median %s, p99 %s)", back.all, back.median, back.p99)
+	row("first time: all agents known to every broker", "%s (median %s, p99 %s)", first.all, first.median, first.p99)
 	full, err := all.stats()
 	if err != nil {
 		return err
@@ -116,13 +120,21 @@ func runAgents(ctx context.Context, o agentsOptions, out io.Writer) error {
 		return err
 	}
 	up := time.Since(lost).Round(10 * time.Millisecond)
-	back, err = all.waitFor(ctx, o, lost)
+	back, err := all.waitFor(ctx, o, lost)
 	if err != nil {
 		return err
 	}
 	row("every broker killed and started again", "brokers listen after %s", up)
 	row("all agents back, since the kill", "%s (median %s, p99 %s), %d attempts to connect", back.all, back.median, back.p99, fleet.attempts.Load())
-	return nil
+	met := "met"
+	if back.all > goal {
+		met = "not met"
+	}
+	row("goal: all back within "+goal.String(), "%s", met)
+	if o.Plot == "" {
+		return nil
+	}
+	return os.WriteFile(o.Plot, plotArrivals(o.Agents, first, back, facts[2:len(facts)-3]), 0o644)
 }
 
 func perAgent(bytes int64, agents int) float64 { return float64(bytes) / float64(agents) / 1024 }
@@ -360,7 +372,10 @@ func quantile(sorted []time.Duration, q float64) time.Duration {
 }
 
 // arrivals says when agents were known to every broker.
-type arrivals struct{ median, p99, all time.Duration }
+type arrivals struct {
+	median, p99, all time.Duration
+	curve            []point
+}
 
 // waitFor waits until every broker knows every agent, and each is on one of them.
 func (c *cluster) waitFor(ctx context.Context, o agentsOptions, begin time.Time) (a arrivals, err error) {
@@ -377,6 +392,9 @@ func (c *cluster) waitFor(ctx context.Context, o agentsOptions, begin time.Time)
 			if *m.when == 0 && float64(s.Known) >= m.part*float64(o.Agents) && float64(s.Local) >= m.part*float64(o.Agents) {
 				*m.when = now
 			}
+		}
+		if known := min(s.Known, s.Local); len(a.curve) == 0 || a.curve[len(a.curve)-1].known != known || a.all > 0 {
+			a.curve = append(a.curve, point{now, known})
 		}
 		switch {
 		case a.all > 0:

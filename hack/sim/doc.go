@@ -3,7 +3,7 @@
 //	sim           100,000 hosts, 50 gateways, 3 regions and 3 brokers on a simulated clock and network: how even the load
 //	              is, who is refused, how long a decision takes. The decisions are broker/placement's and wire/choose's.
 //	sim agents    real connections of many agents to 3 real brokers' buses: how soon all are back once every broker was
-//	              killed, what an idle agent costs a broker in memory, connects per second.
+//	              killed, what an idle agent costs a broker in memory, connects per second. Its plot is sim.svg.
 //
-// Both take -seed or sizes; -h lists them. They print tables and leave nothing behind.
+// -h lists the flags. They print tables and leave nothing else behind.
 package main

@@ -40,6 +40,7 @@ func command(ctx context.Context, args []string, out io.Writer) error {
 		fs.IntVar(&o.Agents, "n", 10_000, "simulated agents")
 		fs.IntVar(&o.Connects, "connects", 5_000, "connects to ask for, once all are there")
 		fs.DurationVar(&o.Patience, "patience", patience, "bound of each phase")
+		fs.StringVar(&o.Plot, "plot", "sim.svg", "file for the plot of how the agents came; none where empty")
 		if err := fs.Parse(args); err != nil {
 			return err
 		}

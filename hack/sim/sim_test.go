@@ -2,7 +2,9 @@ package main
 
 import (
 	"context"
+	"encoding/xml"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -118,10 +120,15 @@ func TestFrontIsEvener(t *testing.T) {
 
 func TestAgents(t *testing.T) {
 	var out strings.Builder
-	if err := runAgents(t.Context(), agentsOptions{Agents: 20, Connects: 40, Patience: time.Minute}, &out); err != nil {
+	plot := filepath.Join(t.TempDir(), "sim.svg")
+	if err := runAgents(t.Context(), agentsOptions{Agents: 20, Connects: 40, Patience: time.Minute, Plot: plot}, &out); err != nil {
 		t.Fatalf("%v\n%s", err, &out)
 	}
-	for _, want := range []string{"40 accepted, 0 not", "memory per idle agent", "all agents back"} {
+	var any struct{}
+	if data, err := os.ReadFile(plot); err != nil || xml.Unmarshal(data, &any) != nil {
+		t.Errorf("the plot is no XML: %v", err)
+	}
+	for _, want := range []string{"40 accepted, 0 not", "memory per idle agent", "all agents back", "goal: all back within 30s"} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("no %q in\n%s", want, &out)
 		}
