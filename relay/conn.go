@@ -2,7 +2,9 @@ package relay
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
+	"errors"
 	"io"
 	"net"
 	"syscall"
@@ -66,12 +68,34 @@ func newConn(tc *net.TCPConn) (*conn, error) {
 	}
 	c := &conn{TCPConn: tc, raw: raw, peeking: true, secrets: &handshakeSecrets{}}
 	c.tryFn, c.readyFn = c.try, c.ready
-	tc.SetNoDelay(true)
-	tc.SetKeepAliveConfig(net.KeepAliveConfig{Enable: true, Idle: 30 * time.Second, Interval: 10 * time.Second, Count: 3})
-	raw.Control(func(fd uintptr) {
-		unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(userTimeout.Milliseconds()))
-	})
 	return c, nil
+}
+
+// socketOptions are those of every connection: it finds out within a minute that its other end has vanished. (Go sets
+// TCP_NODELAY.)
+var socketOptions = []struct{ level, name, value int }{
+	{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
+	{unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 30},
+	{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 10},
+	{unix.IPPROTO_TCP, unix.TCP_KEEPCNT, 3},
+	{unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(userTimeout / time.Millisecond)},
+}
+
+// Listen opens a listener for Run. Its connections inherit socketOptions, which spares a session twenty system calls.
+func Listen(ctx context.Context, address string) (net.Listener, error) {
+	lc := net.ListenConfig{
+		KeepAlive: -1, // or Go would set its own on each
+		Control: func(_, _ string, raw syscall.RawConn) error {
+			var failed error
+			err := raw.Control(func(fd uintptr) {
+				for _, o := range socketOptions {
+					failed = errors.Join(failed, unix.SetsockoptInt(int(fd), o.level, o.name, o.value))
+				}
+			})
+			return errors.Join(err, failed)
+		},
+	}
+	return lc.Listen(ctx, "tcp", address)
 }
 
 // Read is for crypto/tls.

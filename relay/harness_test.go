@@ -257,7 +257,7 @@ func newStack(t testing.TB, change func(*Options, *fakeAdmission)) *stack {
 	if s.relay, err = New(o); err != nil {
 		t.Fatal(err)
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := Listen(t.Context(), "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -154,7 +154,7 @@ func (r *Relay) SetConfig(c config.Relay) {
 // Ready says that the relay listens and takes new clients.
 func (r *Relay) Ready() bool { return r.serving.Load() && !r.draining.Load() }
 
-// Run serves l until ctx is done, then drains: no new clients, joins for those under way still welcome, until the last
+// Run serves l, which Listen made, until ctx is done, then drains: no new clients, joins for those under way still welcome, until the last
 // session ends or the drain deadline passes. It owns l.
 func (r *Relay) Run(ctx context.Context, l net.Listener) error {
 	background, stop := context.WithCancel(context.Background())

@@ -22,6 +22,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"golang.org/x/sys/unix"
 
 	"rendezvous.dev/rendezvous/wire/admission"
 	"rendezvous.dev/rendezvous/wire/config"
@@ -679,6 +680,23 @@ func TestLimits(t *testing.T) {
 		}
 		s.idle()
 	})
+}
+
+// TestVanishedPeersAreFound: connections inherit what finds a peer that has vanished without a word.
+func TestVanishedPeersAreFound(t *testing.T) {
+	s := newStack(t, nil)
+	s.session(transportRaw)
+	for _, session := range s.relay.live() {
+		for _, l := range []*leg{session.client.leg, session.host} {
+			for _, o := range socketOptions {
+				l.tcp.raw.Control(func(fd uintptr) {
+					if v, err := unix.GetsockoptInt(int(fd), o.level, o.name); err != nil || v != o.value {
+						t.Errorf("option %d of level %d is %d, %v; want %d", o.name, o.level, v, err, o.value)
+					}
+				})
+			}
+		}
+	}
 }
 
 // TestTicketVouches: a raw client whose ticket is being looked at is no stranger, for that may take as long as its host

@@ -96,7 +96,7 @@ func run() error {
 	}
 	go metrics.Serve(ml)
 	defer metrics.Close()
-	l, err := net.Listen("tcp", *listen)
+	l, err := relay.Listen(ctx, *listen)
 	if err != nil {
 		return err
 	}
