@@ -88,13 +88,19 @@ func (f rdpFile) gatewayOptions(mode, workspaceURL string) ([]string, error) {
 		if f.get("resourceprovider") != brokerapi.FormARM {
 			return nil, errors.New("the workspace's broker makes no files for --mode arm: it is older than this rdv")
 		}
-		// It insists on reading a discovery document, from Microsoft unless told otherwise.
-		return []string{"/gateway:type:arm,bearer:" + ticket, "/azure:ad:" + strings.TrimPrefix(workspaceURL, "https://")}, nil
+		// It insists on reading a discovery document, from Microsoft unless told otherwise. Without a port it asks the
+		// machine's /etc/services for one, which not every machine has.
+		return []string{"/gateway:type:arm,bearer:" + ticket, "/azure:ad:" + withPort(strings.TrimPrefix(workspaceURL, "https://"))}, nil
 	}
+	return []string{"/gateway:url:wss://" + withPort(host) + pathRaw + ",bearer:" + ticket}, nil
+}
+
+// withPort adds HTTPS's port where none is given.
+func withPort(host string) string {
 	if _, _, err := net.SplitHostPort(host); err != nil {
-		host = net.JoinHostPort(host, "443")
+		return net.JoinHostPort(host, "443")
 	}
-	return []string{"/gateway:url:wss://" + host + pathRaw + ",bearer:" + ticket}, nil
+	return host
 }
 
 // pathRaw is where a gateway takes raw RDP in a WebSocket.

@@ -103,8 +103,10 @@ func TestParseRDP(t *testing.T) {
 	if got, _ := f.gatewayOptions(ModeRaw, ""); len(got) != 1 || !strings.Contains(got[0], "wss://gw:443/") {
 		t.Errorf("without a port: %q, want 443", got)
 	}
-	if got, err := f.gatewayOptions(ModeARM, "https://broker:8443"); err != nil || strings.Join(got, " ") != "/gateway:type:arm,bearer:x /azure:ad:broker:8443" {
-		t.Errorf("ARM: %q, %v", got, err)
+	for url, ad := range map[string]string{"https://broker:8443": "broker:8443", "https://broker": "broker:443"} {
+		if got, err := f.gatewayOptions(ModeARM, url); err != nil || strings.Join(got, " ") != "/gateway:type:arm,bearer:x /azure:ad:"+ad {
+			t.Errorf("ARM at %s: %q, %v", url, got, err)
+		}
 	}
 }
 

@@ -46,8 +46,9 @@ import (
 //
 // Such a client first asks its host for Entra ID sign-in alone (RDSAAD), which no host of ours has, and takes the refusal
 // as word to come again and ask for what there is. We refuse in the host's stead: no session is begun for it. To see what
-// it asks for, the upgrade is answered before there is a host; refusals after that are told in the close frame. What would
-// be refused then was most likely refused at the entry gateway, in an answer that the client shows.
+// it asks for, the upgrade is answered before there is a host; refusals after that end the connection, with the reason in
+// the close frame. What would be refused then was most likely refused at the entry gateway, in an answer that the client
+// shows.
 const (
 	pathArmEntry = "/api/arm/v2/connections"
 	pathArm      = "/rendezvous/v1/arm"
@@ -225,15 +226,13 @@ func (r *Relay) serveArmRDP(v *visitor, req *request, activity string) {
 	}
 	if protocols, ok := requestedProtocols(pdu); ok && protocols == protocolRDSAAD {
 		r.log.Info("the client asks for Entra ID sign-in, and is asked to come again", "activity", a.activity, "user", a.user)
-		b := wsframe.AppendFrame(nil, wsframe.Binary, needsTLS)
-		v.Write(wsframe.AppendFrame(b, wsframe.Close, wsframe.ClosePayload(wsframe.CloseNormal, "come again without RDSAAD; activity "+a.activity)))
-		v.linger()
+		v.answerPDU(needsTLS, wsframe.CloseNormal, "come again without RDSAAD; activity "+a.activity)
 		return
 	}
 	if err := a.connect(""); err != nil {
 		var e *refusal.Error
-		if errors.As(err, &e) && c.control(wsframe.Close, wsframe.ClosePayload(wsframe.ClosePolicy, fmt.Sprintf("%s; activity %s", e.Code, e.ActivityID))) == nil {
-			v.linger()
+		if errors.As(err, &e) {
+			v.answerPDU(disconnect, wsframe.ClosePolicy, fmt.Sprintf("%s; activity %s", e.Code, e.ActivityID))
 		}
 		return
 	}
@@ -245,6 +244,19 @@ const protocolRDSAAD = 0x10
 
 // needsTLS is an X.224 connection confirm with RDP_NEG_FAILURE: SSL_REQUIRED_BY_SERVER (MS-RDPBCGR 2.2.1.2.2).
 var needsTLS = []byte{3, 0, 0, 19, 14, 0xd0, 0, 0, 0, 0, 0, 3, 0, 8, 0, 1, 0, 0, 0}
+
+// disconnect is an X.224 disconnect request (13.5), which is how a connection is refused. FreeRDP (3.15 seen) waits for an
+// answer to its request, whatever becomes of the WebSocket.
+var disconnect = []byte{3, 0, 0, 11, 6, 0x80, 0, 0, 0, 0, 0}
+
+// answerPDU is the last word to a client, in the host's stead.
+func (v *visitor) answerPDU(pdu []byte, code int, reason string) {
+	b := wsframe.AppendFrame(nil, wsframe.Binary, pdu)
+	v.SetWriteDeadline(time.Now().Add(lingerTime))
+	if _, err := v.Write(wsframe.AppendFrame(b, wsframe.Close, wsframe.ClosePayload(code, reason))); err == nil {
+		v.linger()
+	}
+}
 
 // maxFirstPDU bounds what is read to see the client's first PDU, in bytes.
 const maxFirstPDU = 2 << 10

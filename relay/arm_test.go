@@ -12,6 +12,8 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -38,6 +40,28 @@ func enterWith(answer *admission.EnterResponse) func(*Options, *fakeAdmission) {
 			}
 			return answer
 		}
+	}
+}
+
+// captured is what FreeRDP 3.15 sent in a connect of the ARM form.
+func captured(t testing.TB, name string) []byte {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join("testdata", "freerdp-3.15", name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func TestArmCaptures(t *testing.T) {
+	for name, ticket := range map[string]func(*request) string{"arm-entry": bearer, "arm-affinity": bearer, "arm-upgrade": armTicket} {
+		r, err := parseHead(string(capturedHead(t, name)))
+		if err != nil || ticket(r) != "TICKET" || name != "arm-entry" && activityOf(r) != armActivity {
+			t.Errorf("%s: %+v, %v", name, r, err)
+		}
+	}
+	if application, err := parseArmRequest(captured(t, "arm-entry.json")); application != "||linux-desktop" || err != nil {
+		t.Errorf("the body is about %q, %v", application, err)
 	}
 }
 
@@ -262,7 +286,11 @@ func TestArmRefusals(t *testing.T) {
 	}
 	c, _ := s.dialArm(testTicket, true)
 	c.Write(connectionRequest(1))
-	if _, err := c.Read(make([]byte, 1)); err != io.EOF || !strings.Contains(c.closed, string(refusal.NoHost)+"; activity "+armActivity) {
+	no := make([]byte, len(disconnect))
+	if _, err := io.ReadFull(c, no); err != nil || !bytes.Equal(no, disconnect) {
+		t.Errorf("no host: %x, %v", no, err)
+	}
+	if _, err := c.Read(no); err != io.EOF || !strings.Contains(c.closed, string(refusal.NoHost)+"; activity "+armActivity) {
 		t.Errorf("no host: %v, %q", err, c.closed)
 	}
 }
@@ -274,6 +302,8 @@ func TestRequestedProtocols(t *testing.T) {
 		ok        bool
 	}{
 		"with a token":     {connectionRequest(0x10), 0x10, true},
+		"FreeRDP, RDSAAD":  {captured(t, "arm-rdsaad.pdu"), 0x10, true},
+		"FreeRDP, others":  {captured(t, "arm-tls.pdu"), 0x3, true},
 		"several":          {connectionRequest(0xb), 0xb, true},
 		"with correlation": {append(connectionRequest(0x10), make([]byte, 36)...), 0x10, true},
 		"bare":             {[]byte{3, 0, 0, 19, 14, 0xe0, 0, 0, 0, 0, 0, 1, 0, 8, 0, 2, 0, 0, 0}, 2, true},
@@ -292,7 +322,7 @@ func TestRequestedProtocols(t *testing.T) {
 
 // FuzzArmRequest: what a stranger posts makes nothing fail in a bad way.
 func FuzzArmRequest(f *testing.F) {
-	f.Add([]byte(`{"application":"||desk","loadBalanceInfo":"rdv:desk","LogonToken":null,"gatewayLoadBalancerToken":null}`))
+	f.Add(captured(f, "arm-entry.json"))
 	f.Add([]byte(`{"application":7}`))
 	f.Add([]byte("null"))
 	f.Fuzz(func(t *testing.T, body []byte) {
@@ -305,7 +335,8 @@ func FuzzArmRequest(f *testing.F) {
 
 // FuzzFirstPDU: nothing that a client sends first makes the look at it fail in a bad way, and all of it goes on.
 func FuzzFirstPDU(f *testing.F) {
-	f.Add(connectionRequest(0x10))
+	f.Add(captured(f, "arm-rdsaad.pdu"))
+	f.Add(captured(f, "arm-tls.pdu"))
 	f.Add([]byte{3, 0, 0, 19, 14, 0xe0, 0, 0, 0, 0, 0, 1, 0, 8, 0, 2, 0, 0, 0})
 	f.Add([]byte{3, 0, 0xff, 0xff})
 	f.Fuzz(func(t *testing.T, pdu []byte) {

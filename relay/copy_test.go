@@ -212,7 +212,7 @@ func TestCapturedHeads(t *testing.T) {
 // FuzzHead: no head makes the parser fail in a bad way, and what it takes has a method, a path and clean headers.
 func FuzzHead(f *testing.F) {
 	f.Add("GET /rendezvous/v1/ping HTTP/1.1\r\nHost: h\r\n")
-	for _, name := range []string{"tsgu", "raw", "legacy"} {
+	for _, name := range []string{"tsgu", "raw", "legacy", "arm-entry", "arm-affinity", "arm-upgrade"} {
 		f.Add(string(capturedHead(f, name)))
 	}
 	f.Fuzz(func(t *testing.T, head string) {
@@ -231,5 +231,6 @@ func FuzzHead(f *testing.F) {
 		r.param("access_token")
 		activityOf(r)
 		bearer(r)
+		armTicket(r)
 	})
 }
