@@ -3,6 +3,7 @@ package controllers
 import (
 	"slices"
 	"strings"
+	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
@@ -46,7 +47,7 @@ var needsPerson = map[string]bool{
 
 // summarise completes an object's conditions. deciding are those that Ready sums up, in the order in which they are to
 // be put right; others stand beside them. Times of the last transition carry over from before.
-func summarise(before []metav1.Condition, generation int64, readyMessage string, deciding, others []metav1.Condition) []metav1.Condition {
+func summarise(now time.Time, before []metav1.Condition, generation int64, readyMessage string, deciding, others []metav1.Condition) []metav1.Condition {
 	ready := isTrue(rdv.ConditionReady, rdv.ReasonReady, readyMessage)
 	for _, c := range deciding {
 		if c.Status != metav1.ConditionTrue {
@@ -72,11 +73,10 @@ func summarise(before []metav1.Condition, generation int64, readyMessage string,
 		after = append(after, reconciling)
 	}
 	after = append(after, stalled)
-	now := metav1.Now()
 	for i := range after {
 		c := &after[i]
 		c.ObservedGeneration = generation
-		c.LastTransitionTime = now
+		c.LastTransitionTime = metav1.NewTime(now)
 		for _, old := range before {
 			if old.Type == c.Type && old.Status == c.Status {
 				c.LastTransitionTime = old.LastTransitionTime

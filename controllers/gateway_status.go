@@ -33,7 +33,7 @@ func (r *gatewayReconciler) writeStatus(ctx context.Context, s *gatewayScope) er
 	if status.Rollout = rollout; rollout != nil {
 		others = append(others, isTrue(rdv.ConditionReconciling, rdv.ReasonProgressing, progress))
 	}
-	status.Conditions = summarise(gw.Status.Conditions, gw.Generation, "serves at "+gw.Spec.Hostname, []metav1.Condition{
+	status.Conditions = summarise(r.now(), gw.Status.Conditions, gw.Generation, "serves at "+gw.Spec.Hostname, []metav1.Condition{
 		s.refs.condition(rdv.ConditionReferencesResolved, "all references resolve"),
 		s.certificates.condition(rdv.ConditionCertificatesReady, "all certificates are issued"),
 		availableCondition("gateway", s.deployment, want, true),

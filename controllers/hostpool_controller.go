@@ -6,7 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
+	"time"
 
 	certmanager "github.com/cert-manager/cert-manager/pkg/apis/certmanager/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -44,7 +44,8 @@ type hostPoolScope struct {
 	expired      bool
 
 	// Set by applyHosts.
-	waiting []string // hosts too many that can't go yet
+	waiting []string            // hosts too many that can't go yet
+	scale   *plan.ScaleDecision // where the pool scales by itself
 }
 
 // +kubebuilder:rbac:groups=rendezvous.dev,resources=hostpools,verbs=get;list;watch
@@ -105,7 +106,9 @@ func (r *hostPoolReconciler) gather(ctx context.Context, s *hostPoolScope) (err 
 		s.refs.add(rdv.ReasonPodInvalid, s.templErr.Error())
 	}
 	list := &rdv.SessionHostList{}
-	if err := r.Client.List(ctx, list, client.InNamespace(pool.Namespace), client.MatchingFields{indexHostPool: pool.Name}); err != nil {
+	// A pool may have a thousand, and any of them may bring a pass: they are read where they are, and not changed.
+	err = r.Client.List(ctx, list, client.InNamespace(pool.Namespace), client.MatchingFields{indexHostPool: pool.Name}, client.UnsafeDisableDeepCopy)
+	if err != nil {
 		return fmt.Errorf("list SessionHosts: %w", err)
 	}
 	s.hosts = list.Items
@@ -149,8 +152,8 @@ func (r *hostPoolReconciler) applyRegistration(ctx context.Context, s *hostPoolS
 	return nil
 }
 
-// applyHosts makes SessionHosts from the template, and removes empty ones when there are too many. Those that people or
-// brokers made are not counted.
+// applyHosts makes SessionHosts from the template, and retires those that are too many until they can go. Hosts that people
+// or brokers made are left alone.
 func (r *hostPoolReconciler) applyHosts(ctx context.Context, s *hostPoolScope) error {
 	pool := s.pool
 	if err := r.applyAll(ctx, &s.pass, pool, render.PoolNetworkPolicy(pool)); err != nil {
@@ -159,77 +162,189 @@ func (r *hostPoolReconciler) applyHosts(ctx context.Context, s *hostPoolScope) e
 	if s.templErr != nil || s.ws == nil {
 		return nil
 	}
-	taken, err := r.takenNames(ctx, s)
-	if err != nil {
-		return err
-	}
 	var mine []plan.Host
+	var others plan.Host
+	leaving := map[string]bool{}
 	byName := map[string]*rdv.SessionHost{}
 	for i := range s.hosts {
 		host := &s.hosts[i]
-		byName[host.Name] = host
-		if !metav1.IsControlledBy(host, pool) {
-			continue
+		switch {
+		case !metav1.IsControlledBy(host, pool):
+			seen := r.seeHost(s, host)
+			others.Free, others.Places = others.Free+seen.Free, others.Places+seen.Places
+		case !host.DeletionTimestamp.IsZero():
+			leaving[host.Name] = true
+		default:
+			byName[host.Name] = host
+			mine = append(mine, r.seeHost(s, host))
 		}
-		if !host.DeletionTimestamp.IsZero() { // its name is not free yet
-			taken[host.Name] = true
-			continue
-		}
-		mine = append(mine, plan.Host{
-			Name:     host.Name,
-			Sessions: sessionsOf(host),
-			Assigned: host.Spec.AssignedUser != "",
-			Serving:  meta.IsStatusConditionTrue(host.Status.Conditions, rdv.ConditionReady),
-		})
 	}
-	changes := plan.Hosts(pool.Name, wantedHosts(pool), mine, taken)
+	var lookup error
+	taken := func(name string) bool {
+		other, err := getOrNil(ctx, r.Client, pool.Namespace, name, &rdv.SessionHost{})
+		lookup = errors.Join(lookup, err)
+		return leaving[name] || other != nil
+	}
+	changes := plan.Hosts(pool.Name, r.wantedHosts(s, mine, others), mine, taken)
+	if lookup != nil {
+		return lookup
+	}
+	s.waiting = changes.Waiting
 	for _, name := range changes.Delete {
 		if err := r.Delete(ctx, byName[name]); err != nil {
 			return err
 		}
+		delete(byName, name)
 	}
-	s.waiting = changes.Waiting
-	for _, host := range mine {
-		if slices.Contains(changes.Delete, host.Name) {
+	for _, seen := range mine {
+		want := render.SessionHost(pool, seen.Name, slices.Contains(changes.Retire, seen.Name))
+		if host := byName[seen.Name]; host == nil || isAsWanted(host, want) {
 			continue
 		}
-		if err := r.applyAll(ctx, &s.pass, pool, render.SessionHost(pool, host.Name)); err != nil {
+		if err := r.applyAll(ctx, &s.pass, pool, want); err != nil {
 			return err
 		}
 	}
 	for _, name := range changes.Create {
-		if err := r.applyAll(ctx, &s.pass, pool, render.SessionHost(pool, name)); err != nil {
+		if err := r.applyAll(ctx, &s.pass, pool, render.SessionHost(pool, name, false)); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// wantedHosts is how many hosts a pool makes.
-func wantedHosts(pool *rdv.HostPool) int32 {
-	switch {
-	case pool.Spec.Template == nil:
-		return 0
-	case pool.Spec.Replicas == nil:
-		return 1
-	}
-	return *pool.Spec.Replicas
-}
-
-// takenNames are names like POOL-0 of SessionHosts and Pods that the pool did not make.
-func (r *hostPoolReconciler) takenNames(ctx context.Context, s *hostPoolScope) (map[string]bool, error) {
-	taken := map[string]bool{}
-	all := &rdv.SessionHostList{}
-	if err := r.Client.List(ctx, all, client.InNamespace(s.pool.Namespace)); err != nil {
-		return nil, fmt.Errorf("list SessionHosts: %w", err)
-	}
-	for i := range all.Items {
-		host := &all.Items[i]
-		if strings.HasPrefix(host.Name, s.pool.Name+"-") && !metav1.IsControlledBy(host, s.pool) {
-			taken[host.Name] = true
+// isAsWanted says whether a host, which is the pool's, needs no write.
+func isAsWanted(host, want *rdv.SessionHost) bool {
+	for key, value := range want.Labels {
+		if host.Labels[key] != value {
+			return false
 		}
 	}
-	return taken, nil
+	return host.Spec.Retiring == want.Spec.Retiring
+}
+
+const (
+	// hostPatience is how long a host that isn't ready is expected to become so.
+	hostPatience = 5 * time.Minute
+	// retireSettle is how long after a host was told to take no session the brokers certainly know, should the host be
+	// off the bus and unable to say so.
+	retireSettle = 10 * time.Second
+)
+
+// seeHost is a host as the plan sees it.
+func (r *hostPoolReconciler) seeHost(s *hostPoolScope, host *rdv.SessionHost) plan.Host {
+	seen := plan.Host{
+		Name:     host.Name,
+		Sessions: sessionsOf(host),
+		Assigned: host.Spec.AssignedUser != "",
+		Serving:  meta.IsStatusConditionTrue(host.Status.Conditions, rdv.ConditionReady),
+		Retiring: host.Spec.Retiring,
+	}
+	drain := host.Spec.Drain
+	if drained := drain != nil && (drain.Until == nil || r.now().Before(drain.Until.Time)); seen.Serving && !drained {
+		seen.Free, seen.Places = placesOf(&s.pool.Spec, host)
+	}
+	if s.pool.Spec.Autoscaling != nil && !seen.Serving {
+		left := hostPatience
+		if ready := meta.FindStatusCondition(host.Status.Conditions, rdv.ConditionReady); ready != nil {
+			left -= r.now().Sub(ready.LastTransitionTime.Time)
+		}
+		seen.Coming = left > 0
+		s.wakeAfter(left)
+	}
+	if seen.Retiring {
+		var left time.Duration
+		if seen.Drained, left = r.takesNone(host); left > 0 {
+			s.wakeAfter(left)
+		}
+	}
+	return seen
+}
+
+// takesNone says whether it is certain that no session begins on a host that was told to retire, or after how long to look
+// again.
+func (r *hostPoolReconciler) takesNone(host *rdv.SessionHost) (certain bool, left time.Duration) {
+	agent := host.Status.Agent
+	switch {
+	case agent == nil: // it never ran
+		return true, 0
+	case agent.Connected: // what it said of an earlier drain means nothing
+		return agent.DrainAcknowledged && agent.AcknowledgedGeneration == host.Generation, 0
+	}
+	told := meta.FindStatusCondition(host.Status.Conditions, rdv.ConditionDraining)
+	if told == nil || told.Status != metav1.ConditionTrue {
+		return false, 0
+	}
+	left = retireSettle - r.now().Sub(told.LastTransitionTime.Time)
+	return left <= 0, left
+}
+
+// placesOf is how many sessions more a host takes that is ready and does not drain, and how many in all.
+func placesOf(pool *rdv.HostPoolSpec, host *rdv.SessionHost) (free, all int32) {
+	if pool.Type == rdv.Personal {
+		if host.Spec.AssignedUser == "" && sessionsOf(host) == 0 {
+			return 1, 1
+		}
+		return 0, 1
+	}
+	return max(0, pool.MaxSessions()-sessionsOf(host)), pool.MaxSessions()
+}
+
+// wantedHosts is how many hosts the pool makes.
+func (r *hostPoolReconciler) wantedHosts(s *hostPoolScope, mine []plan.Host, others plan.Host) int32 {
+	spec := &s.pool.Spec
+	switch {
+	case spec.Template == nil:
+		return 0
+	case spec.Autoscaling != nil:
+		d := plan.Autoscale(autoscalingPolicy(spec), mine, others, scaledBefore(s.pool.Status.Autoscaling), r.now())
+		s.scale = &d
+		s.wakeAfter(d.Next)
+		return d.Desired
+	}
+	return fixedHosts(spec)
+}
+
+// fixedHosts is how many hosts a pool with a template makes that does not scale by itself.
+func fixedHosts(spec *rdv.HostPoolSpec) int32 {
+	if spec.Replicas == nil {
+		return 1
+	}
+	return *spec.Replicas
+}
+
+const defaultScaleDownDelay = 10 * time.Minute
+
+func autoscalingPolicy(spec *rdv.HostPoolSpec) plan.Autoscaling {
+	a := spec.Autoscaling
+	policy := plan.Autoscaling{Min: 1, Max: a.MaxReplicas, Delay: defaultScaleDownDelay, PerHost: spec.MaxSessions()}
+	if spec.Type == rdv.Personal {
+		policy.PerHost = 1
+	}
+	if a.MinReplicas != nil {
+		policy.Min = *a.MinReplicas
+	}
+	if a.MinFreePlaces != nil {
+		policy.FreePlaces = *a.MinFreePlaces
+	}
+	if a.MinFreePercent != nil {
+		policy.FreePercent = *a.MinFreePercent
+	}
+	if a.ScaleDownDelaySeconds != nil {
+		policy.Delay = time.Duration(*a.ScaleDownDelaySeconds) * time.Second
+	}
+	return policy
+}
+
+func scaledBefore(status *rdv.HostPoolScaling) plan.Scaled {
+	if status == nil {
+		return plan.Scaled{}
+	}
+	before := plan.Scaled{Decided: true, Desired: status.DesiredHosts, Enough: status.EnoughHosts}
+	if status.SurplusSince != nil {
+		before.Since = status.SurplusSince.Time
+	}
+	return before
 }
 
 func sessionsOf(host *rdv.SessionHost) int32 {

@@ -4,11 +4,13 @@ import (
 	"context"
 	"fmt"
 	"strings"
+	"time"
 
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
+	"rendezvous.dev/rendezvous/controllers/plan"
 	"rendezvous.dev/rendezvous/controllers/render"
 )
 
@@ -27,12 +29,23 @@ func (r *hostPoolReconciler) writeStatus(ctx context.Context, s *hostPoolScope) 
 		status.Sessions += sessionsOf(host)
 		if takesSessions(host) {
 			status.ReadyHosts++
+			free, _ := placesOf(&pool.Spec, host)
+			status.FreePlaces += free
 		}
 	}
 	var others []metav1.Condition
+	if pool.Spec.Autoscaling != nil {
+		status.Autoscaling = pool.Status.Autoscaling
+		if s.scale != nil {
+			status.Autoscaling = scalingStatus(s.scale.Scaled)
+			others = append(others, r.scaledCondition(s))
+		} else if before := meta.FindStatusCondition(pool.Status.Conditions, rdv.ConditionScaled); before != nil {
+			others = append(others, *before) // what is wrong with the pool shows elsewhere
+		}
+	}
 	if len(s.waiting) > 0 {
 		others = append(others, isTrue(rdv.ConditionReconciling, rdv.ReasonProgressing,
-			fmt.Sprintf("too many hosts; these go once no session is on them and nobody is assigned: %s", strings.Join(s.waiting, ", "))))
+			fmt.Sprintf("too many hosts; these take no new session, and go once no session is on them and nobody is assigned: %s", strings.Join(s.waiting, ", "))))
 	}
 	ready := fmt.Sprintf("%d of %d hosts take sessions", status.ReadyHosts, status.Hosts)
 	deciding := []metav1.Condition{s.refs.condition(rdv.ConditionReferencesResolved, "all references resolve")}
@@ -43,8 +56,33 @@ func (r *hostPoolReconciler) writeStatus(ctx context.Context, s *hostPoolScope) 
 		deciding = append(deciding, registration)
 	}
 	deciding = append(deciding, r.availableCondition(s, status))
-	status.Conditions = summarise(pool.Status.Conditions, pool.Generation, ready, deciding, others)
+	status.Conditions = summarise(r.now(), pool.Status.Conditions, pool.Generation, ready, deciding, others)
 	return r.writeChangedStatus(ctx, pool, &pool.Status, &status)
+}
+
+func scalingStatus(d plan.Scaled) *rdv.HostPoolScaling {
+	status := &rdv.HostPoolScaling{DesiredHosts: d.Desired, EnoughHosts: d.Enough}
+	if !d.Since.IsZero() {
+		status.SurplusSince = &metav1.Time{Time: d.Since.UTC().Truncate(time.Second)} // a status holds whole seconds
+	}
+	return status
+}
+
+// scaledCondition says what autoscaling sees and does.
+func (r *hostPoolReconciler) scaledCondition(s *hostPoolScope) metav1.Condition {
+	const condition = rdv.ConditionScaled
+	d := s.scale
+	seen := fmt.Sprintf("%s free, %d wanted", count(int(d.Free), "place"), d.Wanted)
+	switch {
+	case d.Limited:
+		return isFalse(condition, rdv.ReasonAtMaximum, fmt.Sprintf("%s, but spec.autoscaling.maxReplicas is %d: raise it", seen, d.Desired))
+	case d.Free < d.Wanted:
+		return isFalse(condition, rdv.ReasonTooFewPlaces, fmt.Sprintf("%s: hosts are on their way, %d in all", seen, d.Desired))
+	case !d.Since.IsZero():
+		until := d.Since.Add(autoscalingPolicy(&s.pool.Spec).Delay).UTC().Format("15:04:05 MST")
+		return isTrue(condition, rdv.ReasonTooManyPlaces, fmt.Sprintf("%s: %d of %s are enough, and the rest goes if that is so until %s", seen, d.Enough, count(int(d.Desired), "host"), until))
+	}
+	return isTrue(condition, rdv.ReasonEnoughPlaces, fmt.Sprintf("%s, with %s", seen, count(int(d.Desired), "host")))
 }
 
 // takesSessions says whether a host is ready and not drained.
@@ -70,7 +108,7 @@ func (r *hostPoolReconciler) availableCondition(s *hostPoolScope, status rdv.Hos
 	switch {
 	case status.ReadyHosts > 0:
 		return isTrue(condition, rdv.ReasonReady, fmt.Sprintf("%d of %d hosts take sessions", status.ReadyHosts, status.Hosts))
-	case status.Hosts == 0 && s.pool.Spec.Template != nil && wantedHosts(s.pool) == 0:
+	case status.Hosts == 0 && s.pool.Spec.Template != nil && s.pool.Spec.Autoscaling == nil && fixedHosts(&s.pool.Spec) == 0:
 		return isTrue(condition, rdv.ReasonNoHosts, "spec.replicas is 0: no host is wanted")
 	case status.Hosts == 0 && s.pool.Spec.Template == nil:
 		return isFalse(condition, rdv.ReasonNoHosts, fmt.Sprintf("no session host has enrolled: start the agent on a machine with the token in Secret %q", render.RegistrationSecretName(s.pool.Name)))

@@ -130,22 +130,123 @@ func TestHostPoolReplicas(t *testing.T) {
 	}
 	w.is(t, &rdv.HostPool{}, ns, "linux", rdv.ConditionAvailable, metav1.ConditionFalse, rdv.ReasonNoHosts, "0 of 3 hosts take sessions")
 
-	// Busy hosts stay, though there are too many.
+	// Busy hosts stay, though there are too many; the emptiest takes no new session.
 	w.patchStatus(t, &rdv.SessionHost{}, ns, "linux-0", `{"status":{"agent":{"connected":true,"rdpReady":true,"sessions":1}}}`)
 	w.patchStatus(t, &rdv.SessionHost{}, ns, "linux-2", `{"status":{"agent":{"connected":true,"rdpReady":true,"sessions":2}}}`)
 	w.patch(t, &rdv.HostPool{}, ns, "linux", `{"spec":{"replicas":1}}`)
-	w.is(t, &rdv.HostPool{}, ns, "linux", rdv.ConditionReconciling, metav1.ConditionTrue, rdv.ReasonProgressing, "nobody is assigned: linux-2")
+	w.is(t, &rdv.HostPool{}, ns, "linux", rdv.ConditionReconciling, metav1.ConditionTrue, rdv.ReasonProgressing, "nobody is assigned: linux-0")
+	w.retires(t, ns, "linux-0", true)
+	w.retires(t, ns, "linux-2", false)
+	w.is(t, &rdv.SessionHost{}, ns, "linux-0", rdv.ConditionDraining, metav1.ConditionTrue, rdv.ReasonRetiring, "hosts too many")
+	// Empty, it does not go before its agent has said that it takes no session; an earlier word does not count.
+	generation := read(t, w, ns, "linux-0", &rdv.SessionHost{}).Generation
+	acknowledge := func(name string, generation int64) {
+		w.patchStatus(t, &rdv.SessionHost{}, ns, name, fmt.Sprintf(`{"status":{"agent":{"connected":true,"sessions":0,"drainAcknowledged":true,"acknowledgedGeneration":%d}}}`, generation))
+	}
+	acknowledge("linux-0", generation-1)
+	w.settled(t, ns)
 	w.hosts(t, ns, "linux-0", "linux-1", "linux-2")
-	w.patchStatus(t, &rdv.SessionHost{}, ns, "linux-0", `{"status":{"agent":{"sessions":0}}}`)
+	// Until then it can be taken back.
+	w.patch(t, &rdv.HostPool{}, ns, "linux", `{"spec":{"replicas":2}}`)
+	w.retires(t, ns, "linux-0", false)
+	acknowledge("linux-0", generation)
+	w.patch(t, &rdv.HostPool{}, ns, "linux", `{"spec":{"replicas":1}}`)
+	w.retires(t, ns, "linux-0", true)
+	w.settled(t, ns)
+	w.hosts(t, ns, "linux-0", "linux-1", "linux-2")
+	acknowledge("linux-0", read(t, w, ns, "linux-0", &rdv.SessionHost{}).Generation)
 	w.hosts(t, ns, "linux-1", "linux-2")
 	w.patch(t, &rdv.HostPool{}, ns, "linux", `{"spec":{"replicas":2}}`)
 	w.hosts(t, ns, "linux-0", "linux-1", "linux-2")
+	// A host that is off the bus can't say so: it goes once the brokers must know.
+	w.patchStatus(t, &rdv.SessionHost{}, ns, "linux-0", `{"status":{"agent":{"connected":false}}}`)
+	w.patch(t, &rdv.HostPool{}, ns, "linux", `{"spec":{"replicas":1}}`)
+	w.is(t, &rdv.SessionHost{}, ns, "linux-0", rdv.ConditionDraining, metav1.ConditionTrue, rdv.ReasonRetiring, "")
+	w.settled(t, ns)
+	w.hosts(t, ns, "linux-0", "linux-1", "linux-2")
+	w.clock.advance(retireSettle)
+	w.poke(t, &rdv.HostPool{}, ns, "linux")
+	w.hosts(t, ns, "linux-1", "linux-2")
+	w.patch(t, &rdv.HostPool{}, ns, "linux", `{"spec":{"replicas":2}}`)
+	w.hosts(t, ns, "linux-0", "linux-1", "linux-2")
+	// A drain of a person's own is left alone.
+	w.patch(t, &rdv.SessionHost{}, ns, "linux-2", `{"spec":{"drain":{"mode":"NoNewSessions","reason":"mine"}}}`)
+	w.settled(t, ns)
+	if host := read(t, w, ns, "linux-2", &rdv.SessionHost{}); host.Spec.Drain == nil || host.Spec.Retiring {
+		t.Errorf("linux-2 became %+v", host.Spec)
+	}
 
 	// One that is deleted comes back.
 	if err := w.Delete(t.Context(), read(t, w, ns, "linux-0", &rdv.SessionHost{})); err != nil {
 		t.Fatal(err)
 	}
 	w.hosts(t, ns, "linux-0", "linux-1", "linux-2")
+}
+
+// retires waits until a host is told to take no session, or is told so no more.
+func (w *world) retires(t *testing.T, ns, name string, want bool) {
+	t.Helper()
+	eventually(t, func() error {
+		if host := read(t, w, ns, name, &rdv.SessionHost{}); host.Spec.Retiring != want {
+			return fmt.Errorf("%s: retiring is %v", name, host.Spec.Retiring)
+		}
+		return nil
+	})
+}
+
+// serves has a host be as its agent and its broker would have it, with so many sessions.
+func (w *world) serves(t *testing.T, ns, name string, sessions int) {
+	t.Helper()
+	host := appears(t, w, ns, name, &rdv.SessionHost{})
+	w.patchStatus(t, &rdv.SessionHost{}, ns, name, fmt.Sprintf(
+		`{"status":{"enrolment":{"time":"2026-05-04T12:00:00Z","tokenHash":"x"},"agent":{"connected":true,"rdpReady":true,"sessions":%d,"drainAcknowledged":%v,"acknowledgedGeneration":%d}}}`,
+		sessions, host.Spec.Retiring, host.Generation))
+}
+
+func TestHostPoolAutoscaling(t *testing.T) {
+	w, ns := start(t)
+	readyWorkspace(t, w, ns)
+	pool := newPool(ns)
+	pool.Spec.Template, pool.Spec.MaxSessionsPerHost = template("desktop:1"), new(int32(4))
+	pool.Spec.Autoscaling = &rdv.HostPoolAutoscaling{MaxReplicas: 3, MinFreePlaces: new(int32(3))}
+	w.create(t, pool)
+	w.hosts(t, ns, "linux-0")
+	w.is(t, pool, ns, "linux", rdv.ConditionScaled, metav1.ConditionFalse, rdv.ReasonTooFewPlaces, "0 places free, 3 wanted: hosts are on their way, 1 in all")
+	w.serves(t, ns, "linux-0", 0)
+	w.is(t, pool, ns, "linux", rdv.ConditionScaled, metav1.ConditionTrue, rdv.ReasonEnoughPlaces, "4 places free, 3 wanted, with 1 host")
+	w.serves(t, ns, "linux-0", 2)
+	w.hosts(t, ns, "linux-0", "linux-1")
+	w.serves(t, ns, "linux-1", 4)
+	w.hosts(t, ns, "linux-0", "linux-1", "linux-2")
+	w.serves(t, ns, "linux-2", 4)
+	w.is(t, pool, ns, "linux", rdv.ConditionScaled, metav1.ConditionFalse, rdv.ReasonAtMaximum, "2 places free, 3 wanted, but spec.autoscaling.maxReplicas is 3: raise it")
+	w.settled(t, ns)
+	if pool = read(t, w, ns, "linux", &rdv.HostPool{}); pool.Status.FreePlaces != 2 || pool.Status.Autoscaling.DesiredHosts != 3 {
+		t.Errorf("status is %+v", pool.Status)
+	}
+
+	// Fewer would do: they go after a while, the emptiest first, and drained before.
+	w.serves(t, ns, "linux-1", 0)
+	w.serves(t, ns, "linux-2", 0)
+	w.is(t, pool, ns, "linux", rdv.ConditionScaled, metav1.ConditionTrue, rdv.ReasonTooManyPlaces, "10 places free, 3 wanted: 2 of 3 hosts are enough")
+	w.settled(t, ns)
+	w.hosts(t, ns, "linux-0", "linux-1", "linux-2")
+	w.clock.advance(defaultScaleDownDelay)
+	w.poke(t, &rdv.HostPool{}, ns, "linux")
+	w.retires(t, ns, "linux-2", true)
+	w.serves(t, ns, "linux-2", 0)
+	w.hosts(t, ns, "linux-0", "linux-1")
+	w.is(t, pool, ns, "linux", rdv.ConditionScaled, metav1.ConditionTrue, rdv.ReasonEnoughPlaces, "6 places free, 3 wanted, with 2 hosts")
+
+	// By hand again.
+	w.patch(t, &rdv.HostPool{}, ns, "linux", `{"spec":{"autoscaling":null,"replicas":2}}`)
+	eventually(t, func() error {
+		if s := read(t, w, ns, "linux", &rdv.HostPool{}).Status; s.Autoscaling != nil {
+			return fmt.Errorf("still %+v", s.Autoscaling)
+		}
+		return nil
+	})
+	w.hosts(t, ns, "linux-0", "linux-1")
 }
 
 func TestHostPoolBadTemplate(t *testing.T) {

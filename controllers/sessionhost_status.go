@@ -35,7 +35,7 @@ func (r *sessionHostReconciler) writeStatus(ctx context.Context, s *sessionHostS
 		}
 		others = append(others, isTrue(rdv.ConditionReconciling, rdv.ReasonProgressing, message))
 	}
-	status.Conditions = summarise(host.Status.Conditions, host.Generation, "takes sessions", []metav1.Condition{
+	status.Conditions = summarise(r.now(), host.Status.Conditions, host.Generation, "takes sessions", []metav1.Condition{
 		s.refs.condition(rdv.ConditionReferencesResolved, "all references resolve"),
 		enrolledCondition(s),
 		connected,
@@ -127,11 +127,11 @@ func healthyCondition(s *sessionHostScope, connected metav1.Condition) metav1.Co
 
 func (r *sessionHostReconciler) drainingCondition(s *sessionHostScope) metav1.Condition {
 	const condition = rdv.ConditionDraining
-	drain := s.host.Spec.Drain
-	if drain == nil {
+	drain, retiring := s.host.Spec.Drain, s.host.Spec.Retiring
+	if drain == nil && !retiring {
 		return isFalse(condition, rdv.ReasonNotDraining, "")
 	}
-	if drain.Until != nil {
+	if !retiring && drain.Until != nil {
 		left := drain.Until.Sub(r.now())
 		if left <= 0 {
 			return isFalse(condition, rdv.ReasonNotDraining, "spec.drain.until has passed")
@@ -140,6 +140,8 @@ func (r *sessionHostReconciler) drainingCondition(s *sessionHostScope) metav1.Co
 	}
 	agent := s.host.Status.Agent
 	switch {
+	case retiring:
+		return isTrue(condition, rdv.ReasonRetiring, "the pool has hosts too many: this one takes no new session, and goes once none runs")
 	case agent == nil || !agent.DrainAcknowledged:
 		return isTrue(condition, rdv.ReasonDrainRequested, "asked for; the host has not acknowledged it yet")
 	case agent.Sessions > 0:

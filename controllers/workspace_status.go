@@ -23,7 +23,7 @@ func (r *workspaceReconciler) writeStatus(ctx context.Context, s *workspaceScope
 		Resources:          s.resources,
 		Gateways:           s.gateways,
 	}
-	status.Conditions = summarise(ws.Status.Conditions, ws.Generation, "users subscribe to "+status.URL, []metav1.Condition{
+	status.Conditions = summarise(r.now(), ws.Status.Conditions, ws.Generation, "users subscribe to "+status.URL, []metav1.Condition{
 		s.refs.condition(rdv.ConditionReferencesResolved, "all references resolve"),
 		s.certificates.condition(rdv.ConditionCertificatesReady, "all certificates are issued"),
 		r.identityCondition(s),

@@ -21,6 +21,8 @@ const (
 	ConditionAvailable = "Available"
 	// ConditionRegistrationReady says that the HostPool's registration token exists and has not expired.
 	ConditionRegistrationReady = "RegistrationReady"
+	// ConditionScaled says that the HostPool has as many hosts as its autoscaling asks for.
+	ConditionScaled = "Scaled"
 	// ConditionEnrolled says that the SessionHost's agent holds a certificate.
 	ConditionEnrolled = "Enrolled"
 	// ConditionConnected says that the SessionHost's agent is on the control channel.
@@ -57,6 +59,11 @@ const (
 	ReasonNotDraining       = "NotDraining"
 	ReasonNoHosts           = "NoHosts"
 	ReasonTerminating       = "Terminating"
+	ReasonRetiring          = "Retiring"
+	ReasonEnoughPlaces      = "EnoughPlaces"
+	ReasonTooFewPlaces      = "TooFewPlaces"
+	ReasonTooManyPlaces     = "TooManyPlaces"
+	ReasonAtMaximum         = "AtMaximum"
 )
 
 // Labels and annotations on what the operator makes.

@@ -40,6 +40,8 @@ const (
 // +kubebuilder:validation:XValidation:rule="!has(self.loadBalancing) || self.type == 'Pooled'",message="loadBalancing is for type Pooled; a Personal pool's users have hosts of their own"
 // +kubebuilder:validation:XValidation:rule="!has(self.assignment) || self.type == 'Personal'",message="assignment is for type Personal"
 // +kubebuilder:validation:XValidation:rule="!has(self.replicas) || has(self.template)",message="replicas needs template: only hosts that are pods can be made by the pool"
+// +kubebuilder:validation:XValidation:rule="!has(self.autoscaling) || has(self.template)",message="autoscaling needs template: only hosts that are pods can be made by the pool"
+// +kubebuilder:validation:XValidation:rule="!(has(self.replicas) && has(self.autoscaling))",message="set replicas or autoscaling, not both"
 // +kubebuilder:validation:XValidation:rule="self.type == oldSelf.type",message="type can't be changed; make a new HostPool"
 // +kubebuilder:validation:XValidation:rule="self.workspaceRef.name == oldSelf.workspaceRef.name",message="workspaceRef can't be changed, because the hosts' certificates name the workspace; make a new HostPool"
 type HostPoolSpec struct {
@@ -81,11 +83,15 @@ type HostPoolSpec struct {
 	// +kubebuilder:validation:XValidation:rule="self.all(p, p.matches('^[A-Za-z][A-Za-z0-9 ]*:[ibs]:[^\\r\\n]*$'))",message="each property must read name:type:value, type being i, s or b"
 	// +kubebuilder:validation:XValidation:rule="self.all(p, !p.lowerAscii().matches('^(gateway[a-z]*|full address|alternate full address|signature|signscope|password 51|pcb|loadbalanceinfo) *:'))",message="gateway*, full address, signature, signscope, pcb, loadbalanceinfo and password properties are set by Rendezvous"
 	CustomRDPProperties []string `json:"customRDPProperties,omitempty"`
-	// replicas is how many hosts the pool keeps from template, 0 to 1000. Defaults to 1 where there is a template.
+	// replicas is how many hosts the pool keeps from template, 0 to 1000. Defaults to 1 where there is a template. With
+	// fewer than before, hosts too many take no new session, and go once nobody is on them.
 	// +optional
 	// +kubebuilder:validation:Minimum=0
 	// +kubebuilder:validation:Maximum=1000
 	Replicas *int32 `json:"replicas,omitempty"`
+	// autoscaling by free places, instead of replicas.
+	// +optional
+	Autoscaling *HostPoolAutoscaling `json:"autoscaling,omitempty"`
 	// template is a pod template (core/v1 PodTemplateSpec) for session hosts that are pods. Its container named desktop is
 	// the RDP server and listens on 127.0.0.1:3389; the operator adds the agent sidecar, the shared folder /run/rdp-cert
 	// with the RDP certificate, and takes care that nothing reaches the pod from outside. A changed template replaces each
@@ -98,6 +104,57 @@ type HostPoolSpec struct {
 	// agent is the agent sidecar of the hosts that are pods.
 	// +optional
 	Agent AgentSidecar `json:"agent,omitempty,omitzero"`
+}
+
+// HostPoolAutoscaling keeps as many hosts as it takes for some places to be free. A place is free on a host that is ready
+// and does not drain: in a Pooled pool as many as maxSessionsPerHost leaves, in a Personal pool one per host that is
+// nobody's yet.
+// +kubebuilder:validation:XValidation:rule="!has(self.minReplicas) || self.minReplicas <= self.maxReplicas",message="minReplicas must not be greater than maxReplicas"
+// +kubebuilder:validation:XValidation:rule="has(self.minFreePlaces) != has(self.minFreePercent)",message="set either minFreePlaces or minFreePercent"
+type HostPoolAutoscaling struct {
+	// minReplicas, 0 to 1000. Defaults to 1.
+	// +optional
+	// +kubebuilder:validation:Minimum=0
+	// +kubebuilder:validation:Maximum=1000
+	MinReplicas *int32 `json:"minReplicas,omitempty"`
+	// maxReplicas, 1 to 1000.
+	// +required
+	// +kubebuilder:validation:Minimum=1
+	// +kubebuilder:validation:Maximum=1000
+	MaxReplicas int32 `json:"maxReplicas"`
+	// minFreePlaces that are to be free at any time, 1 to 100000: enough for those who come while a new host starts.
+	// +optional
+	// +kubebuilder:validation:Minimum=1
+	// +kubebuilder:validation:Maximum=100000
+	MinFreePlaces *int32 `json:"minFreePlaces,omitempty"`
+	// minFreePercent of all places that are to be free at any time, 1 to 90.
+	// +optional
+	// +kubebuilder:validation:Minimum=1
+	// +kubebuilder:validation:Maximum=90
+	MinFreePercent *int32 `json:"minFreePercent,omitempty"`
+	// scaleDownDelaySeconds is for how long fewer hosts must have been enough before any goes, 0 to 86400. Defaults to
+	// 600 (10 minutes).
+	// +optional
+	// +kubebuilder:validation:Minimum=0
+	// +kubebuilder:validation:Maximum=86400
+	ScaleDownDelaySeconds *int32 `json:"scaleDownDelaySeconds,omitempty"`
+}
+
+// Sessions that one host takes where a pool doesn't say.
+const (
+	defaultPooledSessions   = 16
+	defaultPersonalSessions = 1
+)
+
+// MaxSessions is maxSessionsPerHost, or its default.
+func (s *HostPoolSpec) MaxSessions() int32 {
+	switch {
+	case s.MaxSessionsPerHost != nil:
+		return *s.MaxSessionsPerHost
+	case s.Type == Personal:
+		return defaultPersonalSessions
+	}
+	return defaultPooledSessions
 }
 
 // AgentSidecar is the agent container beside a desktop.
@@ -165,7 +222,7 @@ type RDPCertificate struct {
 
 // HostPoolStatus is how the pool stands.
 type HostPoolStatus struct {
-	// conditions: Ready, ReferencesResolved, RegistrationReady, Available, Reconciling, Stalled.
+	// conditions: Ready, ReferencesResolved, RegistrationReady, Available, Scaled, Reconciling, Stalled.
 	// +optional
 	// +listType=map
 	// +listMapKey=type
@@ -182,9 +239,28 @@ type HostPoolStatus struct {
 	// sessions counts the sessions on them.
 	// +optional
 	Sessions int32 `json:"sessions"`
+	// freePlaces counts the sessions more that they take; in a Personal pool, those of them that are nobody's.
+	// +optional
+	FreePlaces int32 `json:"freePlaces"`
+	// autoscaling tells what was decided, where spec.autoscaling is set.
+	// +optional
+	Autoscaling *HostPoolScaling `json:"autoscaling,omitempty"`
 	// registration tells of the current token, not the token.
 	// +optional
 	Registration RegistrationStatus `json:"registration,omitempty,omitzero"`
+}
+
+// HostPoolScaling tells what autoscaling decided. The condition Scaled says why.
+type HostPoolScaling struct {
+	// desiredHosts is how many hosts the pool is to make.
+	// +optional
+	DesiredHosts int32 `json:"desiredHosts"`
+	// surplusSince is from when on fewer hosts would have been enough, unset while they would not be.
+	// +optional
+	SurplusSince *metav1.Time `json:"surplusSince,omitempty"`
+	// enoughHosts is how many would have been, at any time since then.
+	// +optional
+	EnoughHosts int32 `json:"enoughHosts,omitempty"`
 }
 
 // RegistrationStatus tells of the current registration token.
@@ -214,6 +290,7 @@ type RegistrationStatus struct {
 // +kubebuilder:printcolumn:name="Hosts",type=integer,JSONPath=`.status.hosts`
 // +kubebuilder:printcolumn:name="Serving",type=integer,JSONPath=`.status.readyHosts`
 // +kubebuilder:printcolumn:name="Sessions",type=integer,JSONPath=`.status.sessions`
+// +kubebuilder:printcolumn:name="Free",type=integer,JSONPath=`.status.freePlaces`
 // +kubebuilder:printcolumn:name="Ready",type=string,JSONPath=`.status.conditions[?(@.type=="Ready")].status`
 // +kubebuilder:printcolumn:name="Status",type=string,JSONPath=`.status.conditions[?(@.type=="Ready")].message`
 // +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`

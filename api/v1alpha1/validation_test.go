@@ -115,6 +115,11 @@ func TestValidation(t *testing.T) {
 	properties := func(p ...string) client.Object {
 		return hp(func(h *rdv.HostPool) { h.Spec.CustomRDPProperties = p })
 	}
+	scaled := func(a rdv.HostPoolAutoscaling) client.Object {
+		return hp(func(h *rdv.HostPool) {
+			h.Spec.Template, h.Spec.Autoscaling = &runtime.RawExtension{Raw: []byte(`{"spec":{"containers":[{"name":"desktop"}]}}`)}, &a
+		})
+	}
 	const (
 		badHostname = "hostname must be a DNS name in lower case, without scheme, port or path"
 		badName     = "metadata.name must be a DNS label of at most 40 characters: it becomes part of other names"
@@ -205,6 +210,19 @@ func TestValidation(t *testing.T) {
 		{"gateway: least", gateway(), ""},
 		{"gateway: name of 41", gw(func(g *rdv.Gateway) { g.Name = strings.Repeat("a", 41) }), badName},
 		{"gateway: hostname with a path", gw(func(g *rdv.Gateway) { g.Spec.Hostname = "gw.example.test/x" }), badHostname},
+		{"pool: autoscaling", scaled(rdv.HostPoolAutoscaling{MinReplicas: new(int32(2)), MaxReplicas: 9, MinFreePlaces: new(int32(4))}), ""},
+		{"pool: autoscaling by a share", scaled(rdv.HostPoolAutoscaling{MaxReplicas: 9, MinFreePercent: new(int32(20)), ScaleDownDelaySeconds: new(int32(0))}), ""},
+		{"pool: autoscaling by nothing", scaled(rdv.HostPoolAutoscaling{MaxReplicas: 9}), "set either minFreePlaces or minFreePercent"},
+		{"pool: autoscaling by both", scaled(rdv.HostPoolAutoscaling{MaxReplicas: 9, MinFreePlaces: new(int32(4)), MinFreePercent: new(int32(20))}), "set either minFreePlaces or minFreePercent"},
+		{"pool: autoscaling from more to less", scaled(rdv.HostPoolAutoscaling{MinReplicas: new(int32(5)), MaxReplicas: 4, MinFreePlaces: new(int32(4))}), "minReplicas must not be greater than maxReplicas"},
+		{"pool: autoscaling by all places", scaled(rdv.HostPoolAutoscaling{MaxReplicas: 4, MinFreePercent: new(int32(100))}), "should be less than or equal to 90"},
+		{"pool: autoscaling and replicas", hp(func(h *rdv.HostPool) {
+			h.Spec.Template, h.Spec.Replicas = &runtime.RawExtension{Raw: []byte(`{}`)}, new(int32(1))
+			h.Spec.Autoscaling = &rdv.HostPoolAutoscaling{MaxReplicas: 4, MinFreePlaces: new(int32(4))}
+		}), "set replicas or autoscaling, not both"},
+		{"pool: autoscaling of machines", hp(func(h *rdv.HostPool) {
+			h.Spec.Autoscaling = &rdv.HostPoolAutoscaling{MaxReplicas: 4, MinFreePlaces: new(int32(4))}
+		}), "autoscaling needs template: only hosts that are pods can be made by the pool"},
 		{"gateway: replicas", gw(func(g *rdv.Gateway) { g.Spec.Replicas = new(int32(3)) }), ""},
 		{"gateway: replicas and autoscaling", gw(func(g *rdv.Gateway) {
 			g.Spec.Replicas, g.Spec.Autoscaling = new(int32(3)), &rdv.Autoscaling{MaxReplicas: 3}

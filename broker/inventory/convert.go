@@ -20,8 +20,6 @@ const (
 	defaultHeartbeat      = 30 * time.Second
 	defaultConnect        = 5 * time.Second
 	defaultRDPDuration    = 30 * 24 * time.Hour
-	defaultPooledMax      = 16
-	defaultPersonalMax    = 1
 	defaultGatewayPort    = 443
 )
 
@@ -111,7 +109,7 @@ func resource(r v1alpha1.Resource) model.Resource {
 func pool(p *v1alpha1.HostPool) *model.Pool {
 	m := &model.Pool{
 		Name: p.Name, UID: string(p.UID), Generation: p.Generation,
-		Personal: p.Spec.Type == v1alpha1.Personal, MaxSessions: defaultPooledMax,
+		Personal: p.Spec.Type == v1alpha1.Personal, MaxSessions: p.Spec.MaxSessions(),
 		DepthFirst:       p.Spec.LoadBalancing == v1alpha1.DepthFirst,
 		HeartbeatTimeout: seconds(p.Spec.Health.HeartbeatTimeoutSeconds, defaultHeartbeat),
 		ConnectTimeout:   seconds(p.Spec.Health.ConnectTimeoutSeconds, defaultConnect),
@@ -119,11 +117,7 @@ func pool(p *v1alpha1.HostPool) *model.Pool {
 		Registration:     registration(p.Status.Registration),
 	}
 	if m.Personal {
-		m.MaxSessions = defaultPersonalMax
 		m.Automatic = p.Spec.Assignment != v1alpha1.Direct
-	}
-	if p.Spec.MaxSessionsPerHost != nil {
-		m.MaxSessions = *p.Spec.MaxSessionsPerHost
 	}
 	if rc := p.Spec.RDPCertificate; rc != nil {
 		m.RDPIssuer = &config.Issuer{Name: rc.IssuerRef.Name, Kind: cmp.Or(rc.IssuerRef.Kind, "Issuer"), Group: cmp.Or(rc.IssuerRef.Group, "cert-manager.io")}

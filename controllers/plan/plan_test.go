@@ -13,28 +13,34 @@ func TestHosts(t *testing.T) {
 		}
 		return hosts
 	}
+	drained := func(name string) Host { return Host{Name: name, Serving: true, Retiring: true, Drained: true} }
+	names := func(n ...string) []string { return n }
 	for name, tc := range map[string]struct {
 		want  int32
 		hosts []Host
-		taken []string
+		taken string
 		plan  HostChanges
 	}{
-		"enough":                        {want: 2, hosts: idle("p-0", "p-1")},
-		"first":                         {want: 2, plan: HostChanges{Create: []string{"p-0", "p-1"}}},
-		"fills the gap":                 {want: 3, hosts: idle("p-0", "p-2"), plan: HostChanges{Create: []string{"p-1"}}},
-		"steps over a name of others":   {want: 2, hosts: idle("p-0"), taken: []string{"p-1"}, plan: HostChanges{Create: []string{"p-2"}}},
-		"down to none":                  {want: 0, hosts: idle("p-0"), plan: HostChanges{Delete: []string{"p-0"}}},
-		"youngest goes, by number":      {want: 1, hosts: idle("p-10", "p-9"), plan: HostChanges{Delete: []string{"p-10"}}},
-		"one that serves nobody first":  {want: 1, hosts: []Host{{Name: "p-0"}, {Name: "p-1", Serving: true}}, plan: HostChanges{Delete: []string{"p-0"}}},
-		"empty goes before busy":        {want: 1, hosts: []Host{{Name: "p-0", Serving: true}, {Name: "p-1", Serving: true, Sessions: 1}}, plan: HostChanges{Delete: []string{"p-0"}}},
-		"busy ones wait":                {want: 0, hosts: []Host{{Name: "p-0", Sessions: 2}, {Name: "p-1"}}, plan: HostChanges{Delete: []string{"p-1"}, Waiting: []string{"p-0"}}},
-		"somebody's own is never taken": {want: 0, hosts: []Host{{Name: "p-0", Assigned: true}}, plan: HostChanges{Waiting: []string{"p-0"}}},
+		"enough":                            {want: 2, hosts: idle("p-0", "p-1")},
+		"first":                             {want: 2, plan: HostChanges{Create: names("p-0", "p-1")}},
+		"fills the gap":                     {want: 3, hosts: idle("p-0", "p-2"), plan: HostChanges{Create: names("p-1")}},
+		"steps over a name of others":       {want: 2, hosts: idle("p-0"), taken: "p-1", plan: HostChanges{Create: names("p-2")}},
+		"is drained first":                  {want: 0, hosts: idle("p-0"), plan: HostChanges{Retire: names("p-0"), Waiting: names("p-0")}},
+		"goes once it is":                   {want: 0, hosts: []Host{drained("p-0")}, plan: HostChanges{Retire: names("p-0"), Delete: names("p-0")}},
+		"not on an old word":                {want: 0, hosts: []Host{{Name: "p-0", Drained: true}}, plan: HostChanges{Retire: names("p-0"), Waiting: names("p-0")}},
+		"not with a session that was later": {want: 0, hosts: []Host{{Name: "p-0", Retiring: true, Drained: true, Sessions: 1}}, plan: HostChanges{Retire: names("p-0"), Waiting: names("p-0")}},
+		"undone":                            {want: 2, hosts: []Host{drained("p-0"), drained("p-1")}},
+		"undone in part":                    {want: 1, hosts: []Host{drained("p-0"), drained("p-1")}, plan: HostChanges{Retire: names("p-1"), Delete: names("p-1")}},
+		"youngest goes, by number":          {want: 1, hosts: idle("p-10", "p-9"), plan: HostChanges{Retire: names("p-10"), Waiting: names("p-10")}},
+		"one that serves nobody first":      {want: 1, hosts: []Host{{Name: "p-0"}, {Name: "p-1", Serving: true}}, plan: HostChanges{Retire: names("p-0"), Waiting: names("p-0")}},
+		"empty goes before busy":            {want: 1, hosts: []Host{{Name: "p-0", Serving: true}, {Name: "p-1", Serving: true, Sessions: 1}}, plan: HostChanges{Retire: names("p-0"), Waiting: names("p-0")}},
+		"and even before one told to go":    {want: 1, hosts: []Host{{Name: "p-0", Serving: true}, {Name: "p-1", Retiring: true, Sessions: 1}}, plan: HostChanges{Retire: names("p-0"), Waiting: names("p-0")}},
+		"of the busy, one told to go":       {want: 1, hosts: []Host{{Name: "p-0", Sessions: 1}, {Name: "p-1", Retiring: true, Sessions: 2}}, plan: HostChanges{Retire: names("p-1"), Waiting: names("p-1")}},
+		"then the emptiest":                 {want: 1, hosts: []Host{{Name: "p-0", Sessions: 1}, {Name: "p-1", Sessions: 2}}, plan: HostChanges{Retire: names("p-0"), Waiting: names("p-0")}},
+		"somebody's own stays, and serves":  {want: 0, hosts: []Host{{Name: "p-0", Assigned: true}, {Name: "p-1", Sessions: 9}}, plan: HostChanges{Retire: names("p-1"), Waiting: names("p-0", "p-1")}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			taken := map[string]bool{}
-			for _, n := range tc.taken {
-				taken[n] = true
-			}
+			taken := func(n string) bool { return n == tc.taken }
 			if got := Hosts("p", tc.want, tc.hosts, taken); !reflect.DeepEqual(got, tc.plan) {
 				t.Errorf("got %+v, want %+v", got, tc.plan)
 			}

@@ -160,11 +160,12 @@ func TestGolden(t *testing.T) {
 		"gateway-hpa":                GatewayAutoscaler(scaled),
 		"gateway-networkpolicy":      GatewayNetworkPolicy(gw),
 
-		"hostpool-registration":    PoolRegistrationSecret(linux, registration),
-		"hostpool-networkpolicy":   PoolNetworkPolicy(linux),
-		"hostpool-sessionhost":     SessionHost(linux, "linux-0"),
-		"sessionhost-registration": HostRegistrationSecret(host(), registration),
-		"sessionhost-pod":          must[*corev1.Pod](t)(options.Pod(host(), linux, template)),
+		"hostpool-registration":         PoolRegistrationSecret(linux, registration),
+		"hostpool-networkpolicy":        PoolNetworkPolicy(linux),
+		"hostpool-sessionhost":          SessionHost(linux, "linux-0", false),
+		"hostpool-sessionhost-retiring": SessionHost(linux, "linux-0", true),
+		"sessionhost-registration":      HostRegistrationSecret(host(), registration),
+		"sessionhost-pod":               must[*corev1.Pod](t)(options.Pod(host(), linux, template)),
 	} {
 		t.Run(file, func(t *testing.T) {
 			got, err := yaml.Marshal(obj)

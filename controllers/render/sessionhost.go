@@ -77,12 +77,12 @@ func registrationSecret(namespace, owner string, labels map[string]string, r Reg
 	}
 }
 
-// SessionHost is a host that a pool makes from its template.
-func SessionHost(pool *rdv.HostPool, name string) *rdv.SessionHost {
+// SessionHost is a host that a pool makes from its template. One that retires takes no new session.
+func SessionHost(pool *rdv.HostPool, name string, retiring bool) *rdv.SessionHost {
 	return &rdv.SessionHost{
 		TypeMeta:   typeMeta(rdv.GroupVersion.String(), "SessionHost"),
 		ObjectMeta: meta(pool.Namespace, name, labels(rdv.LabelHostPool, pool.Name, "")),
-		Spec:       rdv.SessionHostSpec{HostPoolRef: rdv.LocalReference{Name: pool.Name}},
+		Spec:       rdv.SessionHostSpec{HostPoolRef: rdv.LocalReference{Name: pool.Name}, Retiring: retiring},
 	}
 }
 
