@@ -81,20 +81,20 @@ var socketOptions = []struct{ level, name, value int }{
 	{unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(userTimeout / time.Millisecond)},
 }
 
+// setOptions is what a net.ListenConfig or net.Dialer calls before it uses a socket.
+func setOptions(_, _ string, raw syscall.RawConn) error {
+	var failed error
+	err := raw.Control(func(fd uintptr) {
+		for _, o := range socketOptions {
+			failed = errors.Join(failed, unix.SetsockoptInt(int(fd), o.level, o.name, o.value))
+		}
+	})
+	return errors.Join(err, failed)
+}
+
 // Listen opens a listener for Run. Its connections inherit socketOptions, which spares a session twenty system calls.
 func Listen(ctx context.Context, address string) (net.Listener, error) {
-	lc := net.ListenConfig{
-		KeepAlive: -1, // or Go would set its own on each
-		Control: func(_, _ string, raw syscall.RawConn) error {
-			var failed error
-			err := raw.Control(func(fd uintptr) {
-				for _, o := range socketOptions {
-					failed = errors.Join(failed, unix.SetsockoptInt(int(fd), o.level, o.name, o.value))
-				}
-			})
-			return errors.Join(err, failed)
-		},
-	}
+	lc := net.ListenConfig{Control: setOptions, KeepAlive: -1} // or Go would set its own on each connection
 	return lc.Listen(ctx, "tcp", address)
 }
 

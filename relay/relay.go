@@ -126,7 +126,7 @@ func New(o Options) (*Relay, error) {
 		o.PairTimeout = 30 * time.Second
 	}
 	if o.Dial == nil {
-		o.Dial = (&net.Dialer{Timeout: 5 * time.Second}).DialContext
+		o.Dial = (&net.Dialer{Timeout: 5 * time.Second, Control: setOptions, KeepAlive: -1}).DialContext
 	}
 	r := &Relay{
 		instance: o.Instance, admission: o.Admission, log: o.Log, metrics: o.Metrics,

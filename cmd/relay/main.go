@@ -49,7 +49,7 @@ func run() error {
 	flag.Parse()
 	log := slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
 	slog.SetDefault(log)
-	ballast = make([]byte, ballastSize)
+	defer runtime.KeepAlive(make([]byte, ballast))
 	if !*profile {
 		runtime.MemProfileRate = 0
 	}

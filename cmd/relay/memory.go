@@ -8,11 +8,10 @@ import (
 	"strings"
 )
 
-// ballast counts as heap for the garbage collector's pace, and is never touched, so that it takes no memory. A relay lives
-// on few MiB while it sets up hundreds of sessions a second: left alone, the collector would run with every dozen of them.
-var ballast []byte
-
-const ballastSize = 8 << 20
+// ballast is the size of a piece of heap that counts for the garbage collector's pace, and is never touched, so that it takes
+// no memory. A relay lives on few MiB while it sets up hundreds of sessions a second: left alone, the collector would run
+// with every dozen of them.
+const ballast = 8 << 20
 
 // limitMemory has the garbage collector work harder before the container's memory limit is reached, instead of being
 // killed at it: GOMEMLIMIT at 90 % of the limit, where nobody set it. It returns the bytes, 0 where there is no limit.
