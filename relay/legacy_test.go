@@ -499,3 +499,37 @@ func TestPairsAroundARenewal(t *testing.T) {
 		t.Errorf("%d certificates are good for a hop long after a renewal", len(held))
 	}
 }
+
+// TestHalvesAreStrangers: OUT channels that nobody vouches for make room for those who come after, and leave nothing.
+func TestHalvesAreStrangers(t *testing.T) {
+	s := newStack(t, func(o *Options, _ *fakeAdmission) { o.Config.MaxPending = 4 })
+	var silent []*tls.Conn
+	for range 12 {
+		eventually(t, "one more OUT channel has a place", func() bool { // the one that it takes the place of has to end first
+			c, _, _, e := s.openOut(newGUID())
+			if e == nil {
+				silent = append(silent, c)
+			}
+			return e == nil
+		})
+	}
+	silent[len(silent)-1].Close()
+	silent[len(silent)-2].Close()
+	eventually(t, "they have gone", func() bool { return s.relay.strangers.len() == 2 })
+	c := s.dialLegacy(newGUID())
+	if typ, status := c.open(testTicket, testTarget); status != 0 {
+		t.Fatalf("packet %#x refused with %#x", typ, status)
+	}
+	a := s.agent()
+	c.Write([]byte("x"))
+	expect(t, a, "x")
+	for _, gone := range silent[:8] {
+		ended(t, "the OUT channel of an early stranger", gone)
+	}
+	c.Close()
+	a.Close()
+	for _, left := range silent {
+		left.Close()
+	}
+	s.idle()
+}
