@@ -159,6 +159,7 @@ type stack struct {
 	log    *lockedBuffer
 	wrap   func(net.Conn) net.Conn // what clients and agents dial through, where set
 	from   netip.Addr              // whom clients and agents dial from, where set
+	maxTLS uint16                  // the newest version that they speak, where set
 	conf   *tls.Config             // what the relay serves
 	reload *mtls.Reloader
 	dir    string // of its certificate
@@ -292,7 +293,7 @@ func (s *stack) dial(addr, serverName string) (*tls.Conn, error) {
 	if s.wrap != nil {
 		tcp = s.wrap(tcp)
 	}
-	c := tls.Client(tcp, &tls.Config{RootCAs: s.roots, ServerName: serverName, InsecureSkipVerify: serverName != testHost})
+	c := tls.Client(tcp, &tls.Config{RootCAs: s.roots, ServerName: serverName, InsecureSkipVerify: serverName != testHost, MaxVersion: s.maxTLS})
 	c.SetDeadline(time.Now().Add(patience))
 	if err := c.Handshake(); err != nil {
 		c.Close()

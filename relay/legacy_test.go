@@ -376,6 +376,37 @@ func TestAcrossPods(t *testing.T) {
 	}
 }
 
+// TestOldClients: those who need the legacy form most speak TLS 1.2, which crypto/tls carries.
+func TestOldClients(t *testing.T) {
+	a, b := pods(t, nil)
+	a.maxTLS, b.maxTLS = tls.VersionTLS12, tls.VersionTLS12
+	for name, in := range map[string]*stack{"one pod": a, "two pods": b} {
+		t.Run(name, func(t *testing.T) {
+			c, host := across(t, a, in)
+			data := make([]byte, 1<<20)
+			rand.NewChaCha8([32]byte{3}).Read(data)
+			go host.Write(data)
+			go func() {
+				for rest := data; len(rest) > 0; rest = rest[min(len(rest), 30000):] {
+					c.Write(rest[:min(len(rest), 30000)])
+				}
+			}()
+			for what, from := range map[string]io.Reader{"client": c, "host": host} {
+				got := make([]byte, len(data))
+				if _, err := io.ReadFull(from, got); err != nil || !bytes.Equal(got, data) {
+					t.Errorf("to the %s: other bytes; %v", what, err)
+				}
+			}
+			c.out.Close()
+			ended(t, "the IN channel", c.Conn)
+			ended(t, "the host's leg", host)
+			host.Close()
+			a.idle()
+			b.idle()
+		})
+	}
+}
+
 // TestStrangersAtTheHop: who does not hold the listener's key gets nothing, whichever side of a hop he plays.
 func TestStrangersAtTheHop(t *testing.T) {
 	a, b := pods(t, nil)
