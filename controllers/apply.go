@@ -45,8 +45,8 @@ type Applier struct {
 	Live client.Reader
 
 	mu sync.Mutex
-	// applied remembers, per owner and child, what was applied last and the version that came of it: while neither changes
-	// there is nothing to ask the API server. Guarded by mu.
+	// applied remembers, per owner and child, what was applied last and what came of it: while neither changes there is
+	// nothing to ask the API server. Guarded by mu.
 	applied map[objectKey]map[objectKey]appliedState
 }
 
@@ -56,8 +56,22 @@ type objectKey struct {
 }
 
 type appliedState struct {
-	intent          [sha256.Size]byte
-	resourceVersion string
+	intent [sha256.Size]byte
+	is     string // by versionOf
+}
+
+// versionOf changes with what an apply may change. Where the API server counts generations, which it does for specs, that
+// spares the versions that come of a mere status.
+func versionOf(obj metav1.Object) string {
+	if obj.GetGeneration() == 0 {
+		return string(obj.GetUID()) + "/" + obj.GetResourceVersion()
+	}
+	text, err := json.Marshal([]any{obj.GetUID(), obj.GetGeneration(), obj.GetLabels(), obj.GetAnnotations(), obj.GetOwnerReferences()})
+	if err != nil { // there is nothing in it that JSON can't say
+		return obj.GetResourceVersion()
+	}
+	sum := sha256.Sum256(text)
+	return string(sum[:])
 }
 
 // Forget drops what is remembered for an owner that is gone.
@@ -118,7 +132,7 @@ func (a *Applier) Apply(ctx context.Context, owner, want client.Object) error {
 		return fmt.Errorf("apply %s: %w", what, err)
 	}
 	hash := sha256.Sum256(text)
-	if live != nil && a.lastApplied(ownerKey, key) == (appliedState{hash, live.GetResourceVersion()}) {
+	if live != nil && a.lastApplied(ownerKey, key) == (appliedState{hash, versionOf(live)}) {
 		return nil
 	}
 	err = a.Client.Apply(ctx, client.ApplyConfigurationFromUnstructured(intent), client.FieldOwner(FieldManager), client.ForceOwnership)
@@ -128,7 +142,7 @@ func (a *Applier) Apply(ctx context.Context, owner, want client.Object) error {
 	case err != nil:
 		return fmt.Errorf("apply %s: %w", what, err)
 	}
-	a.remember(ownerKey, key, appliedState{hash, intent.GetResourceVersion()})
+	a.remember(ownerKey, key, appliedState{hash, versionOf(intent)})
 	return nil
 }
 

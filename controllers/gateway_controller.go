@@ -139,7 +139,7 @@ func (r *gatewayReconciler) applyCertificates(ctx context.Context, s *gatewaySco
 		return err
 	}
 	if s.tlsIssued {
-		if s.caBundle, err = secretKey(ctx, r.Live, gw.Namespace, public.Spec.SecretName, "ca.crt"); err != nil {
+		if s.caBundle, _, err = r.caOf(ctx, gw.Namespace, public.Spec.SecretName); err != nil {
 			return err
 		}
 	}

@@ -301,7 +301,11 @@ func (s *gatewayScope) rollout() (*rdv.GatewayRollout, string) {
 	}
 	if n := len(r.Draining); n > 0 {
 		last := r.Draining[0].Until.UTC().Format("15:04 MST on January 2")
-		text := fmt.Sprintf("%s drain%s: %s, until %s at the latest", count(n, "pod"), plural(n == 1, "s", ""), count(int(sessions), "session"), last)
+		what := count(int(sessions), "session")
+		if sessions == 0 {
+			what = "no session of their own, but perhaps agents' connections to other pods"
+		}
+		text := fmt.Sprintf("%s drain%s: %s, until %s at the latest", count(n, "pod"), plural(n == 1, "s", ""), what, last)
 		summary = append(summary, fmt.Sprintf("%d drain%s (%d)", n, plural(n == 1, "s", ""), sessions))
 		message = append(message, text)
 		r.Draining = r.Draining[:min(n, maxDraining)]

@@ -115,7 +115,7 @@ func TestGatewayEdits(t *testing.T) {
 	}{
 		{"relay's limits", `{"spec":{"relay":{"limits":{"maxPending":7}}}}`, []string{"*v1.ConfigMap/gw-relay"}},
 		{"relay's image", `{"spec":{"relay":{"image":"relay:other"}}}`, []string{"*v1.Deployment/gw"}},
-		{"service", `{"spec":{"service":{"type":"NodePort"}}}`, []string{"*v1.Service/gw"}},
+		{"service", `{"spec":{"service":{"type":"NodePort"}}}`, []string{"*v1.Service/gw", "*v1.ConfigMap/gw-relay"}},
 		{"region", `{"spec":{"region":"there"}}`, []string{"*v1.ConfigMap/gw-gateway"}},
 	} {
 		w.patch(t, &rdv.Gateway{}, ns, "gw", step.patch)

@@ -131,7 +131,7 @@ func (r *hostPoolReconciler) applyRegistration(ctx context.Context, s *hostPoolS
 	if decision.Replace {
 		seen = newToken(prefix, policy, now)
 	}
-	ca, err := secretKey(ctx, r.Live, pool.Namespace, render.WorkspaceTLS(s.ws.Name), "ca.crt")
+	ca, _, err := r.caOf(ctx, pool.Namespace, render.WorkspaceTLS(s.ws.Name))
 	if err != nil {
 		return err
 	}

@@ -6,6 +6,7 @@ import (
 	"encoding/pem"
 	"fmt"
 	"strings"
+	"sync"
 
 	certmanager "github.com/cert-manager/cert-manager/pkg/apis/certmanager/v1"
 	cmmeta "github.com/cert-manager/cert-manager/pkg/apis/meta/v1"
@@ -147,11 +148,39 @@ func secretMetadata(ctx context.Context, c client.Reader, namespace, name string
 	return getOrNil(ctx, c, namespace, name, metadataOf(corev1.SchemeGroupVersion.WithKind("Secret")))
 }
 
-// secretKey reads one key of a Secret, past the cache; empty where there is no such Secret or key.
-func secretKey(ctx context.Context, live client.Reader, namespace, name, key string) (string, error) {
-	secret, err := getOrNil(ctx, live, namespace, name, &corev1.Secret{})
-	if err != nil || secret == nil {
-		return "", err
+// authorities are the CA certificates that stand in certificates' Secrets. They are public, and thousands of hosts ask for
+// the same: each is read once per version of its Secret. It is safe for concurrent use.
+type authorities struct {
+	mu    sync.Mutex
+	known map[types.NamespacedName]authority
+}
+
+type authority struct {
+	of string // UID and version of the Secret
+	ca string
+}
+
+// caOf is the CA in a certificate's Secret, and whether there is that Secret.
+func (b *base) caOf(ctx context.Context, namespace, name string) (ca string, found bool, err error) {
+	meta, err := secretMetadata(ctx, b.Client, namespace, name)
+	if err != nil || meta == nil {
+		return "", false, err
 	}
-	return string(secret.Data[key]), nil
+	key, of := client.ObjectKeyFromObject(meta), string(meta.UID)+"/"+meta.ResourceVersion
+	a := b.authorities
+	a.mu.Lock()
+	known, ok := a.known[key]
+	a.mu.Unlock()
+	if ok && known.of == of {
+		return known.ca, true, nil
+	}
+	secret, err := getOrNil(ctx, b.Live, namespace, name, &corev1.Secret{})
+	if err != nil || secret == nil {
+		return "", false, err
+	}
+	ca = string(secret.Data["ca.crt"])
+	a.mu.Lock()
+	a.known[key] = authority{string(secret.UID) + "/" + secret.ResourceVersion, ca}
+	a.mu.Unlock()
+	return ca, true, nil
 }

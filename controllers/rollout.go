@@ -26,6 +26,7 @@ const (
 type rollout struct {
 	mu    sync.Mutex
 	going map[types.NamespacedName]map[string]time.Time // by pool, then by host: since when
+	full  map[types.NamespacedName]time.Time            // by pool: when it was last seen that no more may go
 }
 
 // turn says whether a host's pod may be replaced now, and notes that it is.
@@ -33,13 +34,16 @@ func (r *rollout) turn(ctx context.Context, c client.Reader, host *rdv.SessionHo
 	if !meta.IsStatusConditionTrue(host.Status.Conditions, rdv.ConditionReady) {
 		return true, nil // nobody misses it
 	}
-	hosts := &rdv.SessionHostList{}
-	if err := c.List(ctx, hosts, client.InNamespace(host.Namespace), client.MatchingFields{indexHostPool: host.Spec.HostPoolRef.Name}); err != nil {
-		return false, fmt.Errorf("list SessionHosts: %w", err)
-	}
+	pool := types.NamespacedName{Namespace: host.Namespace, Name: host.Spec.HostPoolRef.Name}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	pool := types.NamespacedName{Namespace: host.Namespace, Name: host.Spec.HostPoolRef.Name}
+	if _, mine := r.going[pool][host.Name]; !mine && now.Sub(r.full[pool]) < rolloutRetry/2 {
+		return false, nil // a thousand hosts that wait need not each look at a thousand
+	}
+	hosts := &rdv.SessionHostList{}
+	if err := c.List(ctx, hosts, client.InNamespace(pool.Namespace), client.MatchingFields{indexHostPool: pool.Name}, client.UnsafeDisableDeepCopy); err != nil {
+		return false, fmt.Errorf("list SessionHosts: %w", err)
+	}
 	still := map[string]time.Time{}
 	for i := range hosts.Items {
 		other := &hosts.Items[i]
@@ -54,11 +58,15 @@ func (r *rollout) turn(ctx context.Context, c client.Reader, host *rdv.SessionHo
 	}
 	_, mine := still[host.Name]
 	turn := mine || len(still) < plan.ReplaceAtOnce(len(hosts.Items))
-	if turn && !mine {
-		still[host.Name] = now
-	}
 	if r.going == nil {
-		r.going = map[types.NamespacedName]map[string]time.Time{}
+		r.going, r.full = map[types.NamespacedName]map[string]time.Time{}, map[types.NamespacedName]time.Time{}
+	}
+	delete(r.full, pool)
+	switch {
+	case !turn:
+		r.full[pool] = now
+	case !mine:
+		still[host.Name] = now
 	}
 	r.going[pool] = still
 	if len(still) == 0 {

@@ -100,15 +100,17 @@ func (r *sessionHostReconciler) Reconcile(ctx context.Context, req ctrl.Request)
 // gather resolves the pool and its Workspace, and sees the pod.
 func (r *sessionHostReconciler) gather(ctx context.Context, s *sessionHostScope) (err error) {
 	host := s.host
-	if s.pod, err = r.livePod(ctx, host); err != nil {
-		return err
-	}
 	if s.pool, err = getOrNil(ctx, r.Client, host.Namespace, host.Spec.HostPoolRef.Name, &rdv.HostPool{}); err != nil {
 		return err
 	}
 	if s.pool == nil {
 		s.refs.add(rdv.ReasonReferenceNotFound, fmt.Sprintf("spec.hostPoolRef: HostPool %q not found: create it, or delete this SessionHost", host.Spec.HostPoolRef.Name))
 		return nil
+	}
+	if metav1.IsControlledBy(host, s.pool) { // the others are machines
+		if s.pod, err = r.livePod(ctx, host); err != nil {
+			return err
+		}
 	}
 	workspace := s.pool.Spec.WorkspaceRef.Name
 	if s.ws, err = getOrNil(ctx, r.Client, host.Namespace, workspace, &rdv.Workspace{}); err != nil {
@@ -118,12 +120,8 @@ func (r *sessionHostReconciler) gather(ctx context.Context, s *sessionHostScope)
 		s.refs.add(rdv.ReasonReferenceNotFound, fmt.Sprintf("HostPool %q: spec.workspaceRef: Workspace %q not found: create it", s.pool.Name, workspace))
 		return nil
 	}
-	feed, err := getOrNil(ctx, r.Live, host.Namespace, render.WorkspaceTLS(workspace), &corev1.Secret{})
-	if err != nil {
+	if s.feedCA, s.feedSeen, err = r.caOf(ctx, host.Namespace, render.WorkspaceTLS(workspace)); err != nil {
 		return err
-	}
-	if s.feedSeen = feed != nil; s.feedSeen {
-		s.feedCA = string(feed.Data["ca.crt"])
 	}
 	return r.renderPod(s)
 }

@@ -6,12 +6,15 @@ import (
 	"time"
 
 	certmanager "github.com/cert-manager/cert-manager/pkg/apis/certmanager/v1"
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
 	utilruntime "k8s.io/apimachinery/pkg/util/runtime"
 	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
 	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/cache"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/handler"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
@@ -27,6 +30,24 @@ func NewScheme() *runtime.Scheme {
 	utilruntime.Must(certmanager.AddToScheme(scheme))
 	utilruntime.Must(rdv.AddToScheme(scheme))
 	return scheme
+}
+
+// MaxConcurrentReconciles of each kind.
+const MaxConcurrentReconciles = 4
+
+// CacheOptions are what a manager of the operator holds in memory: of the pods and what makes them our own, and of no
+// object who wrote which of its fields.
+func CacheOptions() cache.Options {
+	ours := labels.SelectorFromSet(labels.Set{rdv.LabelManagedBy: rdv.ManagedBy})
+	asIs := func(obj any) (any, error) { return obj, nil }
+	return cache.Options{
+		DefaultTransform: cache.TransformStripManagedFields(),
+		ByObject: map[client.Object]cache.ByObject{
+			&corev1.Pod{}:        {Label: ours},
+			&appsv1.ReplicaSet{}: {Label: ours},
+			&appsv1.Deployment{}: {Label: ours, Transform: asIs}, // HandOverReplicas asks whose its replicas are
+		},
+	}
 }
 
 // Options of the operator.
@@ -50,9 +71,10 @@ func Setup(mgr ctrl.Manager, opts Options) error {
 		return err
 	}
 	base := base{
-		Applier: &Applier{Client: mgr.GetClient(), Live: mgr.GetAPIReader()},
-		render:  opts.Render,
-		now:     opts.Now,
+		Applier:     &Applier{Client: mgr.GetClient(), Live: mgr.GetAPIReader()},
+		authorities: &authorities{known: map[types.NamespacedName]authority{}},
+		render:      opts.Render,
+		now:         opts.Now,
 	}
 	for _, add := range []func(ctrl.Manager) error{
 		(&workspaceReconciler{base: base, discovery: opts.Discovery}).setup,
@@ -70,8 +92,9 @@ func Setup(mgr ctrl.Manager, opts Options) error {
 // base is what the reconcilers share.
 type base struct {
 	*Applier
-	render render.Options
-	now    func() time.Time
+	authorities *authorities
+	render      render.Options
+	now         func() time.Time
 }
 
 // pass is what every reconcile of one object carries. Each reconciler's scope embeds it.

@@ -108,7 +108,10 @@ func startWorld() (*world, error) {
 	if err != nil {
 		return nil, err
 	}
-	mgr, err := ctrl.NewManager(operator, ctrl.Options{Scheme: NewScheme(), Metrics: metricsserver.Options{BindAddress: "0"}, Controller: ctrlconfig.Controller{MaxConcurrentReconciles: 4}})
+	mgr, err := ctrl.NewManager(operator, ctrl.Options{
+		Scheme: NewScheme(), Metrics: metricsserver.Options{BindAddress: "0"}, Cache: CacheOptions(),
+		Controller: ctrlconfig.Controller{MaxConcurrentReconciles: MaxConcurrentReconciles},
+	})
 	if err != nil {
 		return nil, err
 	}

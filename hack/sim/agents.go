@@ -415,7 +415,7 @@ func lines(r io.Reader) func(v any) error {
 	s := bufio.NewScanner(r)
 	return func(v any) error {
 		if !s.Scan() {
-			return fmt.Errorf("a broker's process ended: %w", s.Err())
+			return fmt.Errorf("a process ended: %w", s.Err())
 		}
 		return json.Unmarshal(s.Bytes(), v)
 	}

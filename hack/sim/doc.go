@@ -4,6 +4,8 @@
 //	              is, who is refused, how long a decision takes. The decisions are broker/placement's and wire/choose's.
 //	sim agents    real connections of many agents to 3 real brokers' buses: how soon all are back once every broker was
 //	              killed, what an idle agent costs a broker in memory, connects per second. Its plot is sim.svg.
+//	sim operator  10,000 SessionHosts under the real operator on a real kube-apiserver, with stand-ins for cert-manager and
+//	              the agents: time to steady state, writes afterwards, memory.
 //
 // -h lists the flags. They print tables and leave nothing else behind.
 package main

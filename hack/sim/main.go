@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+	"time"
 )
 
 func main() {
@@ -45,8 +46,20 @@ func command(ctx context.Context, args []string, out io.Writer) error {
 			return err
 		}
 		return runAgents(ctx, o, out)
+	case "operator":
+		o := operatorOptions{}
+		fs.IntVar(&o.Hosts, "n", 10_000, "session hosts")
+		fs.IntVar(&o.Pools, "pools", 20, "pools that they are in, each of at most 1000")
+		fs.DurationVar(&o.Quiet, "quiet", time.Minute, "for how long writes are counted once all is done")
+		fs.DurationVar(&o.Patience, "patience", 20*time.Minute, "bound of each phase")
+		if err := fs.Parse(args); err != nil {
+			return err
+		}
+		return runOperator(ctx, o, out)
+	case operatorCommand:
+		return runOperatorProcess(ctx, os.Stdin, out)
 	case brokerCommand:
 		return runBroker(ctx, os.Stdin, out)
 	}
-	return fmt.Errorf("no command %q; there are fleet (or none) and agents", name)
+	return fmt.Errorf("no command %q; there are fleet (or none), agents and operator", name)
 }

@@ -10,9 +10,9 @@ import (
 	"time"
 )
 
-// TestMain lets the test start itself as a broker, as the program does.
+// TestMain lets the test start itself as a broker or an operator, as the program does.
 func TestMain(m *testing.M) {
-	if len(os.Args) == 2 && os.Args[1] == brokerCommand {
+	if len(os.Args) == 2 && (os.Args[1] == brokerCommand || os.Args[1] == operatorCommand) {
 		if err := command(context.Background(), os.Args[1:], os.Stdout); err != nil {
 			os.Stderr.WriteString(err.Error())
 			os.Exit(1)
@@ -138,5 +138,23 @@ func TestAgents(t *testing.T) {
 func TestCommands(t *testing.T) {
 	if err := command(t.Context(), []string{"nonsense"}, &strings.Builder{}); err == nil || !strings.Contains(err.Error(), "nonsense") {
 		t.Errorf("%v", err)
+	}
+}
+
+// TestOperator shows that the operator writes nothing once all is done, though it looks at everything again.
+func TestOperator(t *testing.T) {
+	if os.Getenv("KUBEBUILDER_ASSETS") == "" {
+		if os.Getenv("RDV_REQUIRE_ENVTEST") != "" {
+			t.Fatal("KUBEBUILDER_ASSETS is not set: make unit sets it")
+		}
+		t.Skip("KUBEBUILDER_ASSETS is not set: make unit sets it")
+	}
+	var out strings.Builder
+	err := runOperator(t.Context(), operatorOptions{Hosts: 40, Pools: 4, Quiet: 10 * time.Second, Patience: 2 * time.Minute}, &out)
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out.String())
+	}
+	if !strings.Contains(out.String(), "40 pods, 4") {
+		t.Errorf("it prints:\n%s", out.String())
 	}
 }
