@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"image/color"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -36,8 +37,12 @@ func TestReconnectAfterRelayKill(t *testing.T) {
 			waitForColor(t, d, painted)
 
 			killed := time.Now()
-			for _, pid := range processes(t, "/relay") {
-				if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+			for _, pid := range relayPIDs(t) {
+				n, err := strconv.Atoi(pid)
+				if err == nil {
+					err = syscall.Kill(n, syscall.SIGKILL)
+				}
+				if err != nil {
 					t.Fatal(err)
 				}
 			}
