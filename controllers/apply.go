@@ -60,14 +60,23 @@ type appliedState struct {
 	is     string // by versionOf
 }
 
-// versionOf changes with what an apply may change. Where the API server counts generations, which it does for specs, that
-// spares the versions that come of a mere status.
-func versionOf(obj metav1.Object) string {
-	if obj.GetGeneration() == 0 {
-		return string(obj.GetUID()) + "/" + obj.GetResourceVersion()
+// versionOf changes with what an apply may change, and not with a mere status. Of most kinds the API server counts the
+// generations of the spec; of the others it takes all that is not status.
+func versionOf(obj client.Object) string {
+	var version any = []any{obj.GetUID(), obj.GetGeneration(), obj.GetLabels(), obj.GetAnnotations(), obj.GetOwnerReferences()}
+	if _, only := obj.(*metav1.PartialObjectMetadata); obj.GetGeneration() == 0 {
+		content, err := runtime.DefaultUnstructuredConverter.ToUnstructured(obj)
+		if only || err != nil {
+			return obj.GetResourceVersion()
+		}
+		delete(content, "status")
+		for _, field := range []string{"resourceVersion", "managedFields"} {
+			unstructured.RemoveNestedField(content, "metadata", field)
+		}
+		version = content
 	}
-	text, err := json.Marshal([]any{obj.GetUID(), obj.GetGeneration(), obj.GetLabels(), obj.GetAnnotations(), obj.GetOwnerReferences()})
-	if err != nil { // there is nothing in it that JSON can't say
+	text, err := json.Marshal(version)
+	if err != nil {
 		return obj.GetResourceVersion()
 	}
 	sum := sha256.Sum256(text)
@@ -142,7 +151,11 @@ func (a *Applier) Apply(ctx context.Context, owner, want client.Object) error {
 	case err != nil:
 		return fmt.Errorf("apply %s: %w", what, err)
 	}
-	a.remember(ownerKey, key, appliedState{hash, versionOf(intent)})
+	result := likeness(want, gvk)
+	if err := runtime.DefaultUnstructuredConverter.FromUnstructured(intent.Object, result); err != nil {
+		return fmt.Errorf("read %s as applied: %w", what, err)
+	}
+	a.remember(ownerKey, key, appliedState{hash, versionOf(result)})
 	return nil
 }
 

@@ -9,6 +9,7 @@ import (
 // Metrics is the relay's handles.
 type Metrics struct {
 	Sessions   prometheus.Gauge
+	Capacity   prometheus.Gauge // MaxSessions
 	Pending    prometheus.Gauge
 	Splices    prometheus.Gauge
 	Bytes      *prometheus.CounterVec // direction: to_client, to_host
@@ -32,6 +33,7 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 	}
 	m := &Metrics{
 		Sessions:   gauge("sessions", "Sessions whose legs are joined."),
+		Capacity:   gauge("max_sessions", "Sessions that this pod takes at most: of it, rendezvous_relay_sessions is the use."),
 		Pending:    gauge("pending", "Clients between their request and their session."),
 		Splices:    gauge("splices", "Agents' connections handed on to another pod."),
 		Bytes:      counter("bytes_total", "RDP bytes carried, by direction.", "direction"),
@@ -46,7 +48,7 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 			Help: "How long sessions lasted.", Buckets: []float64{1, 10, 60, 600, 3600, 4 * 3600, 12 * 3600, 48 * 3600}}),
 	}
 	if reg != nil {
-		reg.MustRegister(m.Sessions, m.Pending, m.Splices, m.Bytes, m.Admissions, m.Joins, m.Pairs, m.Handshakes, m.Ended, m.Connect, m.Duration)
+		reg.MustRegister(m.Sessions, m.Capacity, m.Pending, m.Splices, m.Bytes, m.Admissions, m.Joins, m.Pairs, m.Handshakes, m.Ended, m.Connect, m.Duration)
 	}
 	return m
 }

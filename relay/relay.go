@@ -149,6 +149,7 @@ func New(o Options) (*Relay, error) {
 func (r *Relay) SetConfig(c config.Relay) {
 	c = withDefaults(c)
 	r.config.Store(&c)
+	r.metrics.Capacity.Set(float64(c.MaxSessions))
 }
 
 // Ready says that the relay listens and takes new clients.

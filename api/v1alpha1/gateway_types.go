@@ -29,7 +29,7 @@ type GatewaySpec struct {
 	// +kubebuilder:validation:Minimum=1
 	// +kubebuilder:validation:Maximum=100
 	Replicas *int32 `json:"replicas,omitempty"`
-	// autoscaling by CPU, instead of replicas.
+	// autoscaling by CPU, by sessions, or by both, instead of replicas.
 	// +optional
 	Autoscaling *Autoscaling `json:"autoscaling,omitempty"`
 	// certificates is where the gateway's public certificate comes from.
@@ -59,11 +59,17 @@ type Autoscaling struct {
 	// +kubebuilder:validation:Minimum=1
 	// +kubebuilder:validation:Maximum=100
 	MaxReplicas int32 `json:"maxReplicas"`
-	// targetCPUUtilizationPercentage of the pods' requests, 1 to 100. Defaults to 70.
+	// targetCPUUtilizationPercentage of the pods' requests, 1 to 100. Defaults to 70, unless targetSessionsPerPod is set.
 	// +optional
 	// +kubebuilder:validation:Minimum=1
 	// +kubebuilder:validation:Maximum=100
 	TargetCPUUtilizationPercentage *int32 `json:"targetCPUUtilizationPercentage,omitempty"`
+	// targetSessionsPerPod is how many sessions a pod should have on average, 1 to 100000. It needs a metrics adapter that
+	// gives the relays' metric rendezvous_relay_sessions to autoscalers: docs/operations.md has its rule.
+	// +optional
+	// +kubebuilder:validation:Minimum=1
+	// +kubebuilder:validation:Maximum=100000
+	TargetSessionsPerPod *int32 `json:"targetSessionsPerPod,omitempty"`
 }
 
 // GatewayCertificates is where the gateway's public certificate comes from.

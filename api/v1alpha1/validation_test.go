@@ -230,6 +230,12 @@ func TestValidation(t *testing.T) {
 		{"gateway: autoscaling", gw(func(g *rdv.Gateway) {
 			g.Spec.Autoscaling = &rdv.Autoscaling{MinReplicas: new(int32(2)), MaxReplicas: 2}
 		}), ""},
+		{"gateway: autoscaling by sessions", gw(func(g *rdv.Gateway) {
+			g.Spec.Autoscaling = &rdv.Autoscaling{MaxReplicas: 2, TargetSessionsPerPod: new(int32(2000))}
+		}), ""},
+		{"gateway: autoscaling by no session", gw(func(g *rdv.Gateway) {
+			g.Spec.Autoscaling = &rdv.Autoscaling{MaxReplicas: 2, TargetSessionsPerPod: new(int32(0))}
+		}), "should be greater than or equal to 1"},
 		{"gateway: autoscaling upside down", gw(func(g *rdv.Gateway) {
 			g.Spec.Autoscaling = &rdv.Autoscaling{MinReplicas: new(int32(3)), MaxReplicas: 2}
 		}),

@@ -9,6 +9,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	policyv1 "k8s.io/api/policy/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
@@ -308,16 +309,7 @@ func GatewayAutoscaler(gw *rdv.Gateway) *autoscalingv2.HorizontalPodAutoscaler {
 			ScaleTargetRef: autoscalingv2.CrossVersionObjectReference{APIVersion: appsv1.SchemeGroupVersion.String(), Kind: "Deployment", Name: gw.Name},
 			MinReplicas:    new(or(a.MinReplicas, gatewayReplicas)),
 			MaxReplicas:    a.MaxReplicas,
-			Metrics: []autoscalingv2.MetricSpec{{
-				Type: autoscalingv2.ResourceMetricSourceType,
-				Resource: &autoscalingv2.ResourceMetricSource{
-					Name: corev1.ResourceCPU,
-					Target: autoscalingv2.MetricTarget{
-						Type:               autoscalingv2.UtilizationMetricType,
-						AverageUtilization: new(or(a.TargetCPUUtilizationPercentage, gatewayCPUTarget)),
-					},
-				},
-			}},
+			Metrics:        scalingMetrics(a),
 			Behavior: &autoscalingv2.HorizontalPodAutoscalerBehavior{
 				ScaleDown: &autoscalingv2.HPAScalingRules{
 					StabilizationWindowSeconds: new(int32(gatewayScaleDownStability)),
@@ -325,6 +317,38 @@ func GatewayAutoscaler(gw *rdv.Gateway) *autoscalingv2.HorizontalPodAutoscaler {
 			},
 		},
 	}
+}
+
+// sessionsMetric is what relays call the number of their sessions.
+const sessionsMetric = "rendezvous_relay_sessions"
+
+// scalingMetrics are what an autoscaler goes by: of several, the one that asks for the most pods.
+func scalingMetrics(a *rdv.Autoscaling) (metrics []autoscalingv2.MetricSpec) {
+	if sessions := a.TargetSessionsPerPod; sessions != nil {
+		metrics = append(metrics, autoscalingv2.MetricSpec{
+			Type: autoscalingv2.PodsMetricSourceType,
+			Pods: &autoscalingv2.PodsMetricSource{
+				Metric: autoscalingv2.MetricIdentifier{Name: sessionsMetric},
+				Target: autoscalingv2.MetricTarget{
+					Type:         autoscalingv2.AverageValueMetricType,
+					AverageValue: resource.NewQuantity(int64(*sessions), resource.DecimalSI),
+				},
+			},
+		})
+	}
+	if cpu := a.TargetCPUUtilizationPercentage; cpu != nil || len(metrics) == 0 {
+		metrics = append(metrics, autoscalingv2.MetricSpec{
+			Type: autoscalingv2.ResourceMetricSourceType,
+			Resource: &autoscalingv2.ResourceMetricSource{
+				Name: corev1.ResourceCPU,
+				Target: autoscalingv2.MetricTarget{
+					Type:               autoscalingv2.UtilizationMetricType,
+					AverageUtilization: new(or(cpu, gatewayCPUTarget)),
+				},
+			},
+		})
+	}
+	return metrics
 }
 
 // GatewayNetworkPolicy lets anybody reach the listener, and lets the pod reach no more than DNS, the brokers' bus and the

@@ -109,6 +109,9 @@ func TestGolden(t *testing.T) {
 		gw.Spec.Relay.Image = "mirror.example.test/relay:v1"
 		gw.Spec.Service.Type = corev1.ServiceTypeLoadBalancer
 	})
+	bySessions := gateway(func(gw *rdv.Gateway) {
+		gw.Spec.Autoscaling = &rdv.Autoscaling{MaxReplicas: 6, TargetSessionsPerPod: new(int32(2000)), TargetCPUUtilizationPercentage: new(int32(60))}
+	})
 	both := []*rdv.Workspace{ws, second}
 	linux := pool(desktopTemplate)
 	template, err := PodTemplate(linux)
@@ -158,6 +161,7 @@ func TestGolden(t *testing.T) {
 		"gateway-relays-service":     GatewayRelaysService(gw),
 		"gateway-pdb":                GatewayDisruptionBudget(gw),
 		"gateway-hpa":                GatewayAutoscaler(scaled),
+		"gateway-hpa-sessions":       GatewayAutoscaler(bySessions),
 		"gateway-networkpolicy":      GatewayNetworkPolicy(gw),
 
 		"hostpool-registration":         PoolRegistrationSecret(linux, registration),
@@ -187,6 +191,27 @@ func TestGolden(t *testing.T) {
 				t.Errorf("%s differs; got:\n%s", path, got)
 			}
 		})
+	}
+}
+
+// TestSampleTemplates reads the samples' pod templates as the operator does, for the API server takes any.
+func TestSampleTemplates(t *testing.T) {
+	files, err := filepath.Glob("../../config/samples/production/hostpool_*.yaml")
+	if err != nil || len(files) < 2 {
+		t.Fatalf("samples are %v, %v", files, err)
+	}
+	for _, file := range append(files, "../../config/samples/hostpool_linux.yaml") {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		pool := &rdv.HostPool{}
+		if err := yaml.UnmarshalStrict(text, pool); err != nil {
+			t.Fatalf("%s: %v", file, err)
+		}
+		if template, err := PodTemplate(pool); err != nil || template == nil {
+			t.Errorf("%s: %v", file, err)
+		}
 	}
 }
 

@@ -354,7 +354,7 @@ type operatorStats struct {
 
 func startOperator(ctx context.Context, config *rest.Config, o operatorOptions) (*operatorProcess, error) {
 	kubeconfig, err := clientcmd.Write(clientcmdapi.Config{
-		Clusters: map[string]*clientcmdapi.Cluster{"sim": {Server: config.Host, CertificateAuthorityData: config.CAData}},
+		Clusters:  map[string]*clientcmdapi.Cluster{"sim": {Server: config.Host, CertificateAuthorityData: config.CAData}},
 		AuthInfos: map[string]*clientcmdapi.AuthInfo{"sim": {ClientCertificateData: config.CertData, ClientKeyData: config.KeyData}},
 		Contexts:  map[string]*clientcmdapi.Context{"sim": {Cluster: "sim", AuthInfo: "sim"}}, CurrentContext: "sim",
 	})
