@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -118,7 +119,12 @@ var activityLine = regexp.MustCompile(`(?i)activity[ :]+([0-9a-f]{8}-[0-9a-f]{4}
 
 // Connect starts `rdv connect` with FreeRDP, which logs in to the desktop as demo, with certificate checks on.
 func (u *User) Connect(ctx context.Context, resource, mode string, freerdp ...string) (*Desktop, error) {
-	args := []string{"rdv", "connect", resource, "--mode", mode, "--rdp-client", "/usr/bin/xfreerdp3", "--"}
+	return u.ConnectWith(ctx, []string{resource, "--mode", mode}, freerdp...)
+}
+
+// ConnectWith is Connect with arguments of one's own for `rdv connect`.
+func (u *User) ConnectWith(ctx context.Context, rdv []string, freerdp ...string) (*Desktop, error) {
+	args := slices.Concat([]string{"rdv", "connect"}, rdv, []string{"--rdp-client", "/usr/bin/xfreerdp3", "--"})
 	args = append(args, rdpkit.FreeRDP(append([]string{"/u:demo", "/p:demo"}, freerdp...)...)[1:]...)
 	p, err := u.Start(args...)
 	if err != nil {
@@ -139,7 +145,7 @@ func (u *User) Connect(ctx context.Context, resource, mode string, freerdp ...st
 			continue
 		}
 		p.Stop()
-		return nil, fmt.Errorf("rdv connect %s named no activity: %s", resource, p.Output())
+		return nil, fmt.Errorf("rdv connect %s named no activity: %s", strings.Join(rdv, " "), p.Output())
 	}
 }
 
