@@ -174,6 +174,8 @@ func TestGatewayImageInPlace(t *testing.T) {
 		t.Errorf("summary %q", told)
 	}
 	c.inPlace(t, "gw-1", "gateway:2", 3)
+	w.event(t, ns, "gw", eventRolloutBegun, "new image gateway:2")
+	w.event(t, ns, "gw", eventRolloutFinished, "gateway gateway:2")
 	if c.most != 1 {
 		t.Errorf("%d pods were away at one time", c.most)
 	}

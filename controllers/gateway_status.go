@@ -38,6 +38,13 @@ func (r *gatewayReconciler) writeStatus(ctx context.Context, s *gatewayScope) er
 		s.certificates.condition(rdv.ConditionCertificatesReady, "all certificates are issued"),
 		availableCondition("gateway", s.deployment, want, true),
 	}, others)
+	r.warnOfStall(gw, gw.Status.Conditions, status.Conditions)
+	switch before := gw.Status.Rollout; {
+	case before == nil && rollout != nil:
+		r.tell(gw, eventRolloutBegun, actionRoll, "%s", progress)
+	case before != nil && rollout == nil:
+		r.tell(gw, eventRolloutFinished, actionRoll, "relay %s, gateway %s", before.RelayImage, before.GatewayImage)
+	}
 	return r.writeChangedStatus(ctx, gw, &gw.Status, &status, "sessions", "instances")
 }
 

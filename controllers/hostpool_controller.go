@@ -194,6 +194,7 @@ func (r *hostPoolReconciler) applyHosts(ctx context.Context, s *hostPoolScope) e
 		if err := r.Delete(ctx, byName[name]); err != nil {
 			return err
 		}
+		r.tell(pool, eventHostRemoved, actionScale, "SessionHost %q was one too many, drained and empty", name)
 		delete(byName, name)
 	}
 	for _, seen := range mine {

@@ -57,6 +57,11 @@ func (r *hostPoolReconciler) writeStatus(ctx context.Context, s *hostPoolScope) 
 	}
 	deciding = append(deciding, r.availableCondition(s, status))
 	status.Conditions = summarise(r.now(), pool.Status.Conditions, pool.Generation, ready, deciding, others)
+	r.warnOfStall(pool, pool.Status.Conditions, status.Conditions)
+	if before := pool.Status.Autoscaling; s.scale != nil && before != nil && before.DesiredHosts != s.scale.Desired {
+		r.tell(pool, eventScaled, actionScale, "from %d to %s: %s free and %d on their way, %d wanted", before.DesiredHosts, count(int(s.scale.Desired), "host"),
+			count(int(s.scale.Free), "place"), s.scale.Coming, s.scale.Wanted)
+	}
 	return r.writeChangedStatus(ctx, pool, &pool.Status, &status)
 }
 

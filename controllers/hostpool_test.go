@@ -237,6 +237,8 @@ func TestHostPoolAutoscaling(t *testing.T) {
 	w.serves(t, ns, "linux-2", 0)
 	w.hosts(t, ns, "linux-0", "linux-1")
 	w.is(t, pool, ns, "linux", rdv.ConditionScaled, metav1.ConditionTrue, rdv.ReasonEnoughPlaces, "6 places free, 3 wanted, with 2 hosts")
+	w.event(t, ns, "linux", eventScaled, "from 3 to 2 hosts")
+	w.event(t, ns, "linux", eventHostRemoved, `"linux-2"`)
 
 	// By hand again.
 	w.patch(t, &rdv.HostPool{}, ns, "linux", `{"spec":{"autoscaling":null,"replicas":2}}`)
@@ -272,6 +274,7 @@ func TestHostPoolNamesItsIssuer(t *testing.T) {
 	pool := newPool(ns)
 	pool.Spec.RDPCertificate = &rdv.RDPCertificate{IssuerRef: clusterIssuer("rdp-" + ns)}
 	w.create(t, pool)
+	w.event(t, ns, "linux", rdv.ReasonIssuerNotFound, "not found: create it")
 	w.is(t, pool, ns, "linux", rdv.ConditionReady, metav1.ConditionFalse, rdv.ReasonIssuerNotFound, `spec.rdpCertificate.issuerRef: ClusterIssuer "rdp-`+ns+`" not found`)
 	w.issuer(t, "rdp-"+ns)
 	w.is(t, pool, ns, "linux", rdv.ConditionReferencesResolved, metav1.ConditionTrue, rdv.ReasonReady, "")

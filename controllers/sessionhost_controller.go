@@ -272,7 +272,14 @@ func (r *sessionHostReconciler) applyPod(ctx context.Context, s *sessionHostScop
 	case plan.PodKeep:
 		return r.applyAll(ctx, &s.pass, s.host, s.wantPod)
 	case plan.PodDelete:
-		return r.Delete(ctx, s.pod)
+		if err := r.Delete(ctx, s.pod); err != nil {
+			return err
+		}
+		why := "the pool's template has changed"
+		if s.pod.Status.Phase == corev1.PodFailed || s.pod.Status.Phase == corev1.PodSucceeded {
+			why = "it had ended: " + string(s.pod.Status.Phase) + " " + s.pod.Status.Reason
+		}
+		r.tell(s.host, eventPodReplaced, actionReplace, "pod %s makes room for a new one: %s", s.pod.Name, why)
 	}
 	return nil
 }

@@ -41,6 +41,7 @@ func (r *sessionHostReconciler) writeStatus(ctx context.Context, s *sessionHostS
 		connected,
 		healthyCondition(s, connected),
 	}, others)
+	r.warnOfStall(host, host.Status.Conditions, status.Conditions)
 	return r.writeChangedStatus(ctx, host, &host.Status, &status, "enrolment", "agent")
 }
 

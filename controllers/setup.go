@@ -13,6 +13,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	utilruntime "k8s.io/apimachinery/pkg/util/runtime"
 	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
+	"k8s.io/client-go/tools/events"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/cache"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -72,6 +73,7 @@ func Setup(mgr ctrl.Manager, opts Options) error {
 	}
 	base := base{
 		Applier:     &Applier{Client: mgr.GetClient(), Live: mgr.GetAPIReader()},
+		events:      mgr.GetEventRecorder(FieldManager),
 		authorities: &authorities{known: map[types.NamespacedName]authority{}},
 		render:      opts.Render,
 		now:         opts.Now,
@@ -92,6 +94,7 @@ func Setup(mgr ctrl.Manager, opts Options) error {
 // base is what the reconcilers share.
 type base struct {
 	*Applier
+	events      events.EventRecorder
 	authorities *authorities
 	render      render.Options
 	now         func() time.Time

@@ -19,6 +19,7 @@ import (
 	"github.com/go-logr/logr"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
+	eventsv1 "k8s.io/api/events/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
@@ -270,6 +271,23 @@ func (w *world) patchStatus(t *testing.T, obj client.Object, ns, name, patch str
 	if err != nil {
 		t.Fatal(err)
 	}
+}
+
+// event waits for an event about the object of that name.
+func (w *world) event(t *testing.T, ns, name, reason, words string) {
+	t.Helper()
+	eventually(t, func() error {
+		list := &eventsv1.EventList{}
+		if err := w.List(t.Context(), list, client.InNamespace(ns)); err != nil {
+			return err
+		}
+		for _, e := range list.Items {
+			if e.Regarding.Name == name && e.Reason == reason && strings.Contains(e.Note, words) {
+				return nil
+			}
+		}
+		return fmt.Errorf("no event %s about %s with %q", reason, name, words)
+	})
 }
 
 // poke has the operator look at an object again.

@@ -29,6 +29,7 @@ func (r *workspaceReconciler) writeStatus(ctx context.Context, s *workspaceScope
 		r.identityCondition(s),
 		availableCondition("broker", s.deployment, render.BrokerReplicas(ws), true),
 	}, nil)
+	r.warnOfStall(ws, ws.Status.Conditions, status.Conditions)
 	return r.writeChangedStatus(ctx, ws, &ws.Status, &status)
 }
 
