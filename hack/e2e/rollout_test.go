@@ -149,8 +149,13 @@ func TestGatewayRollouts(t *testing.T) {
 		d.Stop()
 		settles(t)
 		for _, pod := range []corev1.Pod{old, evicted} {
-			if err := w.Client.Get(t.Context(), client.ObjectKeyFromObject(&pod), &corev1.Pod{}); client.IgnoreNotFound(err) != nil || err == nil {
-				t.Errorf("pod %s is still there, though its last session ended: %v", pod.Name, err)
+			if err := eventually(t.Context(), time.Minute, func() error {
+				if err := w.Client.Get(t.Context(), client.ObjectKeyFromObject(&pod), &corev1.Pod{}); client.IgnoreNotFound(err) != nil || err == nil {
+					return fmt.Errorf("pod %s is still there, though its last session ended: %v", pod.Name, err)
+				}
+				return nil
+			}); err != nil {
+				t.Error(err)
 			}
 		}
 	})
