@@ -135,3 +135,23 @@ func TestScope(t *testing.T) {
 		t.Errorf("gateways %+v", s.Gateways)
 	}
 }
+
+// A host that its pool has too many of drains without an end, whatever a person's own drain says.
+func TestRetiring(t *testing.T) {
+	past := metav1.NewTime(time.Unix(1000, 0))
+	for name, tc := range map[string]struct {
+		drain  *v1alpha1.Drain
+		reason string
+	}{
+		"alone":                       {nil, "it is no longer needed and goes with its last session"},
+		"with a drain that has ended": {&v1alpha1.Drain{Reason: "why", Until: &past}, "why"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h := testHost("h", "pool")
+			h.Spec.Retiring, h.Spec.Drain = true, tc.drain
+			if got := host(&h); !got.Draining(time.Now()) || got.Drain.Reason != tc.reason {
+				t.Errorf("drain is %+v", got.Drain)
+			}
+		})
+	}
+}

@@ -664,8 +664,8 @@ func TestConfigIsPushed(t *testing.T) {
 	w.fake.EditHost("h1", func(h *model.Host) { h.Drain = &model.Drain{Reason: "why"}; h.Generation++ })
 	holds("the drain", func(c bus.HostConfig) bool { return c.Draining && c.DrainReason == "why" })
 	eventually(t, "the drain's acknowledgement is written", func() bool {
-		s := w.fake.Snapshot().Hosts["h1"].Agent
-		return s != nil && s.DrainAcknowledged
+		h := w.fake.Snapshot().Hosts["h1"]
+		return h.Agent != nil && h.Agent.DrainAcknowledged && h.Agent.AcknowledgedGeneration == h.Generation
 	})
 	w.fake.EditHost("h1", func(h *model.Host) { h.Drain = nil; h.Generation++ })
 	holds("the drain's end", func(c bus.HostConfig) bool { return !c.Draining })

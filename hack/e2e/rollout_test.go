@@ -290,3 +290,33 @@ func drains(t *testing.T, names ...string) {
 		return nil
 	})
 }
+
+// A host too many takes no new session, says so, and goes; the one with a session stays.
+func TestHostPoolScale(t *testing.T) {
+	replicas := func(n int) {
+		if _, err := w.Kubectl(context.WithoutCancel(t.Context()), "", "-n", stage.Namespace, "patch", "hostpool", "linux", "--type=merge", "-p", fmt.Sprintf(`{"spec":{"replicas":%d}}`, n)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Cleanup(func() { replicas(1) })
+	d := showDesktop(t, "linux-desktop", "tsgu", w.podColor)
+	answers(t, d, "alone")
+	replicas(2)
+	if err := eventually(t.Context(), 2*time.Minute, func() error { return w.hostReady(t.Context(), "linux-1") }); err != nil {
+		t.Fatal(err)
+	}
+	replicas(1)
+	if err := eventually(t.Context(), time.Minute, func() error {
+		var sh rdv.SessionHost
+		if err := w.Client.Get(t.Context(), client.ObjectKey{Namespace: stage.Namespace, Name: "linux-1"}, &sh); client.IgnoreNotFound(err) != nil || err == nil {
+			return fmt.Errorf("linux-1 is still there (%v): %+v, %+v", err, sh.Spec, sh.Status.Agent)
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	answers(t, d, "left")
+	if err := w.hostReady(t.Context(), "linux-0"); err != nil {
+		t.Error(err)
+	}
+}
