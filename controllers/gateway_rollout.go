@@ -106,7 +106,7 @@ func (r *gatewayReconciler) seePods(ctx context.Context, s *gatewayScope, want *
 // inPlace says whether what stands between the Deployment and what is wanted is the gateway container's image alone, so
 // that the pods can stay. So it is, too, while a change in place has begun, whatever image it was for.
 func inPlace(d *appsv1.Deployment, current *appsv1.ReplicaSet, want *appsv1.Deployment) bool {
-	if d == nil || current == nil || d.Status.ObservedGeneration < d.Generation && d.Annotations[render.AnnotationRolling] == "" {
+	if d == nil || current == nil {
 		return false
 	}
 	hash := want.Annotations[render.AnnotationPodHash]
