@@ -8,6 +8,7 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"rendezvous.dev/rendezvous/broker/model"
+	"rendezvous.dev/rendezvous/broker/placement"
 	"rendezvous.dev/rendezvous/wire/bus"
 	"rendezvous.dev/rendezvous/wire/refusal"
 	"rendezvous.dev/rendezvous/wire/trace"
@@ -19,14 +20,22 @@ const startingUp = 5 * time.Minute
 // onEntry answers which gateway is to serve a client that came to one and is told where to go. Nothing is orchestrated: the
 // client comes with the same ticket to the gateway that it is told. But a client that would be refused there is refused
 // here, where it can be shown why.
-func (b *Orchestrator) onEntry(_ context.Context, m *nats.Msg) {
+func (b *Orchestrator) onEntry(ctx context.Context, m *nats.Msg) {
+	b.slots <- struct{}{}
+	go func() {
+		defer func() { <-b.slots }()
+		b.answerEntry(ctx, m)
+	}()
+}
+
+func (b *Orchestrator) answerEntry(ctx context.Context, m *nats.Msg) {
 	var req bus.EntryRequest
 	if !b.decode(m, &req) || !b.repliesTo(m, req.Gateway) {
 		return
 	}
 	begin := b.o.Now()
-	c := &connect{b: b, req: bus.ConnectRequest{ActivityID: req.ActivityID, Ticket: req.Ticket, ClientAddr: req.ClientAddr, Gateway: req.Gateway, Instance: req.Instance}}
-	reply, detail := c.enter()
+	c := &connect{b: b, asked: map[string]uint64{}, req: bus.ConnectRequest{ActivityID: req.ActivityID, Ticket: req.Ticket, ClientAddr: req.ClientAddr, Gateway: req.Gateway, Instance: req.Instance}}
+	reply, detail := c.enter(ctx)
 	result := "elsewhere"
 	event := trace.Event{
 		ActivityID: req.ActivityID, Step: trace.StepDialGateway, Component: "broker/" + b.o.Name, At: begin,
@@ -52,14 +61,14 @@ func (b *Orchestrator) onEntry(_ context.Context, m *nats.Msg) {
 }
 
 // enter authorises, sees whether a host may take the session, and chooses the gateway. detail says what was weighed.
-func (c *connect) enter() (reply bus.EntryReply, detail string) {
+func (c *connect) enter(ctx context.Context) (reply bus.EntryReply, detail string) {
 	refuse := func(err error, retry bool) (bus.EntryReply, string) {
 		return bus.EntryReply{Err: refusal.From(err), Retry: retry}, ""
 	}
 	if err := c.authorise(); err != nil {
 		return refuse(err, false)
 	}
-	_, found, why, err := c.place()
+	found, why, err := c.placeSoon(ctx)
 	switch {
 	case err != nil:
 		return refuse(err, false)
@@ -74,6 +83,23 @@ func (c *connect) enter() (reply bus.EntryReply, detail string) {
 	}
 	return bus.EntryReply{Gateway: g.Name, Hostname: g.Hostname, Port: g.Port, Target: c.claims.Target},
 		fmt.Sprintf("entry gateway %s sends the client to %s (%s)", c.req.Gateway, g.Name, weighed)
+}
+
+// placeSoon says whether some host has a place. As a connect does, it looks again for a moment where all are taken, so that
+// nobody is sent away over a place that has just come free.
+func (c *connect) placeSoon(ctx context.Context) (found bool, why placement.Why, err error) {
+	settled, pause := time.Now().Add(c.b.o.Settle), lookAgain
+	for {
+		_, found, why, err = c.place()
+		if found || err != nil || why.Full() == 0 || ctx.Err() != nil || time.Now().After(settled) {
+			return found, why, err
+		}
+		select {
+		case <-time.After(pause):
+			pause = min(2*pause, longestPause)
+		case <-ctx.Done():
+		}
+	}
 }
 
 // hostOnItsWay says whether a host of the pool that takes no session now is about to: it was heard of a moment ago, its RDP

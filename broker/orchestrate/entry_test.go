@@ -26,14 +26,14 @@ func ask[Reply any](t *testing.T, nc *nats.Conn, subject string, req any) (reply
 	t.Helper()
 	data, err := json.Marshal(req)
 	if err != nil {
-		t.Fatal(err)
+		t.Error(err)
 	}
 	m, err := nc.Request(subject, data, patience)
-	if err != nil {
-		t.Fatal(err)
+	if err == nil {
+		err = json.Unmarshal(m.Data, &reply)
 	}
-	if err := json.Unmarshal(m.Data, &reply); err != nil {
-		t.Fatal(err)
+	if err != nil {
+		t.Error(err)
 	}
 	return reply
 }
@@ -117,6 +117,28 @@ func TestEntry(t *testing.T) {
 	a := w.agent(0, "personal", "booting", 1)
 	a.set(func() { a.ready = false })
 	refused("a host whose desktop is not up", mine, refusal.NoHost, true)
+}
+
+// A place that comes free while the client asks is no reason to send it away.
+func TestEntryWaitsForAPlace(t *testing.T) {
+	w := newWorld(t, 1)
+	w.brokers[0].o.Settle = patience
+	a := w.agent(0, "pool", "h1", 2)
+	taken := []bus.HostSession{{SessionID: "1", User: "bob", State: bus.SessionActive}, {SessionID: "2", User: "carol", State: bus.SessionActive}}
+	a.set(func() { a.sessions = taken })
+	gw := w.dial(0, identity.Gateway(ns, ws, "gw"))
+	answered := make(chan bus.EntryReply, 1)
+	go func() { answered <- ask[bus.EntryReply](t, gw, bus.SubjectEntry, entry(w, nil)) }()
+	eventually(t, "the client's question is in work", func() bool { return len(w.brokers[0].slots) == 1 })
+	a.set(func() { a.sessions = taken[:1] })
+	if reply := <-answered; reply.Err != nil || reply.Gateway != "gw" {
+		t.Errorf("%+v, %v", reply, reply.Err)
+	}
+	w.brokers[0].o.Settle = time.Millisecond
+	a.set(func() { a.sessions = taken })
+	if reply := ask[bus.EntryReply](t, gw, bus.SubjectEntry, entry(w, nil)); reply.Err == nil || reply.Err.Code != refusal.NoHost || reply.Retry {
+		t.Errorf("every place is taken: %+v, %v", reply, reply.Err)
+	}
 }
 
 // TestEntryChoiceProperties holds the choice at an entry gateway against its definition, on random fleets.

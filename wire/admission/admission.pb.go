@@ -259,7 +259,7 @@ type ConnectRequest struct {
 	Instance string `protobuf:"bytes,6,opt,name=instance,proto3" json:"instance,omitempty"`
 	// join_secret is 32 random bytes that the agent must present, once.
 	JoinSecret []byte `protobuf:"bytes,7,opt,name=join_secret,json=joinSecret,proto3" json:"join_secret,omitempty"`
-	// transport is "tsgu-websocket", "tsgu-legacy" or "raw-websocket".
+	// transport is "tsgu-websocket", "tsgu-legacy", "raw-websocket" or "arm-websocket".
 	Transport string `protobuf:"bytes,8,opt,name=transport,proto3" json:"transport,omitempty"`
 	// deadline after which the relay gives up the client leg.
 	Deadline      *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=deadline,proto3" json:"deadline,omitempty"`
