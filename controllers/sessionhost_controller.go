@@ -11,6 +11,7 @@ import (
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/controller"
 	"sigs.k8s.io/controller-runtime/pkg/handler"
 	"sigs.k8s.io/controller-runtime/pkg/predicate"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
@@ -60,8 +61,12 @@ func (r *sessionHostReconciler) setup(mgr ctrl.Manager) error {
 		Watches(&rdv.HostPool{}, byField(c, indexHostPool, sessionHosts, name), builder.WithPredicates(predicate.GenerationChangedPredicate{})).
 		Watches(&rdv.Workspace{}, hostsOfWorkspace(c, name), builder.WithPredicates(predicate.GenerationChangedPredicate{})).
 		Watches(&corev1.Secret{}, hostsOfWorkspace(c, feedTLSOf), builder.OnlyMetadata).
+		WithOptions(controller.Options{MaxConcurrentReconciles: maxConcurrentHosts}).
 		Complete(r)
 }
+
+// maxConcurrentHosts is more than of other kinds: hosts are many, and a pass over one mostly waits for the API server.
+const maxConcurrentHosts = 16
 
 // hostsOfWorkspace wakes the SessionHosts of all pools of the Workspace that workspace finds in a changed object.
 func hostsOfWorkspace(c client.Reader, workspace func(client.Object) string) handler.EventHandler {

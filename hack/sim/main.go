@@ -52,6 +52,7 @@ func command(ctx context.Context, args []string, out io.Writer) error {
 		fs.IntVar(&o.Pools, "pools", 20, "pools that they are in, each of at most 1000")
 		fs.DurationVar(&o.Quiet, "quiet", time.Minute, "for how long writes are counted once all is done")
 		fs.DurationVar(&o.Patience, "patience", 20*time.Minute, "bound of each phase")
+		fs.StringVar(&o.Plot, "plot", "operator.svg", "file for the plot of how the hosts came; none where empty")
 		if err := fs.Parse(args); err != nil {
 			return err
 		}

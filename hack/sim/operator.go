@@ -54,6 +54,8 @@ type operatorOptions struct {
 	// Quiet is how long writes are counted once nothing is left to do; every object is looked at again in that time.
 	Quiet    time.Duration
 	Patience time.Duration
+	// Plot is a file for the curve of hosts that take sessions; none where empty.
+	Plot string
 }
 
 // runOperator starts a kube-apiserver, the operator on it, and what stands for cert-manager and for agents with their
@@ -96,8 +98,11 @@ func runOperator(ctx context.Context, o operatorOptions, out io.Writer) error {
 
 	t := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	defer t.Flush()
+	var facts []string
 	row := func(what, format string, args ...any) {
-		fmt.Fprintf(t, "%s\t%s\n", what, fmt.Sprintf(format, args...))
+		value := fmt.Sprintf(format, args...)
+		facts = append(facts, what+": "+value)
+		fmt.Fprintf(t, "%s\t%s\n", what, value)
 		t.Flush()
 	}
 	empty, err := operator.stats()
@@ -109,7 +114,8 @@ func runOperator(ctx context.Context, o operatorOptions, out io.Writer) error {
 	if err := world.declare(ctx, o); err != nil {
 		return err
 	}
-	if err := world.ready(ctx, o); err != nil {
+	came, err := world.ready(ctx, o, begin)
+	if err != nil {
 		return err
 	}
 	took := time.Since(begin)
@@ -142,6 +148,12 @@ func runOperator(ctx context.Context, o operatorOptions, out io.Writer) error {
 	row(fmt.Sprintf("in the next %s: looks at an object", o.Quiet), "%d, with %d heartbeats noted by brokers", after.Reconciles-full.Reconciles, beats)
 	row("writes of the operator in that time", "%d", after.Writes-full.Writes)
 	row("CPU of the operator in that time", "%.1f%% of one core", 100*(after.CPU-full.CPU).Seconds()/time.Since(quiet).Seconds())
+	if o.Plot != "" {
+		picture := plot(facts[0]+", by whether they take sessions", o.Hosts, 0, []curve{{facts[1], "#1f5fbf", came}}, facts[2:])
+		if err := os.WriteFile(o.Plot, picture, 0o644); err != nil {
+			return err
+		}
+	}
 	if n := after.Writes - full.Writes; n > 0 {
 		return fmt.Errorf("the operator wrote %d times though nothing was to be done:\n%s", n, strings.Join(after.Last, "\n"))
 	}
@@ -305,15 +317,15 @@ func (c *cloud) declare(ctx context.Context, o operatorOptions) error {
 	return nil
 }
 
-// ready waits until every pool says that all its hosts take sessions.
-func (c *cloud) ready(ctx context.Context, o operatorOptions) error {
+// ready waits until the pools say that all hosts take sessions, and gives how many did when.
+func (c *cloud) ready(ctx context.Context, o operatorOptions, begin time.Time) (came []point, err error) {
 	for deadline := time.Now().Add(o.Patience); ; time.Sleep(500 * time.Millisecond) {
 		if err := c.failed.Load(); err != nil {
-			return *err
+			return nil, *err
 		}
 		var pools rdv.HostPoolList
 		if err := c.api.List(ctx, &pools, client.InNamespace(simNamespace)); err != nil {
-			return err
+			return nil, err
 		}
 		ready, said := 0, ""
 		for _, p := range pools.Items {
@@ -322,11 +334,12 @@ func (c *cloud) ready(ctx context.Context, o operatorOptions) error {
 				said = cond.Message
 			}
 		}
+		came = append(came, point{time.Since(begin), ready})
 		if ready == o.Hosts/o.Pools*o.Pools {
-			return nil
+			return came, nil
 		}
 		if time.Now().After(deadline) {
-			return fmt.Errorf("%d of %d hosts take sessions after %s: %s", ready, o.Hosts, o.Patience, said)
+			return nil, fmt.Errorf("%d of %d hosts take sessions after %s: %s", ready, o.Hosts, o.Patience, said)
 		}
 	}
 }
