@@ -161,12 +161,7 @@ func (c *connect) run(ctx context.Context) (string, error) {
 
 // refusedAsFull says whether a host that was asked may have a place by now.
 func (c *connect) refusedAsFull() bool {
-	for _, after := range c.asked {
-		if after > 0 {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(c.tries, func(t try) bool { return t.err.Code == refusal.HostFull })
 }
 
 // try asks a host, after it was given to the user where need be, and says whether it takes the session.
@@ -180,8 +175,8 @@ func (c *connect) try(ctx context.Context, cand placement.Candidate) bool {
 	if refused == nil {
 		return mine
 	}
-	if refused.Code == refusal.HostFull {
-		c.asked[cand.Host] = after // a later report may tell of a free place
+	if refused.Code == refusal.HostFull || refused.Code == refusal.HostTimeout {
+		c.asked[cand.Host] = after // a later report may tell of a free place, or that the host is there again
 	}
 	c.tries = append(c.tries, try{cand.Host, refused})
 	return false
@@ -286,8 +281,8 @@ func (c *connect) request(ctx context.Context, k hostKey) (refused *refusal.Erro
 	defer cancel()
 	m, err := c.b.o.Conn.RequestWithContext(ctx, bus.HostConnectSubject(k.pool, k.host), data)
 	switch {
-	case errors.Is(err, nats.ErrNoResponders):
-		return refusal.New(refusal.HostTimeout, "Host %s is not connected to the broker.", k.host), 0
+	case errors.Is(err, nats.ErrNoResponders): // its broker was lost, say: it may be asked again once it is heard again
+		return refusal.New(refusal.HostTimeout, "Host %s is not connected to the broker.", k.host), c.b.live.missed(k)
 	case err != nil && ctx.Err() != nil:
 		return refusal.New(refusal.HostTimeout, "Host %s did not answer within %v.", k.host, c.pool.ConnectTimeout), 0
 	case err != nil:

@@ -19,7 +19,8 @@ const (
 	subjectHello = "rdv.hello"
 	subjectHosts = "rdv.hosts" // and a broker's name: for that one alone
 	helloEvery   = time.Second
-	// estranged is after which silence a broker is met anew: its routes were down, and reports were missed.
+	// estranged is after which silence a broker counts as gone, with the connections to it. When it is heard again, it is
+	// met anew: reports were missed.
 	estranged = 3 * helloEvery
 	// hostsPerMessage keeps a message well below the bus's bound: a report is some 300 bytes, and more with sessions.
 	hostsPerMessage = 200
@@ -59,15 +60,32 @@ func (p *peers) meet(h helloMessage, now time.Time) bool {
 	defer p.mu.Unlock()
 	last, known := p.met[h.Broker]
 	p.met[h.Broker] = peer{h.Boot, now}
-	return !known || !last.boot.Equal(h.Boot) || now.Sub(last.heard) > estranged
+	return !known || !last.boot.Equal(h.Boot)
 }
 
-// sayHello tells the others, again and again, that this broker is there.
+// lost gives the brokers that were not heard for too long, once.
+func (p *peers) lost(now time.Time) (names []string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for name, last := range p.met {
+		if now.Sub(last.heard) > estranged {
+			names = append(names, name)
+			delete(p.met, name)
+		}
+	}
+	return names
+}
+
+// sayHello tells the others, again and again, that this broker is there, and sees who is not any more.
 func (b *Orchestrator) sayHello(ctx context.Context) {
 	tick := time.NewTicker(helloEvery)
 	defer tick.Stop()
 	for {
 		b.publish(subjectHello, helloMessage{b.o.Name, b.started})
+		for _, name := range b.peers.lost(b.o.Now()) {
+			b.o.Log.Info("lost a broker", "broker", name)
+			b.live.without(name)
+		}
 		select {
 		case <-ctx.Done():
 			return

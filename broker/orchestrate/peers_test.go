@@ -39,17 +39,60 @@ func TestMeet(t *testing.T) {
 		what   string
 		after  time.Duration
 		boot   int64
+		lost   int
 		answer bool
 	}{
-		{"never met", 0, 1, true},
-		{"again", helloEvery, 1, false},
-		{"started anew", helloEvery, 2, true},
-		{"after a silence", estranged + helloEvery, 2, true},
+		{"never met", 0, 1, 0, true},
+		{"again", helloEvery, 1, 0, false},
+		{"started anew", helloEvery, 2, 0, true},
+		{"after a silence", estranged + helloEvery, 2, 1, true},
+		{"again after that", helloEvery, 2, 0, false},
 	} {
 		now = now.Add(step.after)
+		if lost := p.lost(now); len(lost) != step.lost {
+			t.Errorf("%s: lost %q, want %d", step.what, lost, step.lost)
+		}
 		if got := p.meet(helloMessage{Broker: "b", Boot: time.Unix(step.boot, 0)}, now); got != step.answer {
 			t.Errorf("%s: answer=%t, want %t", step.what, got, step.answer)
 		}
+	}
+}
+
+// Hosts on a broker that is gone are on their way to another: they are not asked, and are waited for.
+func TestWithout(t *testing.T) {
+	now := time.Unix(1000, 0)
+	r := newRegistry(func() time.Time { return now })
+	on := func(host, conn string) hostKey {
+		k := hostKey{"p", host}
+		r.presence(k, conn, false, true)
+		r.report(k, bus.HostReport{Boot: "1", Sequence: 1, ConfigGeneration: 1})
+		return k
+	}
+	stays, goes := on("stays", "b-1/7"), on("goes", "b/7")
+	now = now.Add(returning - time.Second) // the last report is old news by now
+	r.without("b")
+	for _, want := range []struct {
+		k                    hostKey
+		connected, mayReturn bool
+	}{{stays, true, false}, {goes, false, true}} {
+		_, connected := r.live(want.k, time.Minute)
+		if mayReturn := r.mayReturn(want.k, false); connected != want.connected || mayReturn != want.mayReturn {
+			t.Errorf("%s: connected=%t mayReturn=%t", want.k.host, connected, mayReturn)
+		}
+	}
+	now = now.Add(2 * time.Second)
+	if !r.mayReturn(goes, false) {
+		t.Error("it is given up two seconds after its broker went")
+	}
+	if sequence := r.missed(stays); sequence != 1 {
+		t.Errorf("missed after report %d, want 1", sequence)
+	}
+	if _, connected := r.live(stays, time.Minute); connected || !r.mayReturn(stays, false) {
+		t.Error("a host that nobody answers for still counts as connected, or is not waited for")
+	}
+	r.report(stays, bus.HostReport{Boot: "1", Sequence: 2, ConfigGeneration: 1})
+	if h, connected := r.live(stays, time.Minute); !connected || h.conn != "b-1/7" {
+		t.Errorf("a host that is heard again: connected=%t by %q", connected, h.conn)
 	}
 }
 

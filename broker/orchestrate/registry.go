@@ -4,6 +4,7 @@ import (
 	"iter"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -157,8 +158,34 @@ func (r *registry) mayReturn(k hostKey, young bool) bool {
 	if h == nil || h.at.IsZero() {
 		return young
 	}
-	coming := h.gone || h.report.ConfigGeneration == 0
-	return coming && !h.report.Leaving && r.now().Sub(h.at) < returning
+	coming, since := h.report.ConfigGeneration == 0, h.at
+	if h.gone {
+		coming, since = true, h.lost
+	}
+	return coming && !h.report.Leaving && r.now().Sub(since) < returning
+}
+
+// missed notes that a host's agent is nowhere to be asked, and gives the sequence of its last report: the next says that
+// it is back.
+func (r *registry) missed(k hostKey) (sequence uint64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	h := r.host(k)
+	if !h.gone { // its connection may be there, and yet to subscribe
+		h.gone, h.lost = true, r.now()
+	}
+	return h.report.Sequence
+}
+
+// without notes that a broker, and with it every connection to it, is gone.
+func (r *registry) without(broker string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, h := range r.hosts {
+		if name, _, _ := strings.Cut(h.conn, "/"); h.conn != "" && name == broker {
+			h.conn, h.local, h.gone, h.lost = "", false, true, r.now()
+		}
+	}
 }
 
 // best finds the host to ask. asked has those that refused, with the sequence of the report after which to ask again, or

@@ -126,14 +126,18 @@ func Run(ctx context.Context, s *stage.Stage, o Options) (r *Report, err error) 
 	go f.watch(watching)
 	quiet := step{"nothing, to compare with", func(_ *fleet, ctx context.Context) error { return pause(ctx, 8*time.Second) }}
 	for _, st := range append([]step{quiet}, chosen...) {
-		row, err := f.take(ctx, st)
+		var row Row
+		row, err = f.take(ctx, st)
 		r.Rows = append(r.Rows, row)
 		o.Say("%s", row)
 		if err != nil {
-			return r, err
+			break
 		}
 	}
 	r.finish(f)
+	if err != nil {
+		return r, err
+	}
 	if r.Dropped > 0 || r.Wrong > 0 {
 		return r, fmt.Errorf("fleet: %d sessions dropped, %d with wrong bytes: %v", r.Dropped, r.Wrong, r.Faults)
 	}

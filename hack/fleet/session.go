@@ -60,20 +60,25 @@ func (f *fleet) users(prefix string, n int) ([]user, error) {
 	return all, nil
 }
 
-// connectAll opens a session for each user.
+// connectAll opens a session for each user. Who does not get in tries again a second later, as people do, and is counted;
+// who does not within patience fails the run.
 func (f *fleet) connectAll(ctx context.Context, users []user) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(atOnce)
 	for _, u := range users {
 		g.Go(func() error {
-			began := time.Now()
-			s, err := f.connect(ctx, u)
-			f.tally.connected(time.Since(began), err)
-			if err != nil {
-				return fmt.Errorf("fleet: %s can't connect: %w", u.name, err)
+			for first := time.Now(); ; {
+				began := time.Now()
+				s, err := f.connect(ctx, u)
+				f.tally.connected(time.Since(began), err)
+				if err == nil {
+					f.keep(s)
+					return nil
+				}
+				if time.Since(first) > patience || pause(ctx, time.Second) != nil {
+					return fmt.Errorf("fleet: %s can't connect: %w", u.name, err)
+				}
 			}
-			f.keep(s)
-			return nil
 		})
 	}
 	return g.Wait()
