@@ -114,7 +114,8 @@ func Switched(c *tls.Conn) (rest []byte, activity string, err error) {
 		buf = buf[:len(buf)+n]
 		if head, rest, ok := bytes.Cut(buf, []byte("\r\n\r\n")); ok {
 			if !bytes.HasPrefix(head, []byte("HTTP/1.1 101 ")) {
-				return nil, "", fmt.Errorf("refused: %s", bytes.TrimSpace(buf))
+				status, _, _ := bytes.Cut(head, []byte("\r\n")) // ours say why in it
+				return nil, "", fmt.Errorf("refused: %s", status)
 			}
 			for line := range strings.Lines(string(head)) {
 				if name, value, _ := strings.Cut(line, ":"); strings.EqualFold(name, brokerapi.HeaderActivity) {
