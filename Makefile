@@ -55,8 +55,14 @@ e2e: ## The end-to-end tests, on the embedded cluster
 	go -C hack test ./e2e -count=1 -timeout 45m -v
 
 .PHONY: bench
-bench: ## Measure the relay beside HAProxy, nginx, stunnel and a naive proxy: a table, the goals, hack/bench/bench.svg
-	go -C hack/bench run .
+bench: ## Measure the relay beside HAProxy, nginx, stunnel and a naive proxy, and the fleet by simulation; all in bin/bench/
+	$(CLUSTER) assets $(ASSETS)
+	mkdir -p bin/bench
+	{ go -C hack/bench run . -out $(CURDIR)/bin/bench; \
+	  go -C hack/sim run .; \
+	  go -C hack/sim run . agents -plot $(CURDIR)/bin/bench/agents.svg; \
+	  KUBEBUILDER_ASSETS=$(ASSETS) go -C hack/sim run . operator -plot $(CURDIR)/bin/bench/operator.svg; \
+	} | tee bin/bench/report.txt
 
 .PHONY: fleet
 fleet: ## 200 live sessions while everything is rolled, scaled, renewed and killed: a table, bin/fleet.svg
