@@ -79,7 +79,9 @@ func (r *gatewayReconciler) seePods(ctx context.Context, s *gatewayScope, want *
 	}
 	sessions := map[string]int32{}
 	for _, i := range gw.Status.Instances {
-		sessions[i.Name] += i.Sessions
+		if slices.Contains(gw.Status.Workspaces, i.Workspace) { // what one that left wrote last is still there
+			sessions[i.Name] += i.Sessions
+		}
 	}
 	asWanted := seen.current != nil && seen.current.Annotations[render.AnnotationPodHash] == want.Annotations[render.AnnotationPodHash] &&
 		(seen.rolling || seen.current.Annotations[render.AnnotationGatewayImage] == seen.image)

@@ -163,6 +163,9 @@ func gateway(g *v1alpha1.Gateway) *model.Gateway {
 		m.Port = *g.Spec.Port
 	}
 	for _, i := range g.Status.Instances {
+		if !slices.Contains(g.Status.Workspaces, i.Workspace) {
+			continue // it left, and nobody clears up after it
+		}
 		m.Instances = append(m.Instances, model.GatewayInstance{Name: i.Name, Workspace: i.Workspace, Sessions: i.Sessions, Draining: i.Draining})
 	}
 	for _, c := range g.Status.Conditions {

@@ -2,6 +2,7 @@ package inventory
 
 import (
 	"reflect"
+	"slices"
 	"testing"
 	"time"
 
@@ -83,7 +84,8 @@ func TestEverythingSet(t *testing.T) {
 	h.Status.Enrolment = &v1alpha1.Enrolment{TokenHash: "used", Time: at}
 	h.Status.Agent = &v1alpha1.AgentStatus{Connected: true, Version: "v1", Sessions: 2}
 	g := v1alpha1.Gateway{ObjectMeta: meta("gw"), Spec: v1alpha1.GatewaySpec{Hostname: "g", Port: new(int32(8443)), Region: "eu"}}
-	g.Status.CABundle = "PEM"
+	g.Status.CABundle, g.Status.Workspaces = "PEM", []string{"ws", "other"}
+	g.Status.Instances = []v1alpha1.GatewayInstance{{Name: "1", Workspace: "ws", Sessions: 2}, {Name: "1", Workspace: "other", Sessions: 3, Draining: true}, {Name: "1", Workspace: "left", Sessions: 4}}
 	g.Status.Conditions = []metav1.Condition{{Type: v1alpha1.ConditionReady, Status: metav1.ConditionTrue}}
 
 	s := snapshot(objects{workspace: ws, pools: []v1alpha1.HostPool{p, auto}, hosts: []v1alpha1.SessionHost{h}, gateways: []v1alpha1.Gateway{g}})
@@ -105,7 +107,8 @@ func TestEverythingSet(t *testing.T) {
 	if h := s.Hosts["h"]; h.AssignedUser != "alice" || h.Drain.Reason != "why" || !h.Drain.Until.Equal(at.Time) || h.EnrolledWith != "used" || !h.EnrolledAt.Equal(at.Time) || h.Generation != 4 || h.Agent.Version != "v1" {
 		t.Errorf("host %+v", h)
 	}
-	if g := s.Gateways[0]; !g.Ready || g.Port != 8443 || g.Region != "eu" || g.CABundle != "PEM" {
+	instances := []model.GatewayInstance{{Name: "1", Workspace: "ws", Sessions: 2}, {Name: "1", Workspace: "other", Sessions: 3, Draining: true}}
+	if g := s.Gateways[0]; !slices.Equal(g.Instances, instances) || !g.Shared || !g.Ready || g.Port != 8443 || g.Region != "eu" || g.CABundle != "PEM" {
 		t.Errorf("gateway %+v", g)
 	}
 }
