@@ -80,7 +80,7 @@ func TestSessionsSurvive(t *testing.T) {
 				t.Error(err)
 			}
 		}
-		patch(fmt.Sprintf("%dm", 11+time.Now().Unix()%80))
+		patch(fmt.Sprintf("%dm", 11+time.Now().UnixMilli()%500)) // likely another than an earlier run left
 		if err := eventually(t.Context(), time.Minute, func() error {
 			if now := gatewayPod(t); now.UID == old.UID {
 				return errors.New("no new gateway pod is ready")
