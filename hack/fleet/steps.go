@@ -324,7 +324,7 @@ func (f *fleet) renewCertificates(ctx context.Context) error {
 		}
 		for i, c := range now.Items {
 			if c.Status.Revision <= before.Items[i].Status.Revision {
-				return fmt.Errorf("Certificate %s is still revision %d", c.Metadata.Name, c.Status.Revision)
+				return fmt.Errorf("certificate %s is still revision %d", c.Metadata.Name, c.Status.Revision)
 			}
 		}
 		return nil
