@@ -245,7 +245,7 @@ func (r *hostPoolReconciler) seeHost(s *hostPoolScope, host *rdv.SessionHost) pl
 	if drained := drain != nil && (drain.Until == nil || r.now().Before(drain.Until.Time)); seen.Serving && !drained {
 		seen.Free, seen.Places = placesOf(&s.pool.Spec, host)
 	}
-	if s.pool.Spec.Autoscaling != nil && !seen.Serving {
+	if s.pool.Spec.Autoscaling != nil && !seen.Serving && !seen.Assigned {
 		left := hostPatience
 		if ready := meta.FindStatusCondition(host.Status.Conditions, rdv.ConditionReady); ready != nil {
 			left -= r.now().Sub(ready.LastTransitionTime.Time)

@@ -19,7 +19,7 @@ type Host struct {
 	Retiring, Drained bool
 	// Free and Places are how many sessions more, and in all, the host would take if it were not retiring.
 	Free, Places int32
-	// Coming says that the host does not serve yet, but that it is too early to give it up.
+	// Coming says that the host does not serve yet, but that it is too early to give it up. A user's own brings no place.
 	Coming bool
 }
 
