@@ -131,9 +131,11 @@ type Registration struct {
 
 // Host is one session host as declared, and what its status says.
 type Host struct {
-	Name, Pool   string
-	Generation   int64
-	Created      time.Time
+	Name, Pool string
+	Generation int64
+	Created    time.Time
+	// Pod says that the operator made it from its pool's template, and sees to it that it runs.
+	Pod          bool
 	AssignedUser string
 	Drain        *Drain
 	Registration Registration

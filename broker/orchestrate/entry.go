@@ -3,6 +3,7 @@ package orchestrate
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -14,7 +15,7 @@ import (
 	"rendezvous.dev/rendezvous/wire/trace"
 )
 
-// startingUp is how long after its SessionHost was made a host that nobody has heard of yet counts as on its way.
+// startingUp is how long after the last sign of it a pod that is not connected counts as on its way.
 const startingUp = 5 * time.Minute
 
 // onEntry answers which gateway is to serve a client that came to one and is told where to go. Nothing is orchestrated: the
@@ -103,7 +104,7 @@ func (c *connect) placeSoon(ctx context.Context) (found bool, why placement.Why,
 }
 
 // hostOnItsWay says whether a host of the pool that takes no session now is about to: it was heard of a moment ago, its RDP
-// server is not up yet, or it has only just been made.
+// server is not up yet, or it is a pod that was just made, or is being made anew.
 func (b *Orchestrator) hostOnItsWay(pool string) bool {
 	if b.hostMayReturn(pool) {
 		return true
@@ -112,13 +113,18 @@ func (b *Orchestrator) hostOnItsWay(pool string) bool {
 	snap := b.o.Source.Snapshot()
 	for _, h := range b.poolHosts(snap, pool) {
 		live, connected := b.live.live(hostKey{pool, h.Name}, snap.Pools[pool].HeartbeatTimeout)
-		if connected && !live.report.RDPReady || !connected && madeJustNow(h.Host, now) {
+		if connected && !live.report.RDPReady || !connected && h.Pod && now.Sub(lastSign(h.Host, live.at)) < startingUp {
 			return true
 		}
 	}
 	return false
 }
 
-func madeJustNow(h *model.Host, now time.Time) bool {
-	return h.Agent == nil && !h.Created.IsZero() && now.Sub(h.Created) < startingUp
+// lastSign is when a host was last heard of, by this broker or the one that wrote its status, or declared.
+func lastSign(h *model.Host, heard time.Time) time.Time {
+	signs := []time.Time{h.Created, h.EnrolledAt, heard}
+	if h.Agent != nil {
+		signs = append(signs, h.Agent.LastHeartbeat)
+	}
+	return slices.MaxFunc(signs, time.Time.Compare)
 }

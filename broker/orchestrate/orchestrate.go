@@ -229,6 +229,7 @@ func (b *Orchestrator) onReport(_ context.Context, m *nats.Msg) {
 		return
 	}
 	k := hostKey{parts[2], parts[3]}
+	rep.Pool, rep.Host = k.pool, k.host // other brokers are told by these whose report it is
 	if !b.live.report(k, rep) {
 		return
 	}

@@ -13,6 +13,7 @@ import (
 func TestBrokersThatMeetIntroduceTheirHosts(t *testing.T) {
 	w := newWorld(t, 2)
 	w.agent(0, "pool", "h1", 2)
+	eventually(t, "the broker knows that the agent is its own", func() bool { _, local, _ := w.brokers[0].Counts(); return local == 1 })
 	nc, err := w.servers[1].Connect()
 	if err != nil {
 		t.Fatal(err)

@@ -211,7 +211,7 @@ func showDesktop(t *testing.T, resource, mode string, want color.RGBA, freerdp .
 }
 
 func TestDesktop(t *testing.T) {
-	for _, mode := range []string{"tsgu", "raw"} {
+	for _, mode := range []string{"tsgu", "raw", "arm"} {
 		t.Run("pod/"+mode, func(t *testing.T) {
 			d := showDesktop(t, "linux-desktop", mode, w.podColor)
 			assertTimeline(t, d.ActivityID)

@@ -297,6 +297,39 @@ func TestClientIsToldWhy(t *testing.T) {
 		t.Errorf("the timeline does not say why (%v):\n%s", err, explain)
 	}
 	connectRefused(t, ticketOf(t, "linux-desktop"), refusal.NoHost, "kernel update")
+
+	// In the ARM form FreeRDP shows the reason itself.
+	if d, err = w.alice.Connect(t.Context(), "linux-desktop", "arm"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(d.Stop)
+	if code, err := d.ExitCode(ctx); err != nil || code == 0 || !strings.Contains(d.Output(), "kernel update") || !strings.Contains(d.Output(), "activity "+d.ActivityID+")") {
+		t.Errorf("the client ended with %d, %v, and says:\n%s", code, err, tail(d.Output(), 20))
+	}
+}
+
+// A host that is on its way is waited for: FreeRDP's ARM form asks again by itself, and shows what for.
+func TestClientWaitsForAHost(t *testing.T) {
+	var host rdv.SessionHost
+	key := client.ObjectKey{Namespace: stage.Namespace, Name: "linux-0"}
+	if _, err := w.Kubectl(t.Context(), "", "-n", stage.Namespace, "delete", "pod", "linux-0", "--grace-period=5"); err != nil {
+		t.Fatal(err)
+	}
+	if err := eventually(t.Context(), time.Minute, func() error {
+		if err := w.Client.Get(t.Context(), key, &host); err != nil {
+			return err
+		}
+		if host.Status.Agent == nil || host.Status.Agent.Connected {
+			return errors.New("linux-0 is still connected")
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	d := showDesktop(t, "linux-desktop", "arm", w.podColor)
+	if !strings.Contains(d.Output(), "A host of pool linux is starting") {
+		t.Errorf("the client did not say what it waits for; the pod was back before it asked?\n%s", tail(d.Output(), 30))
+	}
 }
 
 // probeHost is a session host that the test plays itself, to misbehave.

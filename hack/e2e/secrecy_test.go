@@ -33,7 +33,7 @@ import (
 // same capture shows it, so this test can fail.
 func TestRelayReadsNothing(t *testing.T) {
 	enrolMachine(t)
-	for _, mode := range []string{"tsgu", "raw"} {
+	for _, mode := range []string{"tsgu", "raw", "arm"} {
 		t.Run(mode, func(t *testing.T) {
 			canary := randomWord(14)
 			inner, stopInner := capture(t, w.machine.Net.Name, "lo", "tcp port 3389")
