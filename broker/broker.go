@@ -71,6 +71,9 @@ type Options struct {
 	MetricsAddr string
 	Inventory   Inventory
 	Log         *slog.Logger
+	// Linger is for how long a broker that is told to stop goes on serving, without being ready: clients are sent here
+	// until everybody has heard that it is leaving.
+	Linger time.Duration
 	// Started is told the addresses once all listeners are up. May be nil.
 	Started func(Addresses)
 }
@@ -190,6 +193,10 @@ func Run(ctx context.Context, o Options) error {
 		select {
 		case <-ctx.Done():
 			log.Info("stopping")
+			select {
+			case <-time.After(o.Linger):
+			case <-workCtx.Done():
+			}
 		case <-workCtx.Done():
 		}
 		stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownTimeout)

@@ -60,6 +60,9 @@ type Options struct {
 	Patience time.Duration
 	// Refresh is how often certificates and ticket keys are looked at. 10 s when 0.
 	Refresh time.Duration
+	// Linger is for how long a gateway that is told to stop goes on admitting: clients are sent to this pod until
+	// everybody has heard that it is leaving.
+	Linger time.Duration
 }
 
 // Gateway is the admission server.
@@ -76,6 +79,7 @@ type Gateway struct {
 	reportEvery time.Duration
 	patience    time.Duration
 	refresh     time.Duration
+	linger      time.Duration
 
 	measureEvery time.Duration
 	ping         func(ctx context.Context, peer bus.GatewayAddress) (time.Duration, error)
@@ -131,7 +135,7 @@ func New(o Options) (*Gateway, error) {
 	return &Gateway{
 		instance: o.Instance, dir: o.WorkspacesDir, log: o.Log, metrics: o.Metrics, lookup: o.Lookup, peerPort: o.PeerPort,
 		reportEvery: o.ReportEvery, patience: o.Patience, refresh: o.Refresh, config: o.Config,
-		measureEvery: o.MeasureEvery, ping: o.Ping,
+		measureEvery: o.MeasureEvery, ping: o.Ping, linger: o.Linger,
 		changed: make(chan struct{}, 1), stopping: make(chan struct{}),
 		workspaces: map[string]*workspace{}, live: map[string]*admission.Session{},
 	}, nil
@@ -190,6 +194,7 @@ func (g *Gateway) Run(ctx context.Context, l net.Listener) error {
 	stop()
 	reporting.Wait() // the next report is the last
 	g.leave()
+	time.Sleep(g.linger)
 	close(g.stopping)
 	forced := time.AfterFunc(5*time.Second, srv.Stop)
 	defer forced.Stop()

@@ -64,7 +64,7 @@ func run() error {
 		Config: cfg, ConfigDir: filepath.Dir(*file),
 		TLSDir: config.TLSDir, BusDir: config.BusDir, TicketsDir: config.TicketsDir, SigningDir: config.SigningDir,
 		Name: name, PodIP: os.Getenv("POD_IP"), Host: listenHost(os.Getenv("POD_IP")),
-		MetricsAddr: *metricsAddr, Inventory: inv, Log: log,
+		MetricsAddr: *metricsAddr, Inventory: inv, Log: log, Linger: config.Linger,
 	})
 }
 

@@ -59,7 +59,7 @@ func run() error {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	g, err := gateway.New(gateway.Options{Config: cfg, Instance: admission.InstanceName(addr), WorkspacesDir: *dir, Log: log,
-		Metrics: gateway.NewMetrics(registry), PeerPort: uint16(*peerPort)})
+		Metrics: gateway.NewMetrics(registry), PeerPort: uint16(*peerPort), Linger: config.Linger})
 	if err != nil {
 		return err
 	}

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"strings"
 	"testing"
 
 	"rendezvous.dev/rendezvous/hack/fleet"
@@ -19,6 +20,11 @@ func TestFleet(t *testing.T) {
 		return
 	}
 	t.Logf("\n%s", r.Markdown())
+	for _, row := range r.Rows {
+		if row.Failed > 0 && !strings.HasPrefix(row.Step, "kill") {
+			t.Errorf("%s: %d new connects did not get in at the first try: %q", row.Step, row.Failed, r.Faults)
+		}
+	}
 	if r.Checked < 1<<20 {
 		t.Errorf("only %d bytes were checked", r.Checked)
 	}

@@ -197,17 +197,17 @@ func (f *fleet) kill(ctx context.Context, program string, n int, label, value, c
 	if err != nil {
 		return err
 	}
-	pids := processes(program)
-	if len(pids) == 0 {
-		return fmt.Errorf("no process runs %s in %s", program, Namespace)
-	}
 	pods, _, err := f.pods(ctx, label, value)
 	if err != nil {
 		return err
 	}
-	// Pods that are on their way out lose theirs too, but nobody starts those again.
-	want := before + int32(min(n, len(pods)))
-	for _, pid := range pids[:min(n, len(pids))] {
+	pids := processes(program, pods)
+	if len(pids) == 0 {
+		return fmt.Errorf("no process runs %s in %s", program, Namespace)
+	}
+	pids = pids[:min(n, len(pids))]
+	want := before + int32(len(pids))
+	for _, pid := range pids {
 		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
 			return err
 		}
@@ -221,8 +221,8 @@ func (f *fleet) kill(ctx context.Context, program string, n int, label, value, c
 	})
 }
 
-// processes are those of the fleet's pods whose program is path.
-func processes(path string) (pids []int) {
+// processes are those of pods whose program is path.
+func processes(path string, pods []corev1.Pod) (pids []int) {
 	links, _ := filepath.Glob("/proc/[0-9]*/exe")
 	for _, l := range links {
 		target, err := os.Readlink(l)
@@ -230,7 +230,7 @@ func processes(path string) (pids []int) {
 			continue
 		}
 		environ, _ := os.ReadFile(filepath.Join(filepath.Dir(l), "environ"))
-		if !strings.Contains(string(environ), "POD_NAMESPACE="+Namespace+"\x00") {
+		if !slices.ContainsFunc(pods, func(p corev1.Pod) bool { return strings.Contains(string(environ), "POD_NAME="+p.Name+"\x00") }) {
 			continue
 		}
 		if pid, err := strconv.Atoi(filepath.Base(filepath.Dir(l))); err == nil {

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"time"
 )
 
 // Where the files and sockets stand inside the pods.
@@ -23,6 +24,10 @@ const (
 	AdmissionSocket = AdmissionDir + "/admission.sock"
 	TicketCert      = "ticket.crt"
 )
+
+// Linger is for how long a pod that is told to stop goes on as if it were not: until kube-proxy, DNS and load balancers
+// have heard that it is leaving, clients are sent to it.
+const Linger = 4 * time.Second
 
 // Ports inside the pods.
 const (
