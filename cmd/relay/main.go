@@ -29,6 +29,9 @@ import (
 	"rendezvous.dev/rendezvous/wire/mtls"
 )
 
+// admissionPatience is how long a client waits for a gateway container that is being replaced or has died.
+const admissionPatience = 3 * time.Second
+
 func main() {
 	if err := run(); err != nil {
 		slog.Error("relay stopped", "error", err)
@@ -69,7 +72,7 @@ func run() error {
 	if err != nil {
 		return err
 	}
-	cc, err := admission.Dial(*socket, grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second}, MinConnectTimeout: time.Second}))
+	cc, err := admission.Dial(*socket, admission.Patient(admissionPatience), grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second}, MinConnectTimeout: time.Second}))
 	if err != nil {
 		return err
 	}

@@ -1,9 +1,11 @@
 package admission
 
 import (
+	"context"
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/keepalive"
 )
@@ -21,6 +23,22 @@ func Dial(socket string, opts ...grpc.DialOption) (*grpc.ClientConn, error) {
 		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDisableRetry(), grpc.WithDisableServiceConfig(),
 		grpc.WithStaticStreamWindowSize(window), grpc.WithStaticConnWindowSize(window),
 	}, opts...)...)
+}
+
+// Patient has calls wait, d at most, for a gateway container that is not there, before they fail: one that is replaced in
+// place, or was killed, is back within moments.
+func Patient(d time.Duration) grpc.DialOption {
+	return grpc.WithChainUnaryInterceptor(func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+		wait, cancel := context.WithTimeout(ctx, d)
+		defer cancel()
+		for s := cc.GetState(); s != connectivity.Ready; s = cc.GetState() {
+			cc.Connect()
+			if !cc.WaitForStateChange(wait, s) {
+				break
+			}
+		}
+		return invoke(ctx, method, req, reply, cc, opts...)
+	})
 }
 
 // NewServer makes a server for clients made by Dial.
