@@ -155,6 +155,9 @@ func (a *Applier) Apply(ctx context.Context, owner, want client.Object) error {
 	if err := runtime.DefaultUnstructuredConverter.FromUnstructured(intent.Object, result); err != nil {
 		return fmt.Errorf("read %s as applied: %w", what, err)
 	}
+	if _, err := slimPod(result); err != nil { // as the cache has it
+		return err
+	}
 	a.remember(ownerKey, key, appliedState{hash, versionOf(result)})
 	return nil
 }

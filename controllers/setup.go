@@ -44,11 +44,24 @@ func CacheOptions() cache.Options {
 	return cache.Options{
 		DefaultTransform: cache.TransformStripManagedFields(),
 		ByObject: map[client.Object]cache.ByObject{
-			&corev1.Pod{}:        {Label: ours},
+			&corev1.Pod{}:        {Label: ours, Transform: slimPod},
 			&appsv1.ReplicaSet{}: {Label: ours},
 			&appsv1.Deployment{}: {Label: ours, Transform: asIs}, // HandOverReplicas asks whose its replicas are
 		},
 	}
+}
+
+// slimPod leaves of a pod what the operator looks at: thousands of them are most of its memory otherwise.
+func slimPod(obj any) (any, error) {
+	if pod, ok := obj.(*corev1.Pod); ok {
+		pod.ManagedFields = nil
+		containers := pod.Spec.Containers
+		pod.Spec = corev1.PodSpec{}
+		for _, c := range containers {
+			pod.Spec.Containers = append(pod.Spec.Containers, corev1.Container{Name: c.Name, Image: c.Image})
+		}
+	}
+	return obj, nil
 }
 
 // Options of the operator.
