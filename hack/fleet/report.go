@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"fmt"
 	"html"
+	"os"
 	"runtime"
 	"slices"
 	"strings"
@@ -43,8 +44,25 @@ type Row struct {
 }
 
 func newReport(o Options) *Report {
-	return &Report{Machine: fmt.Sprintf("%d CPUs, %s", runtime.NumCPU(), runtime.Version()), Began: time.Now(),
+	return &Report{Machine: machine(), Began: time.Now(),
 		Sessions: o.Sessions, Hosts: o.Hosts, Gateways: o.Gateways, Brokers: o.Brokers}
+}
+
+// machine describes what the run runs on.
+func machine() string {
+	first := func(file, key string) string {
+		text, _ := os.ReadFile(file)
+		for line := range strings.Lines(string(text)) {
+			if name, value, _ := strings.Cut(line, ":"); strings.TrimSpace(name) == key {
+				return strings.TrimSpace(value)
+			}
+		}
+		return "unknown"
+	}
+	load, _ := os.ReadFile("/proc/loadavg")
+	ran, _, _ := strings.Cut(string(load), " ")
+	return fmt.Sprintf("%d CPUs (%s), %s of memory, %s, load average %s when it began", runtime.NumCPU(), first("/proc/cpuinfo", "model name"),
+		first("/proc/meminfo", "MemTotal"), runtime.Version(), ran)
 }
 
 func (r *Row) fill(t row, ended float64, checked uint64) {
@@ -137,8 +155,8 @@ func (r *Report) Plot() []byte {
 	for n, p := range panels {
 		base := float64(top + n*(panel+gap) + panel)
 		highest := max(slices.MaxFunc(append(p.values, 0), cmp.Compare), 0.001)
-		fmt.Fprintf(&b, `<text x="%d" y="%.0f" font-weight="bold">%s</text><text x="%d" y="%.0f" text-anchor="end">%.3g</text><text x="%d" y="%.0f" text-anchor="end">0</text><polyline fill="none" stroke="%s" stroke-width="1.5" points="`,
-			left, base+16, p.title, left-5, base-panel+24, highest, left-5, base, p.colour)
+		fmt.Fprintf(&b, `<text x="%d" y="%.0f" font-weight="bold">%s</text><text x="%d" y="%.0f" text-anchor="end">%.2g</text><text x="%d" y="%.0f" text-anchor="end">0</text><polyline fill="none" stroke="%s" stroke-width="1.5" points="`,
+			left+14, base-panel+14, p.title, left-5, base-panel+24, highest, left-5, base, p.colour)
 		for i, v := range p.values {
 			fmt.Fprintf(&b, "%.1f,%.1f ", x(float64(i)+0.5), base-v/highest*(panel-20))
 		}
