@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net/http"
 	"os"
 	"os/exec"
@@ -129,22 +130,16 @@ func runOperator(ctx context.Context, o operatorOptions, out io.Writer) error {
 	row("memory of the operator", "%.0f MiB resident, %.1f KiB of heap per host (%.0f MiB resident without any)",
 		float64(full.Resident)/(1<<20), float64(full.Heap-empty.Heap)/float64(o.Hosts)/1024, float64(empty.Resident)/(1<<20))
 
-	// Heartbeats are noted in the hosts' statuses every five minutes, so a fifth of them in a minute.
-	quiet := time.Now()
-	beats := int(float64(o.Hosts) * o.Quiet.Minutes() / 5)
-	for i := range beats {
-		if err := world.heartbeat(ctx, i%o.Pools, i/o.Pools); err != nil {
-			return err
-		}
-		if wait := time.Duration(i+1)*o.Quiet/time.Duration(beats+1) - time.Since(quiet); wait > 0 {
-			time.Sleep(wait)
-		}
-	}
-	time.Sleep(time.Until(quiet.Add(o.Quiet)))
+	quiet, beats := time.Now(), world.beats.Load()
+	time.Sleep(o.Quiet)
 	after, err := operator.stats()
 	if err != nil {
 		return err
 	}
+	if err := world.failed.Load(); err != nil {
+		return *err
+	}
+	beats = world.beats.Load() - beats
 	row(fmt.Sprintf("in the next %s: looks at an object", o.Quiet), "%d, with %d heartbeats noted by brokers", after.Reconciles-full.Reconciles, beats)
 	row("writes of the operator in that time", "%d", after.Writes-full.Writes)
 	row("CPU of the operator in that time", "%.1f%% of one core", 100*(after.CPU-full.CPU).Seconds()/time.Since(quiet).Seconds())
@@ -174,7 +169,13 @@ type cloud struct {
 	work sync.WaitGroup
 	// failed is the first error of a stand-in.
 	failed atomic.Pointer[error]
+	beats  atomic.Int64 // heartbeats noted
+	// enrolled are the UIDs of pods whose agents have come.
+	enrolled sync.Map
 }
+
+// beatEvery is how often brokers note a heartbeat of a host of which nothing else changes.
+const beatEvery = 5 * time.Minute
 
 func (c *cloud) fail(err error) { c.failed.CompareAndSwap(nil, &err) }
 
@@ -222,6 +223,9 @@ func (c *cloud) start(ctx context.Context) error {
 			if pod.GetLabels()[rdv.LabelSessionHost] == "" || !pod.GetDeletionTimestamp().IsZero() {
 				return nil
 			}
+			if _, twice := c.enrolled.LoadOrStore(pod.GetUID(), true); twice {
+				return nil
+			}
 			return c.enrol(ctx, pod.GetName())
 		}),
 	)
@@ -260,20 +264,34 @@ func (c *cloud) run(ctx context.Context, obj client.Object) error {
 	return c.api.Status().Update(ctx, d)
 }
 
-// enrol is a host's agent and its broker, as far as the host's status shows them.
+// enrol is a host's agent and its broker, as far as the host's status shows them: from then on until ctx ends.
 func (c *cloud) enrol(ctx context.Context, host string) error {
 	err := c.apply(ctx, host, "rendezvous-broker", map[string]any{"enrolment": map[string]any{"time": "2026-05-04T12:00:00Z", "tokenHash": "x"}})
-	return errors.Join(err, c.report(ctx, host))
+	if err := errors.Join(err, c.report(ctx, host)); err != nil {
+		return err
+	}
+	c.work.Go(func() {
+		// The first comes at any time, so that a short run sees some, too.
+		for wait := rand.N(beatEvery); ; wait = beatEvery {
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(wait):
+			}
+			if err := c.report(ctx, host); err != nil && ctx.Err() == nil {
+				c.fail(err)
+				return
+			}
+			c.beats.Add(1)
+		}
+	})
+	return nil
 }
 
 func (c *cloud) report(ctx context.Context, host string) error {
 	return c.apply(ctx, host, "rendezvous-broker-agent", map[string]any{"agent": map[string]any{
 		"connected": true, "rdpReady": true, "version": "sim", "os": "Debian", "lastHeartbeat": time.Now().UTC().Format(time.RFC3339),
 	}})
-}
-
-func (c *cloud) heartbeat(ctx context.Context, pool, host int) error {
-	return c.report(ctx, fmt.Sprintf("%s-%d", simPool(pool), host))
 }
 
 func (c *cloud) apply(ctx context.Context, host, manager string, status map[string]any) error {
