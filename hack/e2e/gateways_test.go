@@ -207,6 +207,16 @@ func land(t *testing.T, mode string, args ...string) *stage.Desktop {
 			rdvArgs, freerdp = args[:i], args[i+1:]
 		}
 	}
+	// The picture of an earlier one is no proof.
+	if err := eventually(t.Context(), 20*time.Second, func() error {
+		shot, err := w.alice.Screenshot(t.Context())
+		if err == nil && shot.Fraction(w.outColor) > 0 {
+			err = errors.New("the desktop of an earlier connect is still on the screen")
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
 	d, err := w.alice.ConnectWith(t.Context(), append([]string{"machine-desktop", "--mode", mode}, rdvArgs...), freerdp...)
 	if err != nil {
 		t.Fatal(err)
