@@ -74,13 +74,11 @@ func TestSessionsSurvive(t *testing.T) {
 
 	t.Run("the relay's pod is replaced", func(t *testing.T) {
 		old := gatewayPod(t)
-		patch := func(millis string) {
-			if _, err := w.Kubectl(context.WithoutCancel(t.Context()), "", "-n", stage.Namespace, "patch", "gateway", "gateway-a", "--type=merge", "-p",
-				`{"spec":{"relay":{"resources":{"requests":{"cpu":"`+millis+`"}}}}}`); err != nil {
-				t.Error(err)
-			}
+		// A request that no earlier run has left there, and that the node has room for.
+		patch := fmt.Sprintf(`{"spec":{"relay":{"resources":{"requests":{"cpu":null,"memory":"%d"}}}}}`, 64<<20+time.Now().UnixMilli()%1_000_000)
+		if _, err := w.Kubectl(t.Context(), "", "-n", stage.Namespace, "patch", "gateway", "gateway-a", "--type=merge", "-p", patch); err != nil {
+			t.Fatal(err)
 		}
-		patch(fmt.Sprintf("%dm", 11+time.Now().UnixMilli()%500)) // likely another than an earlier run left
 		if err := eventually(t.Context(), time.Minute, func() error {
 			if now := gatewayPod(t); now.UID == old.UID {
 				return errors.New("no new gateway pod is ready")
