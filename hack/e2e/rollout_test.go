@@ -299,6 +299,7 @@ func TestHostPoolScale(t *testing.T) {
 		}
 	}
 	t.Cleanup(func() { replicas(1) })
+	servingPods(t, 1) // an earlier test may have left it rolling
 	d := showDesktop(t, "linux-desktop", "tsgu", w.podColor)
 	answers(t, d, "alone")
 	replicas(2)
