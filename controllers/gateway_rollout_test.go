@@ -226,6 +226,18 @@ func TestGatewayImageInPlaceWithAnEarlierTwin(t *testing.T) {
 	}
 }
 
+// Brokers send nobody to a gateway that is not Ready: it stays so while any of its pods serves.
+func TestGatewayStaysReadyWhileItChanges(t *testing.T) {
+	w, ns := start(t)
+	readyGateway(t, w, ns)
+	w.patch(t, &rdv.Gateway{}, ns, "gw", `{"spec":{"replicas":3}}`)
+	// The Deployment's controller, nobody here, has seen nothing of it.
+	w.is(t, &rdv.Gateway{}, ns, "gw", rdv.ConditionReconciling, metav1.ConditionTrue, rdv.ReasonPodsNotReady, "1 of 3 gateway pods are ready")
+	w.is(t, &rdv.Gateway{}, ns, "gw", rdv.ConditionReady, metav1.ConditionTrue, rdv.ReasonReady, "")
+	w.patchStatus(t, &appsv1.Deployment{}, ns, "gw", `{"status":{"readyReplicas":0,"availableReplicas":0}}`)
+	w.is(t, &rdv.Gateway{}, ns, "gw", rdv.ConditionReady, metav1.ConditionFalse, rdv.ReasonProgressing, "")
+}
+
 func (c *gatewayCluster) reconciling(t *testing.T) string {
 	t.Helper()
 	for _, condition := range read(t, c.world, c.ns, "gw", &rdv.Gateway{}).Status.Conditions {
