@@ -149,8 +149,8 @@ func (i *Inventory) Sign(ctx context.Context, r model.CertificateRequest) (chain
 	}()
 	ctx, cancel := context.WithTimeout(ctx, i.pollMost)
 	defer cancel()
+	last := "it has said nothing yet"
 	for {
-		var last string
 		if err := i.client.Get(ctx, client.ObjectKeyFromObject(req), req); err == nil {
 			done, err := answered(req)
 			if err != nil {
@@ -162,7 +162,7 @@ func (i *Inventory) Sign(ctx context.Context, r model.CertificateRequest) (chain
 			last = readiness(req)
 		} else if apierrors.IsNotFound(err) {
 			return nil, nil, i.failed("get", "CertificateRequest", req.Name, err)
-		} else {
+		} else if ctx.Err() == nil { // a look that time cut short tells less than the one before it
 			last = err.Error()
 		}
 		select {
