@@ -196,18 +196,39 @@ func enrolMachine(t *testing.T) {
 // showDesktop connects alice and asserts on the picture. The desktop is closed with the test.
 func showDesktop(t *testing.T, resource, mode string, want color.RGBA, freerdp ...string) *stage.Desktop {
 	t.Helper()
+	notYet(t, want)
 	d, err := w.alice.Connect(t.Context(), resource, mode, freerdp...)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(d.Stop)
+	waitForDesktop(t, d, want)
+	return d
+}
+
+// notYet waits until a colour is nowhere on alice's screen: the picture of an earlier session proves nothing for the next.
+func notYet(t *testing.T, want color.RGBA) {
+	t.Helper()
+	if err := eventually(t.Context(), 20*time.Second, func() error {
+		shot, err := w.alice.Screenshot(t.Context())
+		if err == nil && shot.Fraction(want) > 0 {
+			err = errors.New("the desktop of an earlier session is still on the screen")
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// waitForDesktop waits until a session's desktop is on alice's screen.
+func waitForDesktop(t *testing.T, d *stage.Desktop, want color.RGBA) {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	if _, err := w.alice.WaitForColor(ctx, want, 0.3); err != nil {
 		explain, _ := w.alice.Rdv(t.Context(), "explain", d.ActivityID)
 		t.Fatalf("no desktop: %v\n%s\n%s", err, tail(d.Output(), 30), explain)
 	}
-	return d
 }
 
 func TestDesktop(t *testing.T) {

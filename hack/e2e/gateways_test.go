@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"image/color"
 	"io"
 	"net/http"
 	"regexp"
@@ -207,32 +206,14 @@ func land(t *testing.T, mode string, args ...string) *stage.Desktop {
 			rdvArgs, freerdp = args[:i], args[i+1:]
 		}
 	}
-	// The picture of an earlier one is no proof.
-	if err := eventually(t.Context(), 20*time.Second, func() error {
-		shot, err := w.alice.Screenshot(t.Context())
-		if err == nil && shot.Fraction(w.outColor) > 0 {
-			err = errors.New("the desktop of an earlier connect is still on the screen")
-		}
-		return err
-	}); err != nil {
-		t.Fatal(err)
-	}
+	notYet(t, w.outColor)
 	d, err := w.alice.ConnectWith(t.Context(), append([]string{"machine-desktop", "--mode", mode}, rdvArgs...), freerdp...)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(d.Stop)
-	waitFor(t, d, w.outColor)
+	waitForDesktop(t, d, w.outColor)
 	return d
-}
-
-func waitFor(t *testing.T, d *stage.Desktop, want color.RGBA) {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-	defer cancel()
-	if _, err := w.alice.WaitForColor(ctx, want, 0.3); err != nil {
-		t.Fatalf("no desktop: %v\n%s\n%s", err, tail(d.Output(), 30), timeline(t, d))
-	}
 }
 
 func timeline(t *testing.T, d *stage.Desktop) string {

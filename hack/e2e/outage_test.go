@@ -170,6 +170,7 @@ func feedRefusal(t *testing.T, token string) *refusal.Error {
 // connectFromFile starts alice's RDP client on the file that she has, and waits for the desktop.
 func connectFromFile(t *testing.T) {
 	t.Helper()
+	notYet(t, w.podColor)
 	p, err := w.alice.Start(rdpkit.FreeRDP(ticketFile, "/u:demo", "/p:demo")...)
 	if err != nil {
 		t.Fatal(err)

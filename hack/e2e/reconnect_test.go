@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"image/color"
 	"strconv"
 	"strings"
 	"syscall"
@@ -34,7 +33,7 @@ func TestReconnectAfterRelayKill(t *testing.T) {
 			if err := w.alice.Type(t.Context(), fmt.Sprintf("mark=%s; xsetroot -solid rgb:%02x/%02x/%02x\n", mark, painted.R, painted.G, painted.B)); err != nil {
 				t.Fatal(err)
 			}
-			waitForColor(t, d, painted)
+			waitForDesktop(t, d, painted)
 
 			killed := time.Now()
 			for _, pid := range relayPIDs(t) {
@@ -65,7 +64,7 @@ func TestReconnectAfterRelayKill(t *testing.T) {
 				t.Fatalf("%v\n%s", err, tail(d.Output(), 30))
 			}
 			t.Logf("%s: back %s after the kill", mode, time.Since(killed).Round(100*time.Millisecond))
-			waitForColor(t, d, painted)
+			waitForDesktop(t, d, painted)
 			if err := w.alice.Type(t.Context(), "touch /tmp/rdv-$mark\n"); err != nil {
 				t.Fatal(err)
 			}
@@ -82,7 +81,7 @@ func TestReconnectAfterRelayKill(t *testing.T) {
 			if err := w.alice.Type(t.Context(), fmt.Sprintf("xsetroot -solid rgb:%02x/%02x/%02x\n", w.podColor.R, w.podColor.G, w.podColor.B)); err != nil {
 				t.Fatal(err)
 			}
-			waitForColor(t, d, w.podColor)
+			waitForDesktop(t, d, w.podColor)
 		})
 	}
 }
@@ -126,14 +125,4 @@ func joins(t *testing.T, host string) int {
 		t.Fatal(err)
 	}
 	return strings.Count(out, `"msg":"session joined"`)
-}
-
-// waitForColor waits until the session's background has the colour.
-func waitForColor(t *testing.T, d *stage.Desktop, want color.RGBA) {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-	defer cancel()
-	if _, err := w.alice.WaitForColor(ctx, want, 0.3); err != nil {
-		t.Fatalf("%v\n%s", err, tail(d.Output(), 30))
-	}
 }
