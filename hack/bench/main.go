@@ -46,7 +46,7 @@ type plan struct {
 }
 
 var (
-	thorough = plan{rounds: 5, duration: 1500 * time.Millisecond, idle: []int{2000, 10000}, wide: 1}
+	thorough = plan{rounds: 3, duration: 1500 * time.Millisecond, idle: []int{2000, 10000}, wide: 1}
 	quick    = plan{rounds: 1, duration: 700 * time.Millisecond, idle: []int{500}, wide: 1}
 )
 
@@ -66,7 +66,7 @@ func run(ctx context.Context) error {
 	with := flag.String("with", "", "comma-separated contenders (default all)")
 	bin := flag.String("bin", "", "folder with relay and gateway binaries to measure (default: they are built)")
 	flame := flag.String("flame", "", "draw a flame graph of the relay under one load ("+flameLoads+") and do nothing else; needs perf")
-	rounds := flag.Int("rounds", 0, "rounds of each scenario (default: 5, with -quick 1)")
+	rounds := flag.Int("rounds", 0, "rounds of each scenario (default: 3, with -quick 1)")
 	flag.Parse()
 	if *from != "" {
 		r, err := load(*from)
