@@ -287,16 +287,17 @@ func (s *Stage) WaitReady(ctx context.Context, limit time.Duration) error {
 	}
 }
 
-// DesktopColor is the colour that a pool's sample desktop paints: the env RDV_DESKTOP_COLOR of its template.
+// DesktopColor is the colour that the desktop of a pool with one host paints: its pod's env RDV_DESKTOP_COLOR, which is not
+// the template's while a pod waits for a session of before to end.
 func (s *Stage) DesktopColor(ctx context.Context, pool string) (color.RGBA, error) {
-	out, err := s.Kubectl(ctx, "", "-n", Namespace, "get", "hostpool", pool, "-o",
-		`jsonpath={.spec.template.spec.containers[?(@.name=="desktop")].env[?(@.name=="RDV_DESKTOP_COLOR")].value}`)
+	out, err := s.Kubectl(ctx, "", "-n", Namespace, "get", "pods", "-l", rdv.LabelHostPool+"="+pool, "-o",
+		`jsonpath={.items[*].spec.containers[?(@.name=="desktop")].env[?(@.name=="RDV_DESKTOP_COLOR")].value}`)
 	if err != nil {
 		return color.RGBA{}, err
 	}
 	c := color.RGBA{A: 255}
 	if _, err := fmt.Sscanf(strings.TrimSpace(out), "#%02x%02x%02x", &c.R, &c.G, &c.B); err != nil {
-		return c, fmt.Errorf("stage: HostPool %s has no RDV_DESKTOP_COLOR of the form #rrggbb: %q", pool, out)
+		return c, fmt.Errorf("stage: the pod of HostPool %s has no RDV_DESKTOP_COLOR of the form #rrggbb: %q", pool, out)
 	}
 	return c, nil
 }
