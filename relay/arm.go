@@ -194,16 +194,9 @@ func (r *Relay) serveArm(v *visitor, req *request, activity string) (done bool) 
 }
 
 func (r *Relay) serveArmRDP(v *visitor, req *request, activity string) {
-	ok, e := upgradeWebSocket(req, activity)
-	if e != nil {
-		v.refuse(http.StatusBadRequest, e)
-		return
-	}
 	ticket := armTicket(req)
-	req.forget()
-	a, e := r.newAttempt(v, transportARM, activity)
-	if e != nil {
-		v.sayNo(httpStatus(e.Code), e)
+	a, ok := r.newWebSocket(v, req, transportARM, activity)
+	if a == nil {
 		return
 	}
 	defer a.close()

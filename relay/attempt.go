@@ -57,14 +57,27 @@ type attempt struct {
 	session *session // set by begin
 }
 
-// newAttempt reserves a place for a client, or refuses.
-func (r *Relay) newAttempt(v *visitor, transport, activity string) (*attempt, *refusal.Error) {
+// newAttempt reserves a place for a client. It is nil where there is none, and the client was told.
+func (r *Relay) newAttempt(v *visitor, transport, activity string) *attempt {
 	a := &attempt{r: r, v: v, from: v.leg, transport: transport, activity: activity, sessionID: newGUID(), requested: time.Now()}
 	a.secured = a.requested.Sub(v.accepted)
 	if e := r.reserve(); e != nil {
-		return nil, a.refused(e)
+		e = a.refused(e)
+		v.sayNo(httpStatus(e.Code), e)
+		return nil
 	}
-	return a, nil
+	return a
+}
+
+// newWebSocket is newAttempt for a request to upgrade, which is not needed after it. ok is the answer once all else is well.
+func (r *Relay) newWebSocket(v *visitor, req *request, transport, activity string) (a *attempt, ok *answer) {
+	ok, e := upgradeWebSocket(req, activity)
+	if e != nil {
+		v.refuse(http.StatusBadRequest, e)
+		return nil, nil
+	}
+	req.forget()
+	return r.newAttempt(v, transport, activity), ok
 }
 
 // close gives the place back where no session came of it.

@@ -142,9 +142,8 @@ func (r *Relay) serveOut(v *visitor, req *request, activity string) {
 		return
 	}
 	req.forget()
-	a, e := r.newAttempt(v, transportLegacy, activity)
-	if e != nil {
-		v.sayNo(httpStatus(e.Code), e)
+	a := r.newAttempt(v, transportLegacy, activity)
+	if a == nil {
 		return
 	}
 	defer a.close()

@@ -2,7 +2,6 @@ package relay
 
 import (
 	"errors"
-	"net/http"
 	"time"
 
 	"rendezvous.dev/rendezvous/wire/refusal"
@@ -14,16 +13,9 @@ import (
 // FreeRDP (3.15 seen) does not notice in this mode that its session was closed, by close frame, TLS or TCP, before it
 // next writes: the picture stands still until the user moves the mouse. In TSGU mode it does at once.
 func (r *Relay) serveRaw(v *visitor, req *request, activity string) {
-	ok, e := upgradeWebSocket(req, activity)
-	if e != nil {
-		v.refuse(http.StatusBadRequest, e)
-		return
-	}
 	ticket := bearer(req)
-	req.forget()
-	a, e := r.newAttempt(v, transportRaw, activity)
-	if e != nil {
-		v.sayNo(httpStatus(e.Code), e)
+	a, ok := r.newWebSocket(v, req, transportRaw, activity)
+	if a == nil {
 		return
 	}
 	defer a.close()

@@ -3,7 +3,6 @@ package relay
 import (
 	"errors"
 	"fmt"
-	"net/http"
 	"strings"
 	"time"
 
@@ -32,15 +31,8 @@ type tunnel struct {
 // serveTSGU is MS-TSGU over WebSocket. Its steps refuse in their response packet, with the status that the client shows;
 // code, message and activity id follow in the close frame, for clients that can show them, and in the log.
 func (r *Relay) serveTSGU(v *visitor, req *request, activity string) {
-	ok, e := upgradeWebSocket(req, activity)
-	if e != nil {
-		v.refuse(http.StatusBadRequest, e)
-		return
-	}
-	req.forget()
-	a, e := r.newAttempt(v, transportTSGU, activity)
-	if e != nil {
-		v.sayNo(httpStatus(e.Code), e)
+	a, ok := r.newWebSocket(v, req, transportTSGU, activity)
+	if a == nil {
 		return
 	}
 	defer a.close()
