@@ -94,11 +94,12 @@ func (b *Orchestrator) poolHosts(snap *model.Snapshot, pool string) []poolHost {
 }
 
 // hostMayReturn says whether a host of the pool that isn't connected is likely to be so in a moment: this broker has only
-// just begun to listen, or the agent lost its channel only just now, without saying that it leaves.
+// just begun to listen, another is connected with the agent (as the host's status says) and not met yet, or the agent
+// lost its channel only just now, without saying that it leaves.
 func (b *Orchestrator) hostMayReturn(pool string) bool {
 	young := b.o.Now().Sub(b.started) < returning
 	for _, h := range b.poolHosts(b.o.Source.Snapshot(), pool) {
-		if h.Agent != nil && b.live.mayReturn(hostKey{pool, h.Name}, young) {
+		if h.Agent != nil && b.live.mayReturn(hostKey{pool, h.Name}, young || h.Agent.Connected) {
 			return true
 		}
 	}

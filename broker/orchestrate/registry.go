@@ -149,14 +149,13 @@ func (r *registry) connectedAt(h *liveHost, timeout time.Duration, now time.Time
 }
 
 // mayReturn says whether a host that takes no session now is likely to in a moment: it isn't connected, or has only just
-// come and is yet to be configured. young says that this broker may not
-// have heard of everyone yet.
-func (r *registry) mayReturn(k hostKey, young bool) bool {
+// come and is yet to be configured. unheard says that it may be there without this broker having heard of it.
+func (r *registry) mayReturn(k hostKey, unheard bool) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	h := r.hosts[k]
 	if h == nil || h.at.IsZero() {
-		return young
+		return unheard
 	}
 	coming, since := h.report.ConfigGeneration == 0, h.at
 	if h.gone {
