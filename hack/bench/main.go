@@ -51,7 +51,7 @@ var (
 )
 
 const (
-	// enough is when a slow machine is spared further rounds: with the simulations after it, make bench stays under 20 minutes.
+	// enough is when a slow machine is spared further rounds, so that make bench, with its simulations, takes some 20 minutes.
 	enough = 8 * time.Minute
 	// budget is when a run that hangs is given up.
 	budget = 25 * time.Minute
