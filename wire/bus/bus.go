@@ -197,6 +197,21 @@ type HostConnect struct {
 	Instance   string    `json:"instance"`
 	JoinSecret []byte    `json:"joinSecret"`
 	Deadline   time.Time `json:"deadline"`
+	// Proof is the brokers' signed word that they sent User to this host. The agent can't read it: it returns it with the
+	// session in its reports.
+	Proof string `json:"proof,omitempty"`
+	// Account is where the session logs in by its connection; nil where the RDP server asks for credentials itself.
+	Account *Account `json:"account,omitempty"`
+}
+
+// Account is a person's account on a session host.
+type Account struct {
+	// Name on the host, such as "alice".
+	Name string `json:"name"`
+	// Create says that the host makes the account where it has none, with UID and a home folder. Otherwise the host's own
+	// directory (NSS) must know it.
+	Create bool   `json:"create,omitempty"`
+	UID    uint32 `json:"uid,omitempty"`
 }
 
 // HostReply is the agent's last word: it accepts, or refuses against its own limit. Err set means refused.
@@ -262,6 +277,10 @@ type HostSession struct {
 	// Gateway and Instance name the pod that carries it, empty where none does.
 	Gateway  string `json:"gateway,omitempty"`
 	Instance string `json:"instance,omitempty"`
+	// Account is whose account on the host it runs in, where the host knows.
+	Account string `json:"account,omitempty"`
+	// Proof is of the HostConnect that brought User here.
+	Proof string `json:"proof,omitempty"`
 	// Assumed says that the host can't see whether the session lives on: its user's connection ended a moment ago. It
 	// draws the user back and takes no place.
 	Assumed bool `json:"assumed,omitempty"`
