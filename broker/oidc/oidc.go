@@ -25,6 +25,7 @@ import (
 	"github.com/go-jose/go-jose/v4"
 
 	"rendezvous.dev/rendezvous/broker/model"
+	"rendezvous.dev/rendezvous/wire/idpurl"
 	"rendezvous.dev/rendezvous/wire/refusal"
 )
 
@@ -301,18 +302,22 @@ func fetch(ctx context.Context, issuer, ca string) (doc json.RawMessage, keys []
 		}
 	}
 	// One connection per look, minutes apart: none is worth keeping.
-	client := &http.Client{Timeout: fetchTimeout, Transport: &http.Transport{
+	client := &http.Client{Timeout: fetchTimeout, CheckRedirect: idpurl.CheckRedirect, Transport: &http.Transport{
 		Proxy: http.ProxyFromEnvironment, TLSClientConfig: tc, DisableKeepAlives: true,
 	}}
 	p, err := gooidc.NewProvider(gooidc.ClientContext(ctx, client), issuer)
 	if err != nil {
 		return nil, nil, err
 	}
-	var where struct {
-		JWKS string `json:"jwks_uri"`
-	}
+	var where idpurl.Endpoints
 	if err := errors.Join(p.Claims(&doc), p.Claims(&where)); err != nil {
 		return nil, nil, err
+	}
+	if err := where.Check(issuer); err != nil {
+		return nil, nil, fmt.Errorf("the discovery document of %s is refused: %w", issuer, err)
+	}
+	if where.JWKS == "" {
+		return nil, nil, fmt.Errorf("the discovery document of %s names no keys (jwks_uri)", issuer)
 	}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, where.JWKS, nil)
 	if err != nil {

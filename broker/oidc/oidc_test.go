@@ -242,3 +242,59 @@ func TestChangedIssuer(t *testing.T) {
 		t.Fatalf("the old issuer's token: %v", err)
 	}
 }
+
+// What a discovery document may have the broker ask for, and where a provider may send it.
+func TestDiscoveryRefused(t *testing.T) {
+	visited := false
+	plain := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { visited = true }))
+	t.Cleanup(plain.Close)
+	document := func(field, address string) func(*fixture, http.ResponseWriter) {
+		return func(f *fixture, w http.ResponseWriter) {
+			doc := map[string]any{"issuer": f.idp.URL, "jwks_uri": f.idp.URL + "/keys", "authorization_endpoint": f.idp.URL, "token_endpoint": f.idp.URL}
+			doc[field] = address
+			json.NewEncoder(w).Encode(doc)
+		}
+	}
+	redirect := func(to string) func(*fixture, http.ResponseWriter) {
+		return func(f *fixture, w http.ResponseWriter) {
+			w.Header().Set("Location", to)
+			w.WriteHeader(http.StatusTemporaryRedirect)
+		}
+	}
+	for _, c := range []struct {
+		name, path string
+		answer     func(*fixture, http.ResponseWriter)
+		err        string // empty for a document that is fine
+	}{
+		{"as it should be", "/.well-known/openid-configuration", document("device_authorization_endpoint", "https://id.example.com/device"), ""},
+		{"keys by http", "/.well-known/openid-configuration", document("jwks_uri", "http://id.example.com/keys"), "jwks_uri is"},
+		{"token endpoint by http", "/.well-known/openid-configuration", document("token_endpoint", "http://id.example.com/token"), "token_endpoint is"},
+		{"sign-in page of another scheme", "/.well-known/openid-configuration", document("authorization_endpoint", "search-ms:query=x"), "authorization_endpoint is"},
+		{"device endpoint by http", "/.well-known/openid-configuration", document("device_authorization_endpoint", "http://id.example.com/device"), "device_authorization_endpoint is"},
+		{"document redirects to http", "/.well-known/openid-configuration", redirect(plain.URL), "which is not https"},
+		{"document redirects without end", "/.well-known/openid-configuration", redirect("/.well-known/openid-configuration"), "redirects more than 3 times"},
+		{"keys redirect to http", "/keys", redirect(plain.URL), "which is not https"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			f := setUp(t)
+			old := f.idp.Config.Handler
+			f.idp.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if r.URL.Path == c.path {
+					c.answer(f, w)
+					return
+				}
+				old.ServeHTTP(w, r)
+			})
+			_, err := f.Validate(t.Context(), f.idp.token(f.claims(nil)))
+			switch {
+			case c.err == "" && err != nil:
+				t.Error(err)
+			case c.err != "" && (!errors.Is(err, &refusal.Error{Code: refusal.IdentityAway}) || !strings.Contains(err.Error(), c.err)):
+				t.Errorf("got %v, want %s with %q", err, refusal.IdentityAway, c.err)
+			}
+		})
+	}
+	if visited {
+		t.Error("the provider had the broker ask an http:// address")
+	}
+}
