@@ -108,7 +108,7 @@ func (l *ledger) reserve(req bus.HostConnect, host string, now time.Time) (fresh
 	}
 	l.sessions[req.SessionID] = &carried{replaces: replaces, HostSession: bus.HostSession{
 		SessionID: req.SessionID, ActivityID: req.ActivityID, User: req.User, Resource: req.Resource,
-		State: bus.SessionPending, Since: now, Gateway: req.Gateway, Instance: req.Instance,
+		State: bus.SessionPending, Since: now, Gateway: req.Gateway, Instance: req.Instance, Proof: req.Proof,
 	}}
 	return true, nil
 }

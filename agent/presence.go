@@ -27,8 +27,9 @@ const (
 type held struct {
 	desktop
 	user, resource, activity string
-	ours                     bool // user is a Rendezvous user
-	attached                 bool // a client is connected, by the last look
+	proof                    string // of the connect that brought user here
+	ours                     bool   // user is a Rendezvous user
+	attached                 bool   // a client is connected, by the last look
 	session                  string
 	since                    time.Time
 	ended                    time.Time // when session ended, while attached still says otherwise
@@ -104,7 +105,7 @@ func (l *ledger) claim(h *held) {
 		return
 	}
 	e := l.endings[0]
-	h.user, h.resource, h.activity, h.ours = e.User, e.Resource, e.ActivityID, true
+	h.user, h.resource, h.activity, h.proof, h.ours = e.User, e.Resource, e.ActivityID, e.Proof, true
 	l.endings = nil
 	delete(l.assumed, e.User)
 }
@@ -146,6 +147,7 @@ func (l *ledger) bindOne(clients []*carried, open []*held) bool {
 		s := clients[i]
 		s.desktop = h
 		h.session, h.user, h.resource, h.activity, h.ours, h.ended = s.SessionID, s.User, s.Resource, s.ActivityID, true, time.Time{}
+		h.proof = s.Proof
 		return true
 	}
 	return false
@@ -197,7 +199,7 @@ func (l *ledger) list() []bus.HostSession {
 	}
 	slices.SortFunc(rest, func(a, b *held) int { return cmp.Compare(a.display, b.display) })
 	for _, h := range rest {
-		entry := bus.HostSession{ActivityID: h.activity, User: h.user, Resource: h.resource, State: bus.SessionDisconnected, Since: h.since}
+		entry := bus.HostSession{ActivityID: h.activity, User: h.user, Resource: h.resource, State: bus.SessionDisconnected, Since: h.since, Proof: h.proof}
 		if h.attached && h.ended.IsZero() {
 			if unknown > 0 {
 				unknown--

@@ -132,6 +132,8 @@ type Registration struct {
 // Host is one session host as declared, and what its status says.
 type Host struct {
 	Name, Pool string
+	// UID tells the object from one of the same name before or after it.
+	UID        string
 	Generation int64
 	Created    time.Time
 	// Pod says that the operator made it from its pool's template, and sees to it that it runs.

@@ -4,6 +4,7 @@ package fake
 import (
 	"context"
 	"errors"
+	"fmt"
 	"maps"
 	"strconv"
 	"sync"
@@ -29,6 +30,7 @@ type World struct {
 	serials  map[string]string
 	signed   int
 	onChange []func()
+	made     int
 }
 
 // AgentWrite is one WriteAgent.
@@ -39,7 +41,11 @@ type AgentWrite struct {
 
 // New makes a world. The snapshot's maps are copied, so that a change makes a new one.
 func New(s *model.Snapshot) *World {
-	return &World{snap: clone(s), version: map[string]int{}, gateways: map[string]int32{}, serials: map[string]string{}}
+	w := &World{snap: clone(s), version: map[string]int{}, gateways: map[string]int32{}, serials: map[string]string{}}
+	for name := range w.snap.Hosts {
+		w.editHost(w.snap, name, func(*model.Host) {})
+	}
+	return w
 }
 
 func clone(s *model.Snapshot) *model.Snapshot {
@@ -78,6 +84,10 @@ func (w *World) editHost(s *model.Snapshot, name string, f func(*model.Host)) {
 		h = *old
 	}
 	f(&h)
+	if h.UID == "" { // it is new
+		w.made++
+		h.UID = fmt.Sprint("uid-", w.made)
+	}
 	s.Hosts[name] = &h
 	w.version[name]++
 }
