@@ -54,6 +54,12 @@ var algorithms = []jose.SignatureAlgorithm{
 type User struct {
 	Name   string
 	Groups []string
+	// GroupsElsewhere says that the token leaves the groups out because they are too many, and points elsewhere for them:
+	// that a group isn't in Groups says nothing.
+	GroupsElsewhere bool
+	// SignedIn is when the token was issued, as far as it isn't in the future; zero where it doesn't say. User and groups
+	// are as of then.
+	SignedIn time.Time
 }
 
 // Options of a Validator.
@@ -202,8 +208,26 @@ func user(t *gooidc.IDToken, cfg model.OIDC, now time.Time) (User, error) {
 		if json.Unmarshal(raw, &u.Groups) != nil && json.Unmarshal(raw, &one) == nil && one != "" {
 			u.Groups = []string{one}
 		}
+	} else {
+		u.GroupsElsewhere = elsewhere(claims, cfg.GroupsClaim)
+	}
+	if u.SignedIn = t.IssuedAt; u.SignedIn.After(now) {
+		u.SignedIn = now.Truncate(time.Second)
 	}
 	return u, nil
+}
+
+// elsewhere says whether a token points elsewhere for a claim (OpenID Connect Core 1.0, section 5.6.2), or, as one of the
+// implicit flow of Entra ID, that there are groups too many for it.
+func elsewhere(claims map[string]json.RawMessage, claim string) bool {
+	var names map[string]json.RawMessage
+	if json.Unmarshal(claims["_claim_names"], &names) == nil {
+		if _, ok := names[claim]; ok {
+			return true
+		}
+	}
+	var many bool
+	return json.Unmarshal(claims["hasgroups"], &many) == nil && many
 }
 
 // keySet verifies signatures with the current keys of one issuer.

@@ -298,3 +298,29 @@ func TestDiscoveryRefused(t *testing.T) {
 		t.Error("the provider had the broker ask an http:// address")
 	}
 }
+
+// As of when the groups are, and whether they are all.
+func TestSignedIn(t *testing.T) {
+	f := setUp(t)
+	sources := map[string]any{"src1": map[string]string{"endpoint": "https://graph.example.com/x"}}
+	for name, c := range map[string]struct {
+		edit      map[string]any
+		at        time.Time
+		elsewhere bool
+	}{
+		"a token of a minute ago": {map[string]any{"iat": f.now.Add(-time.Minute).Unix()}, f.now.Add(-time.Minute), false},
+		"of a clock ahead":        {map[string]any{"iat": f.now.Add(time.Hour).Unix()}, f.now, false},
+		"no time":                 {map[string]any{"iat": nil}, time.Time{}, false},
+		"no groups":               {map[string]any{"groups": nil}, f.now, false},
+		"groups elsewhere":        {map[string]any{"groups": nil, "_claim_names": map[string]string{"groups": "src1"}, "_claim_sources": sources}, f.now, true},
+		"another claim elsewhere": {map[string]any{"groups": nil, "_claim_names": map[string]string{"photo": "src1"}, "_claim_sources": sources}, f.now, false},
+		"too many groups":         {map[string]any{"groups": nil, "hasgroups": true}, f.now, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			u, err := f.Validate(t.Context(), f.idp.token(f.claims(c.edit)))
+			if err != nil || !u.SignedIn.Equal(c.at) || u.GroupsElsewhere != c.elsewhere {
+				t.Errorf("got %v, %v, %v; want %v, %v", u.SignedIn, u.GroupsElsewhere, err, c.at, c.elsewhere)
+			}
+		})
+	}
+}

@@ -170,11 +170,11 @@ func (a *api) connectionFile(snap *model.Snapshot, res *model.Resource, r *reque
 	address, now := brokerapi.PoolName(a.o.Namespace, res.Pool), a.o.Now()
 	raw, err := ticket.Sign(ticket.Claims{
 		ID: id, Namespace: a.o.Namespace, Workspace: a.o.Workspace, User: r.user.Name, Resource: res.Name, Target: address,
-		Groups: snap.Workspace.GrantedGroups(r.user.Groups), ActivityID: given(r.Request), RedirectFlags: feed.RedirectFlags(res.Redirection),
-		IssuedAt: now, Expires: now.Add(snap.Workspace.TicketLifetime),
+		Groups: ticket.FitGroups(res.GrantedGroups(r.user.Groups)), ActivityID: given(r.Request), RedirectFlags: feed.RedirectFlags(res.Redirection),
+		SignedIn: r.user.SignedIn, IssuedAt: now, Expires: now.Add(snap.Workspace.TicketLifetime),
 	}, key)
 	if err != nil {
-		return nil, "", err
+		return nil, "", refusal.New(refusal.Internal, "No ticket can be made for %q: %v. An administrator must shorten the names that it holds.", res.Name, err)
 	}
 	lines, err := feed.Sign(feed.Lines(feed.File{
 		Resource: res, Gateway: gw, Address: address, Ticket: raw, Properties: pool.Properties, Verified: pool.RDPIssuer != nil,
