@@ -37,6 +37,8 @@ type Claims struct {
 	Resource string
 	// Target is the name that the client must ask for.
 	Target string
+	// Account holds the claims of the sign-in that the account on the host follows from: those that the HostPool named.
+	Account map[string]string
 	// ActivityID is set where the ticket was made for one connect.
 	ActivityID string
 	// RedirectFlags goes into TUNNEL_AUTH_RESP.
@@ -46,11 +48,12 @@ type Claims struct {
 }
 
 type private struct {
-	Groups        []string `json:"grp,omitempty"`
-	Resource      string   `json:"res"`
-	Target        string   `json:"tgt"`
-	ActivityID    string   `json:"act,omitempty"`
-	RedirectFlags uint32   `json:"rdf,omitempty"`
+	Groups        []string          `json:"grp,omitempty"`
+	Resource      string            `json:"res"`
+	Target        string            `json:"tgt"`
+	ActivityID    string            `json:"act,omitempty"`
+	Account       map[string]string `json:"acc,omitempty"`
+	RedirectFlags uint32            `json:"rdf,omitempty"`
 }
 
 // Issuer names the workspace that signed a ticket.
@@ -65,7 +68,7 @@ func Sign(c Claims, key ed25519.PrivateKey) (string, error) {
 	return jwt.Signed(signer).Claims(jwt.Claims{
 		Issuer: Issuer(c.Namespace, c.Workspace), Audience: jwt.Audience{Audience}, Subject: c.User, ID: c.ID,
 		IssuedAt: jwt.NewNumericDate(c.IssuedAt), Expiry: jwt.NewNumericDate(c.Expires),
-	}).Claims(private{Groups: c.Groups, Resource: c.Resource, Target: c.Target, ActivityID: c.ActivityID, RedirectFlags: c.RedirectFlags}).Serialize()
+	}).Claims(private{Groups: c.Groups, Resource: c.Resource, Target: c.Target, ActivityID: c.ActivityID, RedirectFlags: c.RedirectFlags, Account: c.Account}).Serialize()
 }
 
 // Ticket is a ticket whose signature nobody has checked yet.
@@ -116,7 +119,7 @@ func (t *Ticket) Verify(key ed25519.PublicKey, now time.Time) (Claims, error) {
 	}
 	return Claims{
 		ID: std.ID, Namespace: t.Namespace, Workspace: t.Workspace, User: std.Subject, Groups: priv.Groups, Resource: priv.Resource,
-		Target: priv.Target, ActivityID: priv.ActivityID, RedirectFlags: priv.RedirectFlags,
+		Target: priv.Target, ActivityID: priv.ActivityID, RedirectFlags: priv.RedirectFlags, Account: priv.Account,
 		IssuedAt: std.IssuedAt.Time(), Expires: std.Expiry.Time(),
 	}, nil
 }
