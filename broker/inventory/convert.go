@@ -21,6 +21,8 @@ const (
 	defaultConnect        = 5 * time.Second
 	defaultRDPDuration    = 30 * 24 * time.Hour
 	defaultGatewayPort    = 443
+	defaultFirstUID       = 10000
+	defaultLastUID        = 59999
 )
 
 var defaultScopes = []string{"openid", "profile", "email", "groups", "offline_access"}
@@ -125,6 +127,14 @@ func pool(p *v1alpha1.HostPool) *model.Pool {
 	if rc := p.Spec.RDPCertificate; rc != nil {
 		m.RDPIssuer = &config.Issuer{Name: rc.IssuerRef.Name, Kind: cmp.Or(rc.IssuerRef.Kind, "Issuer"), Group: cmp.Or(rc.IssuerRef.Group, "cert-manager.io")}
 		m.RDPDuration = seconds(rc.DurationSeconds, defaultRDPDuration)
+	}
+	if a := p.Spec.Accounts; a != nil {
+		m.Accounts = &model.Accounts{
+			Create: a.Policy == v1alpha1.AccountsCreate, NameClaim: a.NameClaim, UIDClaim: a.UIDClaim, FirstUID: defaultFirstUID, LastUID: defaultLastUID,
+		}
+		if r := a.UIDRange; r != nil {
+			m.Accounts.FirstUID, m.Accounts.LastUID = uint32(r.First), uint32(r.Last)
+		}
 	}
 	return m
 }

@@ -161,6 +161,27 @@ type Pool struct {
 	RDPDuration  time.Duration
 	Properties   []string
 	Registration Registration
+	// Accounts is nil where the hosts ask people for credentials themselves.
+	Accounts *Accounts
+}
+
+// Accounts says how a person becomes an account of a pool's hosts.
+type Accounts struct {
+	// Create has hosts make accounts; otherwise they know them.
+	Create bool
+	// NameClaim gives the name; empty means the workspace's user name.
+	NameClaim string
+	// UIDClaim gives the user id; empty means the range.
+	UIDClaim          string
+	FirstUID, LastUID uint32
+}
+
+// Claims are those of a user's token that decide on the account.
+func (a *Accounts) Claims() []string {
+	if a == nil {
+		return nil
+	}
+	return slices.DeleteFunc([]string{a.NameClaim, a.UIDClaim}, func(c string) bool { return c == "" })
 }
 
 // Registration tells of a registration token.
@@ -283,6 +304,10 @@ type Writer interface {
 	// Assign gives an unassigned host to a user for good. It returns whose host it is afterwards: somebody else's, where
 	// another broker was faster.
 	Assign(ctx context.Context, host, user string) (owner string, err error)
+	// ReadAccounts reads who was given which account in a pool, by account name, with a version for AddAccount.
+	ReadAccounts(ctx context.Context, pool string) (accounts map[string]string, version string, err error)
+	// AddAccount records one more, provided that the list is still at version; otherwise ErrConflict.
+	AddAccount(ctx context.Context, pool, version, name, value string) error
 	// WriteGateway records how many sessions go through a gateway, and those of this workspace by instance.
 	WriteGateway(ctx context.Context, gateway string, sessions int32, mine []GatewayInstance) error
 	// Sign has an issuer sign, and waits for it. It returns the chain and the issuer's CA, in PEM. ErrDenied is final.

@@ -60,6 +60,31 @@ type User struct {
 	// SignedIn is when the token was issued, as far as it isn't in the future; zero where it doesn't say. User and groups
 	// are as of then.
 	SignedIn time.Time
+
+	claims map[string]json.RawMessage
+}
+
+// maxClaim bounds a claim's value that Claims gives, in bytes.
+const maxClaim = 256
+
+// Claims gives those of the token's claims that are texts or whole numbers, of the named ones.
+func (u User) Claims(names []string) map[string]string {
+	values := map[string]string{}
+	for _, name := range names {
+		var text string
+		var number json.Number
+		switch raw := u.claims[name]; {
+		case raw == nil:
+			continue
+		case json.Unmarshal(raw, &text) == nil:
+		case json.Unmarshal(raw, &number) == nil:
+			text = number.String()
+		}
+		if text != "" && len(text) <= maxClaim {
+			values[name] = text
+		}
+	}
+	return values
 }
 
 // Options of a Validator.
@@ -192,7 +217,7 @@ func user(t *gooidc.IDToken, cfg model.OIDC, now time.Time) (User, error) {
 	if raw, ok := claims["nbf"]; ok && json.Unmarshal(raw, &notBefore) == nil && now.Add(time.Minute).Before(time.Unix(int64(notBefore), 0)) {
 		return User{}, invalid(cfg, "it is not valid yet; compare the clocks")
 	}
-	var u User
+	u := User{claims: claims}
 	if json.Unmarshal(claims[cfg.UsernameClaim], &u.Name) != nil || u.Name == "" || len(u.Name) > maxUsername {
 		return User{}, invalid(cfg, "it has no claim %q, which names the user", cfg.UsernameClaim)
 	}

@@ -13,6 +13,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 
+	"rendezvous.dev/rendezvous/broker/accounts"
 	"rendezvous.dev/rendezvous/broker/model"
 	"rendezvous.dev/rendezvous/broker/placement"
 	"rendezvous.dev/rendezvous/wire/brokerapi"
@@ -42,6 +43,7 @@ type connect struct {
 	resource *model.Resource // set by authorise
 	gateway  *model.Gateway  // set by authorise
 	pool     *model.Pool     // set by place
+	account  *bus.Account    // set by settleAccount; nil where hosts ask for credentials themselves
 	tries    []try           // what was answered in vain
 	// asked are the hosts that were asked, with the sequence of the report after which to ask again, or 0 for never.
 	asked map[string]uint64
@@ -128,6 +130,9 @@ func (b *Orchestrator) respond(m *nats.Msg, gateway string, reply any) {
 // some longer where a host is likely on its way back, as after this broker or another was replaced.
 func (c *connect) run(ctx context.Context) (string, error) {
 	if err := c.authorise(); err != nil {
+		return "", err
+	}
+	if err := c.settleAccount(ctx); err != nil {
 		return "", err
 	}
 	c.b.arrived(c.req.Gateway, c.claims.ID)
@@ -231,6 +236,16 @@ func (c *connect) authorise() error {
 	return nil
 }
 
+// settleAccount finds into which account the user is logged in, before any host is asked.
+func (c *connect) settleAccount(ctx context.Context) (err error) {
+	pool := c.b.o.Source.Snapshot().Pools[c.resource.Pool]
+	if pool == nil || pool.Accounts == nil {
+		return nil // place tells of a pool that is missing
+	}
+	c.account, err = c.b.accounts.Account(ctx, pool, accounts.Person{Name: c.claims.User, Claims: c.claims.Account})
+	return err
+}
+
 // place finds the host to ask next, as things stand now.
 func (c *connect) place() (placement.Candidate, bool, placement.Why, error) {
 	snap := c.b.o.Source.Snapshot()
@@ -278,7 +293,7 @@ func (c *connect) request(ctx context.Context, k hostKey) (refused *refusal.Erro
 		ActivityID: c.req.ActivityID, SessionID: c.req.SessionID, User: c.claims.User, Resource: c.resource.Name,
 		Address: net.JoinHostPort(c.gateway.Hostname, strconv.Itoa(int(c.gateway.Port))), ServerName: c.gateway.Hostname,
 		CABundle: c.gateway.CABundle, Gateway: c.req.Gateway, Instance: c.req.Instance, JoinSecret: c.req.JoinSecret, Deadline: c.req.Deadline,
-		Proof: proven,
+		Account: c.account, Proof: proven,
 	})
 	if err != nil {
 		return refusal.From(err), 0

@@ -20,6 +20,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 
+	"rendezvous.dev/rendezvous/broker/accounts"
 	"rendezvous.dev/rendezvous/broker/metrics"
 	"rendezvous.dev/rendezvous/broker/model"
 	"rendezvous.dev/rendezvous/broker/standing"
@@ -69,15 +70,16 @@ type Options struct {
 
 // Orchestrator is the broker's part on the bus.
 type Orchestrator struct {
-	o       Options
-	started time.Time
-	live    *registry
-	peers   peers
-	status  *statusWriter
-	slots   chan struct{}
-	subs    []*nats.Subscription
-	work    sync.WaitGroup
-	pools   atomic.Pointer[poolIndex]
+	o        Options
+	started  time.Time
+	live     *registry
+	accounts *accounts.Book
+	peers    peers
+	status   *statusWriter
+	slots    chan struct{}
+	subs     []*nats.Subscription
+	work     sync.WaitGroup
+	pools    atomic.Pointer[poolIndex]
 	// standing is what users' newest tokens said; access has a place for the news that something may have been lost.
 	standing *standing.Table
 	access   chan struct{}
@@ -126,7 +128,8 @@ func New(o Options) *Orchestrator {
 	if o.Settle == 0 {
 		o.Settle = settle
 	}
-	b := &Orchestrator{o: o, started: o.Now(), live: newRegistry(o.Now), peers: peers{met: map[string]peer{}}, slots: make(chan struct{}, maxConnects)}
+	b := &Orchestrator{o: o, started: o.Now(), live: newRegistry(o.Now), peers: peers{met: map[string]peer{}}, slots: make(chan struct{}, maxConnects),
+		accounts: accounts.New(o.Writer, o.Now)}
 	b.standing, b.access = standing.New(o.Now), make(chan struct{}, 1)
 	b.live.proofs = proofSource{o.Namespace, o.Workspace, o.TicketKey}
 	b.status = newStatusWriter(b)

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 
+	"rendezvous.dev/rendezvous/broker/accounts"
 	"rendezvous.dev/rendezvous/broker/feed"
 	"rendezvous.dev/rendezvous/broker/model"
 	"rendezvous.dev/rendezvous/wire/brokerapi"
@@ -72,8 +73,13 @@ func (a *api) resources(w http.ResponseWriter, r *request) error {
 	}
 	answer := brokerapi.Resources{User: r.user.Name, Resources: []brokerapi.Resource{}, Gateways: []brokerapi.Gateway{}}
 	for _, res := range granted(snap.Workspace, r) {
+		account := ""
+		if pool := snap.Pools[res.Pool]; pool != nil && pool.Accounts != nil {
+			// Who has none is told why when the file is downloaded.
+			account, _ = accounts.Name(pool, accounts.Person{Name: r.user.Name, Claims: r.user.Claims(pool.Accounts.Claims())})
+		}
 		answer.Resources = append(answer.Resources, brokerapi.Resource{
-			Name: res.Name, DisplayName: res.DisplayName, Type: res.Type, HostPool: res.Pool, RDPFile: filePath(res.Name),
+			Name: res.Name, DisplayName: res.DisplayName, Type: res.Type, HostPool: res.Pool, Account: account, RDPFile: filePath(res.Name),
 		})
 	}
 	connections := a.o.Gateways.Connections()
@@ -169,16 +175,23 @@ func (a *api) connectionFile(snap *model.Snapshot, res *model.Resource, r *reque
 		return nil, "", err
 	}
 	address, now := brokerapi.PoolName(a.o.Namespace, res.Pool), a.o.Now()
+	person := accounts.Person{Name: r.user.Name, Claims: r.user.Claims(pool.Accounts.Claims())}
+	name := ""
+	if pool.Accounts != nil {
+		if name, err = accounts.Name(pool, person); err != nil {
+			return nil, "", err
+		}
+	}
 	raw, err := ticket.Sign(ticket.Claims{
 		ID: id, Namespace: a.o.Namespace, Workspace: a.o.Workspace, User: r.user.Name, Resource: res.Name, Target: address,
 		Groups: ticket.FitGroups(res.GrantedGroups(r.user.Groups)), ActivityID: given(r.Request), RedirectFlags: feed.RedirectFlags(res.Redirection),
-		SignedIn: r.user.SignedIn, IssuedAt: now, Expires: now.Add(snap.Workspace.TicketLifetime),
+		Account: person.Claims, SignedIn: r.user.SignedIn, IssuedAt: now, Expires: now.Add(snap.Workspace.TicketLifetime),
 	}, key)
 	if err != nil {
 		return nil, "", refusal.New(refusal.Internal, "No ticket can be made for %q: %v. An administrator must shorten the names that it holds.", res.Name, err)
 	}
 	lines, err := feed.Sign(feed.Lines(feed.File{
-		Resource: res, Gateway: gw, Address: address, Ticket: raw, Properties: pool.Properties, Verified: pool.RDPIssuer != nil,
+		Resource: res, Gateway: gw, Address: address, Ticket: raw, Properties: pool.Properties, Verified: pool.RDPIssuer != nil, Account: name,
 		ARM: form == brokerapi.FormARM,
 	}), a.o.Signer())
 	if err != nil {

@@ -38,6 +38,8 @@ const (
 	HostFull     Code = "host-full"
 	HostDraining Code = "host-draining"
 	HostNotReady Code = "host-not-ready" // the RDP server on the host does not answer
+	// AccountRefused is a person who can't have the account that the pool's rule gives.
+	AccountRefused Code = "account-refused"
 
 	// Gateways and brokers.
 	GatewayFull     Code = "gateway-full"

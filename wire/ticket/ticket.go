@@ -44,6 +44,8 @@ type Claims struct {
 	Resource string
 	// Target is the name that the client must ask for.
 	Target string
+	// Account holds the claims of the sign-in that the account on the host follows from: those that the HostPool named.
+	Account map[string]string
 	// ActivityID is set where the ticket was made for one connect.
 	ActivityID string
 	// RedirectFlags goes into TUNNEL_AUTH_RESP.
@@ -75,11 +77,12 @@ func FitGroups(groups []string) []string {
 }
 
 type private struct {
-	Groups        []string `json:"grp,omitempty"`
-	Resource      string   `json:"res"`
-	Target        string   `json:"tgt"`
-	ActivityID    string   `json:"act,omitempty"`
-	RedirectFlags uint32   `json:"rdf,omitempty"`
+	Groups        []string          `json:"grp,omitempty"`
+	Resource      string            `json:"res"`
+	Target        string            `json:"tgt"`
+	ActivityID    string            `json:"act,omitempty"`
+	Account       map[string]string `json:"acc,omitempty"`
+	RedirectFlags uint32            `json:"rdf,omitempty"`
 	// SignedIn is in seconds since 1970.
 	SignedIn int64 `json:"sgn,omitempty"`
 }
@@ -93,7 +96,7 @@ func Sign(c Claims, key ed25519.PrivateKey) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("ticket: %w", err)
 	}
-	priv := private{Groups: c.Groups, Resource: c.Resource, Target: c.Target, ActivityID: c.ActivityID, RedirectFlags: c.RedirectFlags}
+	priv := private{Groups: c.Groups, Resource: c.Resource, Target: c.Target, ActivityID: c.ActivityID, RedirectFlags: c.RedirectFlags, Account: c.Account}
 	if !c.SignedIn.IsZero() {
 		priv.SignedIn = c.SignedIn.Unix()
 	}
@@ -158,7 +161,7 @@ func (t *Ticket) Verify(key ed25519.PublicKey, now time.Time) (Claims, error) {
 	}
 	c := Claims{
 		ID: std.ID, Namespace: t.Namespace, Workspace: t.Workspace, User: std.Subject, Groups: priv.Groups, Resource: priv.Resource,
-		Target: priv.Target, ActivityID: priv.ActivityID, RedirectFlags: priv.RedirectFlags,
+		Target: priv.Target, ActivityID: priv.ActivityID, RedirectFlags: priv.RedirectFlags, Account: priv.Account,
 		IssuedAt: std.IssuedAt.Time(), Expires: std.Expiry.Time(),
 	}
 	if priv.SignedIn != 0 {

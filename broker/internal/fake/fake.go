@@ -28,6 +28,7 @@ type World struct {
 	agents   []AgentWrite
 	gateways map[string]int32
 	serials  map[string]string
+	accounts map[string]map[string]string // by pool
 	signed   int
 	onChange []func()
 	made     int
@@ -185,6 +186,34 @@ func (w *World) Assign(_ context.Context, host, user string) (owner string, err 
 		}
 	})
 	return owner, err
+}
+
+func (w *World) ReadAccounts(_ context.Context, pool string) (map[string]string, string, error) {
+	if w.Away != nil {
+		return nil, "", w.Away
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return maps.Clone(w.accounts[pool]), strconv.Itoa(len(w.accounts[pool])), nil
+}
+
+func (w *World) AddAccount(_ context.Context, pool, version, name, value string) error {
+	if w.Away != nil {
+		return w.Away
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if version != strconv.Itoa(len(w.accounts[pool])) {
+		return model.ErrConflict
+	}
+	if w.accounts == nil {
+		w.accounts = map[string]map[string]string{}
+	}
+	if w.accounts[pool] == nil {
+		w.accounts[pool] = map[string]string{}
+	}
+	w.accounts[pool][name] = value
+	return nil
 }
 
 func (w *World) WriteGateway(_ context.Context, gateway string, sessions int32, mine []model.GatewayInstance) error {
