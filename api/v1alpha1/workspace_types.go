@@ -246,8 +246,8 @@ type Tickets struct {
 }
 
 // Revocation takes back what a user has, or one ticket.
-// +kubebuilder:validation:XValidation:rule="(self.user != ”) != (self.ticket != ”)",message="a revocation names a user or a ticket, one of them"
-// +kubebuilder:validation:XValidation:rule="!has(self.before) || self.ticket == ”",message="before goes with user: a ticket is taken back whenever it was made"
+// +kubebuilder:validation:XValidation:rule="(self.user.size() > 0) != (self.ticket.size() > 0)",message="a revocation names a user or a ticket, one of them"
+// +kubebuilder:validation:XValidation:rule="!has(self.before) || self.ticket.size() == 0",message="before goes with user: a ticket is taken back whenever it was made"
 type Revocation struct {
 	// user, as usernameClaim spells it; upper and lower case are the same here. Without before the user is disabled: no feed,
 	// no download, no connect, and no session goes on.
@@ -260,7 +260,7 @@ type Revocation struct {
 	// +optional
 	// +kubebuilder:default=""
 	// +kubebuilder:validation:MaxLength=64
-	// +kubebuilder:validation:XValidation:rule="self == '' || self.matches('^[A-Z2-7]{26}$')",message="ticket must be the id of a ticket, as brokers log it: 26 upper-case letters and digits"
+	// +kubebuilder:validation:XValidation:rule="self.size() == 0 || self.matches('^[A-Z2-7]{26}$')",message="ticket must be the id of a ticket, as brokers log it: 26 upper-case letters and digits"
 	Ticket string `json:"ticket"`
 	// reason is shown to the user.
 	// +optional
