@@ -40,8 +40,8 @@ const (
 	retryAfter   = 5 * time.Second
 	fetchTimeout = 10 * time.Second
 	maxDocument  = 1 << 20
-	// maxToken bounds a token before anything parses it.
-	maxToken    = 16 << 10
+	// maxToken bounds a token before anything parses it: one of 1,000 groups by GUID has 52 KiB.
+	maxToken    = 64 << 10
 	maxUsername = 256
 )
 

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"errors"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -322,5 +323,20 @@ func TestSignedIn(t *testing.T) {
 				t.Errorf("got %v, %v, %v; want %v, %v", u.SignedIn, u.GroupsElsewhere, err, c.at, c.elsewhere)
 			}
 		})
+	}
+}
+
+// Who is in many groups can sign in: the ticket names few of them.
+func TestBigToken(t *testing.T) {
+	f := setUp(t)
+	for n, ok := range map[int]bool{200: true, 500: true, 1000: true, 2000: false} {
+		var groups []string
+		for i := range n {
+			groups = append(groups, fmt.Sprintf("%08x-1111-2222-3333-%012x", i, i))
+		}
+		raw := f.idp.token(f.claims(map[string]any{"groups": groups}))
+		if u, err := f.Validate(t.Context(), raw); (err == nil) != ok || ok && len(u.Groups) != n {
+			t.Errorf("%d groups in %d bytes: %d, %v", n, len(raw), len(u.Groups), err)
+		}
 	}
 }

@@ -28,8 +28,9 @@ import (
 
 const (
 	// maxBody bounds a request's body. The largest is an enrolment with two certificate requests.
-	maxBody   = 64 << 10
-	maxHeader = 32 << 10
+	maxBody = 64 << 10
+	// maxHeader bounds a request's head, which holds a token (oidc takes 64 KiB) and little else.
+	maxHeader = 80 << 10
 	// answerTimeout leaves room for an issuer to sign.
 	answerTimeout = 90 * time.Second
 )
