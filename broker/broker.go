@@ -131,7 +131,7 @@ func Run(ctx context.Context, o Options) error {
 
 	orch := orchestrate.New(orchestrate.Options{
 		Namespace: o.Config.Namespace, Workspace: o.Config.Workspace, Name: o.Name, Source: o.Inventory, Writer: o.Inventory, Conn: nc,
-		TicketKey: ticketPublicKey(reloaders[o.TicketsDir]), Log: log, Metrics: m,
+		TicketKey: ticketPublicKey(reloaders[o.TicketsDir]), ProofKey: ticketPrivateKey(reloaders[o.TicketsDir]), Log: log, Metrics: m,
 	})
 	store := traces.New()
 	validator := oidc.New(oidc.Options{

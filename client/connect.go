@@ -120,8 +120,14 @@ func (c *Client) Connect(ctx context.Context, o ConnectOptions) error {
 func (c *Client) prepare(ctx context.Context, cn *connect, o ConnectOptions, dir string) (path string, rdp rdpFile, err error) {
 	a := cn.account
 	err = cn.step(trace.StepSubscribe, func() (string, error) {
-		// The workspace may have changed its identity provider since the login.
-		return a.URL, cn.get(ctx, brokerapi.PathWorkspace, nil, &a.Workspace)
+		// The workspace may have changed its identity provider since the login: fresh sees to that. What the answer lacks is
+		// absent, not as before.
+		var ws brokerapi.Workspace
+		if err := cn.get(ctx, brokerapi.PathWorkspace, nil, &ws); err != nil {
+			return a.URL, err
+		}
+		a.Workspace = ws
+		return a.URL, nil
 	})
 	if err != nil {
 		return "", rdp, err

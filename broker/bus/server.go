@@ -28,8 +28,8 @@ import (
 )
 
 const (
-	// maxPayload bounds one message. The largest is a report of 1,000 sessions.
-	maxPayload = 512 << 10
+	// maxPayload bounds one message. The largest is a report of 1,000 sessions, each with its proof.
+	maxPayload = 2 << 20
 	// maxSubscriptions of one connection; an agent or gateway has three.
 	maxSubscriptions = 128
 	// handshakeTimeout leaves room for thousands that come at one time, as after the loss of every broker: their handshakes

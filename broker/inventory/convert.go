@@ -138,7 +138,7 @@ func pool(p *v1alpha1.HostPool) *model.Pool {
 
 func host(h *v1alpha1.SessionHost) *model.Host {
 	m := &model.Host{
-		Name: h.Name, Pool: h.Spec.HostPoolRef.Name, Generation: h.Generation, Created: h.CreationTimestamp.Time,
+		Name: h.Name, UID: string(h.UID), Pool: h.Spec.HostPoolRef.Name, Generation: h.Generation, Created: h.CreationTimestamp.Time,
 		Pod: h.Labels[v1alpha1.LabelManagedBy] == v1alpha1.ManagedBy, AssignedUser: h.Spec.AssignedUser,
 		Registration: registration(h.Status.Registration),
 	}

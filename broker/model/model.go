@@ -53,20 +53,6 @@ func (w *Workspace) Resource(name string) *Resource {
 	return nil
 }
 
-// GrantedGroups are those of the user's groups that any grant of the workspace names, in order, each once.
-func (w *Workspace) GrantedGroups(groups []string) []string {
-	var named []string
-	for _, r := range w.Resources {
-		for _, g := range r.Groups {
-			if slices.Contains(groups, g) {
-				named = append(named, g)
-			}
-		}
-	}
-	slices.Sort(named)
-	return slices.Compact(named)
-}
-
 // OIDC says who may sign users in.
 type OIDC struct {
 	IssuerURL     string
@@ -99,6 +85,18 @@ type Resource struct {
 // Grants says whether a user, of these groups, may use the resource.
 func (r *Resource) Grants(user string, groups []string) bool {
 	return slices.Contains(r.Users, user) || slices.ContainsFunc(r.Groups, func(g string) bool { return slices.Contains(groups, g) })
+}
+
+// GrantedGroups are those of the user's groups that the resource names, in order, each once.
+func (r *Resource) GrantedGroups(groups []string) []string {
+	var named []string
+	for _, g := range r.Groups {
+		if slices.Contains(groups, g) {
+			named = append(named, g)
+		}
+	}
+	slices.Sort(named)
+	return slices.Compact(named)
 }
 
 // Redirection says what of the user's machine a session may reach.
@@ -153,6 +151,8 @@ type Registration struct {
 // Host is one session host as declared, and what its status says.
 type Host struct {
 	Name, Pool string
+	// UID tells the object from one of the same name before or after it.
+	UID        string
 	Generation int64
 	Created    time.Time
 	// Pod says that the operator made it from its pool's template, and sees to it that it runs.

@@ -49,6 +49,8 @@ type connect struct {
 	asked map[string]uint64
 }
 
+var errHostGone = errors.New("its SessionHost does not exist any more")
+
 type try struct {
 	host string
 	err  *refusal.Error
@@ -284,11 +286,15 @@ func (c *connect) ask(ctx context.Context, cand placement.Candidate) (*refusal.E
 }
 
 func (c *connect) request(ctx context.Context, k hostKey) (refused *refusal.Error, after uint64) {
+	proven, err := c.prove(k.host)
+	if err != nil {
+		return refusal.New(refusal.HostRefused, "Host %s can't be asked: %v.", k.host, err), 0
+	}
 	data, err := json.Marshal(bus.HostConnect{
 		ActivityID: c.req.ActivityID, SessionID: c.req.SessionID, User: c.claims.User, Resource: c.resource.Name,
 		Address: net.JoinHostPort(c.gateway.Hostname, strconv.Itoa(int(c.gateway.Port))), ServerName: c.gateway.Hostname,
 		CABundle: c.gateway.CABundle, Gateway: c.req.Gateway, Instance: c.req.Instance, JoinSecret: c.req.JoinSecret, Deadline: c.req.Deadline,
-		Account: c.account,
+		Account: c.account, Proof: proven,
 	})
 	if err != nil {
 		return refusal.From(err), 0

@@ -57,6 +57,8 @@ type Options struct {
 	Conn *nats.Conn
 	// TicketKey verifies tickets.
 	TicketKey func() (ed25519.PublicKey, error)
+	// ProofKey is its private half, which signs what hosts return with their sessions (broker/proof).
+	ProofKey func() (ed25519.PrivateKey, error)
 	// Settle is for how long a connect that finds every place taken looks again before it is refused, so that reports on
 	// their way arrive; 500 ms if 0.
 	Settle  time.Duration
@@ -124,6 +126,7 @@ func New(o Options) *Orchestrator {
 	}
 	b := &Orchestrator{o: o, started: o.Now(), live: newRegistry(o.Now), peers: peers{met: map[string]peer{}}, slots: make(chan struct{}, maxConnects),
 		accounts: accounts.New(o.Writer, o.Now)}
+	b.live.proofs = proofSource{o.Namespace, o.Workspace, o.TicketKey}
 	b.status = newStatusWriter(b)
 	return b
 }

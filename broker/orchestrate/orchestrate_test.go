@@ -20,6 +20,7 @@ import (
 	"rendezvous.dev/rendezvous/broker/internal/testca"
 	"rendezvous.dev/rendezvous/broker/model"
 	"rendezvous.dev/rendezvous/broker/placement"
+	"rendezvous.dev/rendezvous/broker/proof"
 	"rendezvous.dev/rendezvous/broker/traces"
 	"rendezvous.dev/rendezvous/wire/brokerapi"
 	"rendezvous.dev/rendezvous/wire/bus"
@@ -96,6 +97,7 @@ func newWorld(t *testing.T, replicas int) *world {
 		b = New(Options{
 			Namespace: ns, Workspace: ws, Name: fmt.Sprint("broker-", i), Source: w.fake, Writer: w.fake, Conn: nc,
 			TicketKey: func() (ed25519.PublicKey, error) { return w.key.Public().(ed25519.PublicKey), nil },
+			ProofKey:  func() (ed25519.PrivateKey, error) { return w.key, nil },
 		})
 		close(ready)
 		ctx, cancel := context.WithCancel(context.Background())
@@ -229,7 +231,7 @@ func (a *agent) onConnect(m *nats.Msg) {
 	case len(a.sessions) >= a.limit:
 		reply.Err = refusal.New(refusal.HostFull, "Host %s is full.", a.name)
 	default:
-		a.sessions = append(a.sessions, bus.HostSession{SessionID: req.SessionID, User: req.User, State: bus.SessionActive})
+		a.sessions = append(a.sessions, bus.HostSession{SessionID: req.SessionID, User: req.User, State: bus.SessionActive, Proof: req.Proof})
 		a.most = max(a.most, len(a.sessions))
 	}
 	reply.Sequence = a.sequence
@@ -296,6 +298,22 @@ func (w *world) ticket(edit func(*ticket.Claims)) string {
 		edit(&c)
 	}
 	raw, err := ticket.Sign(c, w.key)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return raw
+}
+
+// proof is what a broker gave a host when it sent the user there.
+func (w *world) proof(pool, host, user string, edit func(*proof.Claims)) string {
+	c := proof.Claims{
+		Namespace: ns, Workspace: ws, Pool: pool, Host: host, HostUID: w.fake.Snapshot().Hosts[host].UID, User: user, Resource: "desk",
+		SessionID: rand.Text(), Gateway: "gw", Instance: "10-0-0-1", IssuedAt: time.Now().Add(-time.Hour), Expires: time.Now().Add(time.Hour),
+	}
+	if edit != nil {
+		edit(&c)
+	}
+	raw, err := proof.Sign(c, w.key)
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -467,7 +485,7 @@ func TestOwnDisconnectedSession(t *testing.T) {
 	w.agent(0, "pool", "a", 2)
 	b := w.agent(0, "pool", "b", 2)
 	b.set(func() {
-		b.sessions = []bus.HostSession{{User: "alice", State: bus.SessionDisconnected}, {User: "x"}}
+		b.sessions = []bus.HostSession{{User: "alice", State: bus.SessionDisconnected, Proof: w.proof("pool", "b", "alice", nil)}, {User: "x"}}
 		b.limit = 3
 	})
 	w.fake.EditHost("b", func(h *model.Host) { h.Drain = &model.Drain{}; h.Generation++ })

@@ -2,8 +2,8 @@ package orchestrate
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
-	"slices"
 	"sync"
 	"time"
 
@@ -22,8 +22,9 @@ const (
 	// estranged is after which silence a broker counts as gone, with the connections to it. When it is heard again, it is
 	// met anew: reports were missed.
 	estranged = 3 * helloEvery
-	// hostsPerMessage keeps a message well below the bus's bound: a report is some 300 bytes, and more with sessions.
-	hostsPerMessage = 200
+	// hostsMessageSize is from which size on a message is full, in bytes: well below the bus's bound, whatever its last
+	// report adds.
+	hostsMessageSize = 256 << 10
 )
 
 // helloMessage says that a broker is there. Boot tells its lives apart.
@@ -34,10 +35,12 @@ type helloMessage struct {
 
 // hostsMessage is a part of the agents on a broker, and what they said last.
 type hostsMessage struct {
-	Broker string     `json:"broker"`
-	Hosts  []hostSeen `json:"hosts"`
+	Broker string            `json:"broker"`
+	Hosts  []json.RawMessage `json:"hosts"` // hostSeen
 }
 
+// hostSeen is an agent's connection and its last report. Of the report's sessions only checked facts are told: of one
+// without a good proof no more than that it takes a place.
 type hostSeen struct {
 	Conn   string         `json:"conn"`
 	Report bus.HostReport `json:"report"`
@@ -101,8 +104,18 @@ func (b *Orchestrator) onHello(_ context.Context, m *nats.Msg) {
 	}
 	mine := b.live.mine()
 	b.o.Log.Info("met a broker", "broker", h.Broker, "hosts", len(mine))
-	for part := range slices.Chunk(mine, hostsPerMessage) {
-		b.publish(fmt.Sprintf("%s.%s", subjectHosts, h.Broker), hostsMessage{b.o.Name, part})
+	msg, size := hostsMessage{Broker: b.o.Name}, 0
+	for i, s := range mine {
+		data, err := json.Marshal(s)
+		if err != nil {
+			b.o.Log.Error("can't introduce a host", "pool", s.Report.Pool, "host", s.Report.Host, "error", err)
+			continue
+		}
+		msg.Hosts, size = append(msg.Hosts, data), size+len(data)
+		if size >= hostsMessageSize || i == len(mine)-1 {
+			b.publish(fmt.Sprintf("%s.%s", subjectHosts, h.Broker), msg)
+			msg.Hosts, size = nil, 0
+		}
 	}
 }
 
@@ -111,7 +124,12 @@ func (b *Orchestrator) onHosts(_ context.Context, m *nats.Msg) {
 	if !b.decode(m, &msg) {
 		return
 	}
-	for _, s := range msg.Hosts {
+	for _, data := range msg.Hosts {
+		var s hostSeen
+		if err := json.Unmarshal(data, &s); err != nil {
+			b.o.Log.Warn("message is not what its subject says", "subject", m.Subject, "error", err)
+			continue
+		}
 		b.live.introduce(hostKey{s.Report.Pool, s.Report.Host}, s)
 	}
 }
@@ -122,7 +140,7 @@ func (r *registry) mine() (all []hostSeen) {
 	defer r.mu.Unlock()
 	for _, h := range r.hosts {
 		if h.local && !h.gone && !h.at.IsZero() {
-			all = append(all, hostSeen{h.conn, h.report})
+			all = append(all, hostSeen{h.conn, h.checkedReport()})
 		}
 	}
 	return all

@@ -21,6 +21,7 @@ func TestBrokersThatMeetIntroduceTheirHosts(t *testing.T) {
 	late := New(Options{
 		Namespace: ns, Workspace: ws, Name: "broker-late", Source: w.fake, Writer: w.fake, Conn: nc,
 		TicketKey: func() (ed25519.PublicKey, error) { return w.key.Public().(ed25519.PublicKey), nil },
+		ProofKey:  func() (ed25519.PrivateKey, error) { return w.key, nil },
 	})
 	ctx, cancel := context.WithCancel(context.Background())
 	t.Cleanup(func() { cancel(); late.Wait() })

@@ -8,6 +8,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"rendezvous.dev/rendezvous/broker/model"
 	"rendezvous.dev/rendezvous/broker/placement"
 	"rendezvous.dev/rendezvous/wire/bus"
@@ -16,7 +18,8 @@ import (
 // registry is the live state of hosts and gateways: what they reported, and what was promised since. It is soft: a broker
 // that starts learns it from the next reports.
 type registry struct {
-	now func() time.Time
+	now    func() time.Time
+	proofs proofSource
 
 	mu       sync.Mutex
 	hosts    map[hostKey]*liveHost
@@ -28,10 +31,15 @@ type hostKey struct{ pool, host string }
 
 // liveHost is one host's last report and what happened since.
 type liveHost struct {
-	report   bus.HostReport
-	sessions []placement.Session // of report; never changed
-	at       time.Time           // when it came; zero where there is none yet
-	oldBoot  string              // of the agent's life before this one: what still comes of it is late
+	report bus.HostReport
+	proofs checked       // of report; never changed
+	budget *rate.Limiter // of proofs that are yet to be looked at
+	// sessions are those of report as placement takes them, for the SessionHost with the UID madeFor; nil until somebody
+	// asks. Never changed.
+	sessions []placement.Session
+	madeFor  string
+	at       time.Time // when it came; zero where there is none yet
+	oldBoot  string    // of the agent's life before this one: what still comes of it is late
 	// conn names the agent's newest connection, empty where this broker did not see it begin. The brokers tell each other.
 	conn  string
 	local bool // conn is on this broker
@@ -76,6 +84,8 @@ func (r *registry) host(k hostKey) *liveHost {
 
 // report takes in an agent's report. A late one, of this life of the agent or the one before, is dropped.
 func (r *registry) report(k hostKey, rep bus.HostReport) bool {
+	rep.Sessions = rep.Sessions[:min(len(rep.Sessions), maxReported)]
+	proofs := r.check(k, rep.Sessions)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	h := r.host(k)
@@ -91,10 +101,8 @@ func (r *registry) report(k hostKey, rep bus.HostReport) bool {
 		}
 	}
 	late := h.conn == "" && h.gone && r.now().Sub(h.lost) < overtaken
-	h.report, h.at, h.gone = rep, r.now(), rep.Leaving || late
-	h.sessions = make([]placement.Session, 0, len(rep.Sessions))
+	h.report, h.proofs, h.sessions, h.at, h.gone = rep, proofs, nil, r.now(), rep.Leaving || late
 	for _, s := range rep.Sessions {
-		h.sessions = append(h.sessions, placement.Session{User: s.User, Disconnected: s.State == bus.SessionDisconnected, Assumed: s.Assumed})
 		delete(h.promises, s.SessionID)
 	}
 	maps.DeleteFunc(h.promises, func(_ string, p promise) bool { return p.known(rep.Sequence) })
@@ -229,7 +237,7 @@ func (r *registry) placementHosts(pool *model.Pool, hosts []poolHost) iter.Seq[p
 			}
 			if h := d.live; r.connectedAt(h, pool.HeartbeatTimeout, now) {
 				p.Connected, p.Ready, p.Message = true, h.report.RDPReady, h.report.Message
-				p.Sessions, p.Reserved = h.taken(now)
+				p.Sessions, p.Reserved = h.taken(d.UID, now)
 			}
 			if !yield(p) {
 				return
@@ -238,17 +246,18 @@ func (r *registry) placementHosts(pool *model.Pool, hosts []poolHost) iter.Seq[p
 	}
 }
 
-// taken gives the sessions that a host reports or has accepted since, and those that it is only being asked for.
-func (h *liveHost) taken(now time.Time) (sessions, reserved []placement.Session) {
-	sessions = slices.Clip(h.sessions)
+// taken gives the sessions that a host, whose SessionHost has this UID, reports or has accepted since, and those that it
+// is only being asked for.
+func (h *liveHost) taken(uid string, now time.Time) (sessions, reserved []placement.Session) {
+	sessions = slices.Clip(h.placementSessions(uid, now))
 	for id, p := range h.promises {
 		switch {
 		case now.After(p.until):
 			delete(h.promises, id)
 		case p.accepted:
-			sessions = append(sessions, placement.Session{User: p.user})
+			sessions = append(sessions, placement.Session{User: p.user, Sent: true})
 		default:
-			reserved = append(reserved, placement.Session{User: p.user})
+			reserved = append(reserved, placement.Session{User: p.user, Sent: true})
 		}
 	}
 	return sessions, reserved

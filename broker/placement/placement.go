@@ -39,7 +39,11 @@ type Host struct {
 
 // Session is one session, or one on its way.
 type Session struct {
-	User         string
+	// User is whose it is by the brokers' own word, empty where there is only the host's: then it takes a place and draws
+	// nobody.
+	User string
+	// Sent says that a broker sent the user there only just now, so that an assignment may be on its way.
+	Sent         bool
 	Disconnected bool
 	// Assumed says that the session may be over: it draws its user back and takes no place.
 	Assumed bool
@@ -132,7 +136,8 @@ func (w *Why) String() string {
 // question. The order in which the hosts come makes no difference; names are unique.
 //
 //  1. Where the user has a session already, a disconnected one before another: also on a draining or full host.
-//  2. Personal: the user's own hosts; only where there are none, and under Automatic assignment, hosts of nobody.
+//  2. Personal: the user's own hosts; only where there are none, and under Automatic assignment, hosts of nobody. A session
+//     there gives no right to such a host, unless a broker has just sent the user to it.
 //  3. Pooled: hosts with a free place; the emptiest first, or with DepthFirst the fullest first.
 //  4. Hosts whose last places are promised but not taken: a promise may still come to nothing.
 //
@@ -204,7 +209,7 @@ func rank(pool Pool, h *Host, user string, owns bool) (r ranking, out reason, de
 	case !h.Ready:
 		return r, notReady, h.Message
 	}
-	reported, taken, mine, disconnected := h.look(user)
+	reported, taken, mine, disconnected := h.look(user, r.Assign)
 	if mine {
 		r.Resume, r.class = true, ownSession
 		if disconnected {
@@ -230,14 +235,15 @@ func rank(pool Pool, h *Host, user string, owns bool) (r ranking, out reason, de
 	return r, nothing, ""
 }
 
-// look counts the places that sessions take, and those with what is promised, and finds the user's own session.
-func (h *Host) look(user string) (reported, taken int, mine, disconnected bool) {
+// look counts the places that sessions take, and those with what is promised, and finds the user's own session: where
+// sent is set, only one that a broker sent there just now.
+func (h *Host) look(user string, sent bool) (reported, taken int, mine, disconnected bool) {
 	for i := range h.Sessions {
 		s := &h.Sessions[i]
 		if !s.Assumed {
 			reported++
 		}
-		if s.User == user {
+		if s.User == user && (s.Sent || !sent) {
 			mine, disconnected = true, disconnected || s.Disconnected
 		}
 	}

@@ -18,7 +18,12 @@ var (
 		for _, u := range users {
 			name, away := strings.CutSuffix(u, "-away")
 			name, gone := strings.CutSuffix(name, "-gone")
-			s = append(s, Session{User: name, Disconnected: away || gone, Assumed: gone})
+			name, sent := strings.CutSuffix(name, "-sent")
+			name, claimed := strings.CutSuffix(name, "-claimed") // by the host alone
+			if claimed {
+				name = ""
+			}
+			s = append(s, Session{User: name, Sent: sent, Disconnected: away || gone, Assumed: gone})
 		}
 		return s
 	}
@@ -82,6 +87,12 @@ func TestBest(t *testing.T) {
 		{"personal: somebody else sits there", direct, []Host{host("b", of("u"), with("x"))}, "", "1 host: 1 full"},
 		{"an assumed session takes no place", pooled, []Host{host("a", with("x", "y-gone")), host("b", with("x", "y"))}, "a", "2 hosts: 1 full"},
 		{"an assumed session draws its user back", pooled, []Host{host("a"), host("b", with("x", "u-gone"), drain)}, "b+ a", ""},
+		{"a claimed session takes a place and draws nobody", pooled, []Host{host("a", with("x")), host("b", with("u-claimed-away")), host("c", with("u-claimed-away", "x"))}, "a b", "3 hosts: 1 full"},
+		{"also where it is assumed, on a draining host", pooled, []Host{host("a", with("x")), host("b", with("u-claimed-gone"), drain)}, "a", "2 hosts: 1 draining (new image)"},
+		{"automatic: a session gives no right to a host of nobody", auto, []Host{host("a", with("x-gone")), host("b", with("u-away")), host("c", with("u-gone"))}, "a= c=", "3 hosts: 1 full"},
+		{"automatic: nor a claimed one", auto, []Host{host("a"), host("b", with("u-claimed-gone"))}, "a= b=", ""},
+		{"automatic: the assignment is on its way", auto, []Host{host("a"), host("b", with("u-sent"))}, "b+= a=", ""},
+		{"automatic: so it is while a broker asks the host", auto, []Host{host("a"), host("b", promise("u-sent"))}, "b+= a=", ""},
 		{"personal: one's own session", direct, []Host{host("b", of("u"), with("u"))}, "b+", ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -109,10 +120,11 @@ func TestBest(t *testing.T) {
 
 func randomWorld(r *rand.Rand) (Pool, []Host, string) {
 	users := []string{"u", "v", "w", "x"}
+	claimed := []string{"u", "v", ""}
 	pool := Pool{Name: "p", Personal: r.IntN(2) == 0, Automatic: r.IntN(2) == 0, DepthFirst: r.IntN(2) == 0, MaxSessions: 1 + r.Int32N(3)}
 	some := func() (s []Session) {
 		for range r.IntN(4) {
-			s = append(s, Session{User: users[r.IntN(len(users))], Disconnected: r.IntN(2) == 0, Assumed: r.IntN(5) == 0})
+			s = append(s, Session{User: claimed[r.IntN(len(claimed))], Sent: r.IntN(3) == 0, Disconnected: r.IntN(2) == 0, Assumed: r.IntN(5) == 0})
 		}
 		return s
 	}
@@ -158,7 +170,7 @@ func TestProperties(t *testing.T) {
 		var last Candidate
 		for i, c := range got {
 			h := byName[c.Host]
-			reported, _, mine, _ := h.look(user)
+			reported, _, mine, _ := h.look(user, c.Assign)
 			switch {
 			case !h.Connected || !h.Ready:
 				t.Fatalf("seed %d: %s can't serve", seed, h.Name)
@@ -182,8 +194,9 @@ func TestProperties(t *testing.T) {
 
 // inOrder says whether a may be asked before b; both are candidates.
 func inOrder(pool Pool, a, b Host, user string) bool {
-	_, takenA, mineA, awayA := a.look(user)
-	_, takenB, mineB, awayB := b.look(user)
+	assign := pool.Personal && a.AssignedUser == "" // then b is nobody's, too
+	_, takenA, mineA, awayA := a.look(user, assign)
+	_, takenB, mineB, awayB := b.look(user, assign)
 	limit := int(pool.MaxSessions)
 	switch {
 	case mineA != mineB:

@@ -183,11 +183,11 @@ func (a *api) connectionFile(snap *model.Snapshot, res *model.Resource, r *reque
 	}
 	raw, err := ticket.Sign(ticket.Claims{
 		ID: id, Namespace: a.o.Namespace, Workspace: a.o.Workspace, User: r.user.Name, Resource: res.Name, Target: address,
-		Groups: snap.Workspace.GrantedGroups(r.user.Groups), ActivityID: given(r.Request), RedirectFlags: feed.RedirectFlags(res.Redirection),
-		Account: person.Claims, IssuedAt: now, Expires: now.Add(snap.Workspace.TicketLifetime),
+		Groups: ticket.FitGroups(res.GrantedGroups(r.user.Groups)), ActivityID: given(r.Request), RedirectFlags: feed.RedirectFlags(res.Redirection),
+		Account: person.Claims, SignedIn: r.user.SignedIn, IssuedAt: now, Expires: now.Add(snap.Workspace.TicketLifetime),
 	}, key)
 	if err != nil {
-		return nil, "", err
+		return nil, "", refusal.New(refusal.Internal, "No ticket can be made for %q: %v. An administrator must shorten the names that it holds.", res.Name, err)
 	}
 	lines, err := feed.Sign(feed.Lines(feed.File{
 		Resource: res, Gateway: gw, Address: address, Ticket: raw, Properties: pool.Properties, Verified: pool.RDPIssuer != nil, Account: name,

@@ -14,6 +14,7 @@ import (
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
+	"fmt"
 	"io"
 	"log/slog"
 	"math/big"
@@ -269,6 +270,51 @@ func TestConnectionFile(t *testing.T) {
 	}
 	if c, err := ticket.Verify(l["gatewayaccesstoken"], f.key.Public().(ed25519.PublicKey), ns, ws, now); err != nil || c.ActivityID != "" {
 		t.Errorf("%+v %v", c, err)
+	}
+}
+
+// A ticket names the groups of its resource and no others, so it fits whatever else its user may use.
+func TestTicketFits(t *testing.T) {
+	f := setUp(t)
+	var guids []string
+	for i := range 500 {
+		guids = append(guids, fmt.Sprintf("%08x-1111-2222-3333-%012x", i, i))
+	}
+	f.people["dave"] = append([]string{"engineers"}, guids...)
+	f.world.Edit(func(s *model.Snapshot) {
+		s.Workspace.Resources = append(s.Workspace.Resources,
+			model.Resource{Name: "elsewhere", Type: model.Desktop, Pool: "linux", Groups: guids[:200]},
+			model.Resource{Name: "all", Type: model.Desktop, Pool: "linux", Groups: guids},
+			model.Resource{Name: "long", Type: model.Desktop, Pool: "linux", Users: []string{strings.Repeat("u", 9000)}})
+	})
+	f.people[strings.Repeat("u", 9000)] = nil
+	for _, c := range []struct {
+		resource, user string
+		least, most    int // groups
+		refused        bool
+	}{
+		{"desk", "dave", 1, 1, false},
+		{"elsewhere", "dave", 1, 30, false},
+		{"all", "dave", 1, 30, false},
+		{"long", strings.Repeat("u", 9000), 0, 0, true},
+	} {
+		t.Run(c.resource, func(t *testing.T) {
+			w := f.do("GET", brokerapi.PathResources+"/"+c.resource+".rdp", c.user, "")
+			if c.refused {
+				if w.Code == 200 || !strings.Contains(w.Body.String(), "No ticket can be made for") {
+					t.Errorf("%d %s", w.Code, w.Body)
+				}
+				return
+			}
+			raw := lines(t, w.Body.Bytes())["gatewayaccesstoken"]
+			got, err := ticket.Verify(raw, f.key.Public().(ed25519.PublicKey), ns, ws, now)
+			if err != nil || len(got.Groups) < c.least || len(got.Groups) > c.most {
+				t.Fatalf("%d bytes: %v, groups %v", len(raw), err, got.Groups)
+			}
+			if res := f.world.Snapshot().Workspace.Resource(c.resource); !res.Grants(got.User, got.Groups) {
+				t.Error("no group that the ticket names grants the resource")
+			}
+		})
 	}
 }
 

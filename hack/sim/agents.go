@@ -54,11 +54,11 @@ func runAgents(ctx context.Context, o agentsOptions, out io.Writer) error {
 	if err != nil {
 		return err
 	}
-	public, private, err := ed25519.GenerateKey(rand.Reader)
+	_, private, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
 		return err
 	}
-	all, err := newCluster(ca, o.Agents, public)
+	all, err := newCluster(ca, o.Agents, private)
 	if err != nil {
 		return err
 	}
@@ -263,7 +263,7 @@ func (a *simAgent) onConnect(m *nats.Msg) {
 		return
 	}
 	a.mu.Lock()
-	a.sessions = append(slices.Clone(a.sessions), bus.HostSession{SessionID: req.SessionID, User: req.User, State: bus.SessionPending, Since: time.Now()})
+	a.sessions = append(slices.Clone(a.sessions), bus.HostSession{SessionID: req.SessionID, User: req.User, State: bus.SessionPending, Since: time.Now(), Proof: req.Proof})
 	data, _ := json.Marshal(bus.HostReply{Sequence: a.sequence})
 	a.mu.Unlock()
 	m.Respond(data)

@@ -37,7 +37,7 @@ type brokerConfig struct {
 	Port, Route int
 	Peers       []string
 	Hosts       int
-	TicketKey   ed25519.PublicKey
+	TicketKey   ed25519.PrivateKey
 }
 
 // stats are what a broker's process answers.
@@ -88,7 +88,8 @@ func runBroker(ctx context.Context, in io.Reader, out io.Writer) error {
 	w := declare(c.Hosts)
 	o := orchestrate.New(orchestrate.Options{
 		Namespace: namespace, Workspace: workspace, Name: c.Name, Source: w, Writer: w, Conn: nc,
-		TicketKey: func() (ed25519.PublicKey, error) { return c.TicketKey, nil },
+		TicketKey: func() (ed25519.PublicKey, error) { return c.TicketKey.Public().(ed25519.PublicKey), nil },
+		ProofKey:  func() (ed25519.PrivateKey, error) { return c.TicketKey, nil },
 	})
 	if err := o.Start(ctx); err != nil {
 		return err
@@ -148,7 +149,7 @@ func declare(hosts int) *declared {
 		Gateways: []*model.Gateway{{Name: gatewayName, Hostname: "gw.test", Port: 443, Ready: true}},
 	}
 	for i := range hosts {
-		s.Hosts[hostName(i)] = &model.Host{Name: hostName(i), Pool: poolName, Generation: 1}
+		s.Hosts[hostName(i)] = &model.Host{Name: hostName(i), UID: hostName(i), Pool: poolName, Generation: 1}
 	}
 	return &declared{snap: s}
 }
@@ -172,7 +173,7 @@ type brokerProcess struct {
 	stderr bytes.Buffer
 }
 
-func newCluster(ca *authority, hosts int, key ed25519.PublicKey) (*cluster, error) {
+func newCluster(ca *authority, hosts int, key ed25519.PrivateKey) (*cluster, error) {
 	c := &cluster{}
 	ports, err := freePorts(2 * brokers)
 	if err != nil {

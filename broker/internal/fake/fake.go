@@ -4,6 +4,7 @@ package fake
 import (
 	"context"
 	"errors"
+	"fmt"
 	"maps"
 	"strconv"
 	"sync"
@@ -30,6 +31,7 @@ type World struct {
 	accounts map[string]map[string]string // by pool
 	signed   int
 	onChange []func()
+	made     int
 }
 
 // AgentWrite is one WriteAgent.
@@ -40,7 +42,11 @@ type AgentWrite struct {
 
 // New makes a world. The snapshot's maps are copied, so that a change makes a new one.
 func New(s *model.Snapshot) *World {
-	return &World{snap: clone(s), version: map[string]int{}, gateways: map[string]int32{}, serials: map[string]string{}}
+	w := &World{snap: clone(s), version: map[string]int{}, gateways: map[string]int32{}, serials: map[string]string{}}
+	for name := range w.snap.Hosts {
+		w.editHost(w.snap, name, func(*model.Host) {})
+	}
+	return w
 }
 
 func clone(s *model.Snapshot) *model.Snapshot {
@@ -79,6 +85,10 @@ func (w *World) editHost(s *model.Snapshot, name string, f func(*model.Host)) {
 		h = *old
 	}
 	f(&h)
+	if h.UID == "" { // it is new
+		w.made++
+		h.UID = fmt.Sprint("uid-", w.made)
+	}
 	s.Hosts[name] = &h
 	w.version[name]++
 }
