@@ -7,7 +7,8 @@ import (
 	"rendezvous.dev/rendezvous/wire/bus"
 )
 
-// The brokers' word on a session is reported with it, and with its user, who may have left a desktop.
+// The brokers' word on a session is reported with it, and with the desktop that its user leaves, also where none can be
+// seen (presence_test.go has those that can).
 func TestProofIsReportedWithTheSession(t *testing.T) {
 	now := time.Unix(1_900_000_000, 0)
 	enter := func(l *ledger) {
@@ -29,6 +30,7 @@ func TestProofIsReportedWithTheSession(t *testing.T) {
 	enter(seen)
 	check(seen, "accepted", bus.SessionPending, false)
 	seen.activate("s1", now)
+	seen.observe(now, map[desktop]bool{{display: 10}: true})
 	check(seen, "joined", bus.SessionActive, false)
 
 	unseen := newLedger()

@@ -88,6 +88,9 @@ func workspace(w *v1alpha1.Workspace) *model.Workspace {
 	for _, r := range w.Spec.Resources {
 		m.Resources = append(m.Resources, resource(r))
 	}
+	for _, r := range w.Spec.Revocations {
+		m.Revocations = append(m.Revocations, model.Revocation{User: r.User, Ticket: r.Ticket, Reason: r.Reason, Before: moment(r.Before)})
+	}
 	return m
 }
 

@@ -7,7 +7,9 @@ package model
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"rendezvous.dev/rendezvous/wire/config"
@@ -41,6 +43,46 @@ type Workspace struct {
 	OIDC           OIDC
 	Resources      []Resource
 	TicketLifetime time.Duration
+	Revocations    []Revocation
+}
+
+// Revocation takes back what a user has, or one ticket.
+type Revocation struct {
+	User, Ticket string // one of them
+	Reason       string // for the user; may be empty
+	// Before is as of when what the user has is good again; zero where nothing is.
+	Before time.Time
+}
+
+// Says tells the user whom, or whose ticket, the revocation is of.
+func (r *Revocation) Says(workspace, user string) string {
+	why := ""
+	if r.Reason != "" {
+		why = " (" + r.Reason + ")"
+	}
+	switch {
+	case r.Ticket != "":
+		return fmt.Sprintf("An administrator of workspace %s has taken this connection file back%s: download it again, or run `rdv connect` again.", workspace, why)
+	case r.Before.IsZero():
+		return fmt.Sprintf("%s is disabled in workspace %s%s: ask its administrator.", user, workspace, why)
+	}
+	return fmt.Sprintf("An administrator of workspace %s has taken back what %s signed in to before %s%s: sign in again (`rdv login`), and download connection files again.",
+		workspace, user, r.Before.UTC().Format(time.RFC3339), why)
+}
+
+// Revoked gives the revocation of what rests on a user's sign-in at since, or on a ticket, nil where there is none. Upper
+// and lower case of a user's name are the same here, so that a spelling lets nobody through.
+func (w *Workspace) Revoked(user, ticket string, since time.Time) *Revocation {
+	for i := range w.Revocations {
+		r := &w.Revocations[i]
+		switch {
+		case r.Ticket != "" && r.Ticket == ticket:
+			return r
+		case r.User != "" && strings.EqualFold(r.User, user) && (r.Before.IsZero() || since.Before(r.Before)):
+			return r
+		}
+	}
+	return nil
 }
 
 // Resource finds a resource, nil if there is none of that name.

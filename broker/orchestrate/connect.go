@@ -89,11 +89,11 @@ func (b *Orchestrator) answerConnect(ctx context.Context, m *nats.Msg) {
 		reply.Err = refusal.From(err).With(c.req.ActivityID)
 		event.Error, event.Detail = string(reply.Err.Code), reply.Err.Message
 		result = string(reply.Err.Code)
-		b.o.Log.Info("connect refused", "activity", c.req.ActivityID, "session", c.req.SessionID, "user", c.claims.User, "gateway", c.req.Gateway, "error", reply.Err)
+		b.o.Log.Info("connect refused", "activity", c.req.ActivityID, "session", c.req.SessionID, "user", c.claims.User, "ticket", c.claims.ID, "gateway", c.req.Gateway, "error", reply.Err)
 	} else {
 		reply.Pool = c.pool.Name
-		event.Detail = fmt.Sprintf("%s may use %s; host %s of pool %s dials gateway %s", c.claims.User, c.claims.Resource, host, c.pool.Name, c.req.Gateway)
-		b.o.Log.Info("connect accepted", "activity", c.req.ActivityID, "session", c.req.SessionID, "user", c.claims.User, "gateway", c.req.Gateway, "pool", c.pool.Name, "host", host)
+		event.Detail = fmt.Sprintf("%s may use %s by ticket %s; host %s of pool %s dials gateway %s", c.claims.User, c.claims.Resource, c.claims.ID, host, c.pool.Name, c.req.Gateway)
+		b.o.Log.Info("connect accepted", "activity", c.req.ActivityID, "session", c.req.SessionID, "user", c.claims.User, "ticket", c.claims.ID, "gateway", c.req.Gateway, "pool", c.pool.Name, "host", host)
 	}
 	b.respond(m, c.req.Gateway, reply)
 	b.Trace(event)
@@ -204,7 +204,7 @@ func (c *connect) assign(ctx context.Context, cand placement.Candidate) (mine bo
 
 // authorise checks the ticket again, and against the Workspace as it is now.
 func (c *connect) authorise() error {
-	o := c.b.o
+	b, o := c.b, c.b.o
 	key, err := o.TicketKey()
 	if err != nil {
 		return refusal.New(refusal.Internal, "The broker can't check tickets: %v.", err)
@@ -218,12 +218,11 @@ func (c *connect) authorise() error {
 	if snap.Workspace == nil {
 		return refusal.New(refusal.BrokerAway, "Workspace %s does not exist, or its broker has not read it yet: try again in a moment.", o.Workspace)
 	}
-	if c.resource = snap.Workspace.Resource(claims.Resource); c.resource == nil {
-		return refusal.New(refusal.UnknownResource, "Workspace %s has no resource %q any more: refresh the feed (`rdv list`).", o.Workspace, claims.Resource)
+	h := holding{user: claims.User, resource: claims.Resource, ticket: claims.ID, groups: claims.Groups, since: claims.Since()}
+	if _, refused := b.lost(snap.Workspace, h); refused != nil {
+		return refused
 	}
-	if !c.resource.Grants(claims.User, claims.Groups) {
-		return refusal.New(refusal.NotGranted, "%s may not use %q (any more): ask an administrator of workspace %s to name you, or a group of yours, in the resource's access.", claims.User, claims.Resource, o.Workspace)
-	}
+	c.resource = snap.Workspace.Resource(claims.Resource)
 	if c.gateway = snap.Gateway(c.req.Gateway); c.gateway == nil {
 		return refusal.New(refusal.UnknownInstance, "Gateway %s does not serve workspace %s: its labels must match the Workspace's spec.gatewaySelector.", c.req.Gateway, o.Workspace)
 	}

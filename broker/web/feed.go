@@ -136,7 +136,8 @@ func (a *api) file(w http.ResponseWriter, r *request) error {
 	case isPNG:
 		return write(w, http.StatusOK, "image/png", res.Icon)
 	}
-	data, through, err := a.connectionFile(snap, res, r)
+	id := rand.Text() // of the ticket
+	data, through, err := a.connectionFile(snap, res, r, id)
 	e := trace.Event{
 		ActivityID: r.activity, Step: trace.StepFeed, Component: "feed/" + a.o.Name, At: r.begin, Duration: a.o.Now().Sub(r.begin), User: r.user.Name,
 		Detail: fmt.Sprintf("%s for %s through gateway %s", file, r.user.Name, through),
@@ -149,13 +150,14 @@ func (a *api) file(w http.ResponseWriter, r *request) error {
 	if err != nil {
 		return err
 	}
+	a.o.Log.Info("connection file made", "activity", r.activity, "user", r.user.Name, "resource", name, "ticket", id, "remote", r.RemoteAddr)
 	w.Header().Set("Content-Disposition", mime.FormatMediaType("attachment", map[string]string{"filename": file}))
 	return write(w, http.StatusOK, "application/x-rdp", data)
 }
 
-// connectionFile makes a signed file with a fresh ticket, for the gateway that the client chose, or we. through names the
+// connectionFile makes a signed file with a fresh ticket of that id, for the gateway that the client chose, or we. through names the
 // gateway and says why it is that one.
-func (a *api) connectionFile(snap *model.Snapshot, res *model.Resource, r *request) (data []byte, through string, err error) {
+func (a *api) connectionFile(snap *model.Snapshot, res *model.Resource, r *request, id string) (data []byte, through string, err error) {
 	pool := snap.Pools[res.Pool]
 	if pool == nil {
 		return nil, "", refusal.New(refusal.NoHost, "Resource %q names HostPool %q, which does not exist in this workspace: an administrator must make it, or change the resource's hostPoolRef.", res.Name, res.Pool)
@@ -168,7 +170,6 @@ func (a *api) connectionFile(snap *model.Snapshot, res *model.Resource, r *reque
 	if err != nil {
 		return nil, "", fmt.Errorf("the broker can't sign tickets: %w", err)
 	}
-	id := rand.Text()
 	gw, through, err := a.gateway(snap, r.URL.Query()["gateway"], id)
 	if err != nil {
 		return nil, "", err

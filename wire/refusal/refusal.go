@@ -23,6 +23,7 @@ const (
 	// What the user may use.
 	NotGranted      Code = "not-granted"
 	UnknownResource Code = "unknown-resource"
+	Revoked         Code = "revoked" // the user or the ticket, by the Workspace's revocations
 
 	// Tickets, at the gateway.
 	TicketMissing Code = "ticket-missing"

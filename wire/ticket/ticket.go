@@ -77,15 +77,14 @@ func FitGroups(groups []string) []string {
 }
 
 type private struct {
-	Groups        []string `json:"grp,omitempty"`
-	Resource      string   `json:"res"`
-	Target        string   `json:"tgt"`
-	ActivityID    string   `json:"act,omitempty"`
-	RedirectFlags uint32   `json:"rdf,omitempty"`
+	Groups        []string          `json:"grp,omitempty"`
+	Resource      string            `json:"res"`
+	Target        string            `json:"tgt"`
+	ActivityID    string            `json:"act,omitempty"`
+	Account       map[string]string `json:"acc,omitempty"`
+	RedirectFlags uint32            `json:"rdf,omitempty"`
 	// SignedIn is in seconds since 1970.
 	SignedIn int64 `json:"sgn,omitempty"`
-	// Account is claims by name.
-	Account map[string]string `json:"acc,omitempty"`
 }
 
 // Issuer names the workspace that signed a ticket.
@@ -97,7 +96,7 @@ func Sign(c Claims, key ed25519.PrivateKey) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("ticket: %w", err)
 	}
-	priv := private{Account: c.Account, Groups: c.Groups, Resource: c.Resource, Target: c.Target, ActivityID: c.ActivityID, RedirectFlags: c.RedirectFlags}
+	priv := private{Groups: c.Groups, Resource: c.Resource, Target: c.Target, ActivityID: c.ActivityID, RedirectFlags: c.RedirectFlags, Account: c.Account}
 	if !c.SignedIn.IsZero() {
 		priv.SignedIn = c.SignedIn.Unix()
 	}
