@@ -2,8 +2,22 @@
 # One user's session: Xfce without a compositor, on a background of one colour. It ends when the user logs out.
 cd || exit 1
 
+die() { echo "startwm: $*" >&2; exit 1; }
+
 # Without a cookie any user of this host could see and steer the session.
-test -n "$(xauth list "$DISPLAY")" || { echo "startwm: no X cookie for $DISPLAY: is xauth installed?" >&2; exit 1; }
+test -n "$(xauth list "$DISPLAY")" || die "no X cookie for $DISPLAY: is xauth installed?"
+
+# Programs reach the X server by these sockets, the abstract one first; whoever had bound that one before would be the session's
+# screen and keyboard. What listens must be a process of this user's: its sockets are found among the files that they have open.
+ours() {
+	inode=$(awk -v path="$1" '$4 == "00010000" && $8 == path { print $7 }' /proc/net/unix)
+	test -n "$inode" && test -n "$(find /proc/[0-9]*/fd -lname "socket:\[$inode\]" 2>/dev/null)"
+}
+socket=/tmp/.X11-unix/X${DISPLAY#:}
+socket=${socket%.*}
+for path in "$socket" "@$socket"; do
+	ours "$path" || die "$path is not this user's X server: another user of this host may be posing as it"
+done
 
 # Proof of whose session this is, for the user and for tests.
 cat >.rdv-session.new <<EOF && mv .rdv-session.new .rdv-session
