@@ -20,6 +20,9 @@ import (
 // WorkspaceURL is what users of the samples subscribe to.
 const WorkspaceURL = "https://demo-broker.rdv.test"
 
+// TestLogin is the one account, with its password, of the stage's desktops.
+const TestLogin = "demo:demo"
+
 // people on one stage have cables of their own.
 const (
 	userCable    = 1
@@ -205,7 +208,7 @@ func (s *Stage) NewMachine(ctx context.Context, roots rdpkit.Roots, name, color 
 		net.Close()
 		return nil, err
 	}
-	box, err := rdpkit.NewMachine(ctx, roots, rdpkit.MachineOptions{Color: color, BoxOptions: rdpkit.BoxOptions{
+	box, err := rdpkit.NewMachine(ctx, roots, rdpkit.MachineOptions{Color: color, TestLogin: TestLogin, BoxOptions: rdpkit.BoxOptions{
 		Netns: net.Name, Hostname: name, DNS: []string{DNS},
 		Binds: []rdpkit.Bind{{Host: filepath.Join(s.toolDir(), "agent"), Box: "/usr/local/bin/rdv-agent", ReadOnly: true}},
 	}})
