@@ -165,7 +165,7 @@ func TestBackToOnesOwnDesktop(t *testing.T) {
 		logins[host] = filepath.Join(state, "l")
 		a, err := agent.New(agent.Options{
 			Broker: "https://" + addrs.Feed.String(), CAFile: caFile, TokenFile: token, Host: host, StateDir: filepath.Join(state, "s"), RDPAddr: rdpAddr,
-			LoginDir: logins[host], UnixTable: table, Version: "test", Log: slog.New(slog.DiscardHandler),
+			LoginDir: logins[host], LoginShared: true, UnixTable: table, Version: "test", Log: slog.New(slog.DiscardHandler),
 		})
 		must(t, err)
 		run(t, a.Run)

@@ -109,8 +109,7 @@ func setUpAndRun(m *testing.M) (int, error) {
 // paintPods gives the sample's pod another colour and waits for the new one. The pool would wait for a desktop that an
 // earlier run left; a person who can't, deletes the pod.
 func (w *world) paintPods(ctx context.Context, c color.RGBA) error {
-	patch := fmt.Sprintf(`[{"op":"replace","path":"/spec/template/spec/containers/0/env","value":[{"name":"RDV_DESKTOP_COLOR","value":%q},{"name":"RDV_DESKTOP_TEST_LOGIN","value":%q}]}]`,
-		rdpkit.Hex(c), stage.TestLogin)
+	patch := fmt.Sprintf(`[{"op":"replace","path":"/spec/template/spec/containers/0/env","value":[{"name":"RDV_DESKTOP_COLOR","value":%q}]}]`, rdpkit.Hex(c))
 	if _, err := w.Kubectl(ctx, "", "-n", stage.Namespace, "patch", "hostpool", "linux", "--type=json", "-p", patch); err != nil {
 		return err
 	}

@@ -244,21 +244,7 @@ func (s *Stage) applySamples(ctx context.Context) error {
 	if _, err := s.Kubectl(ctx, companyCA, "apply", "--server-side", "-f", "-"); err != nil {
 		return err
 	}
-	// The samples have no password in them; the stage's users still log in with one.
-	dir := filepath.Join(s.Root, "bin", "overlay", "samples")
-	overlay := fmt.Sprintf(`resources: [../../../config/samples]
-patches:
-- target: {kind: HostPool, name: linux}
-  patch: |
-    - {op: add, path: /spec/template/spec/containers/0/env/-, value: {name: RDV_DESKTOP_TEST_LOGIN, value: %q}}
-`, TestLogin)
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return fmt.Errorf("stage: %w", err)
-	}
-	if err := os.WriteFile(filepath.Join(dir, "kustomization.yaml"), []byte(overlay), 0o644); err != nil {
-		return fmt.Errorf("stage: %w", err)
-	}
-	if _, err := s.Kubectl(ctx, "", "apply", "--server-side", "--force-conflicts", "-k", dir); err != nil {
+	if _, err := s.Kubectl(ctx, "", "apply", "--server-side", "--force-conflicts", "-k", filepath.Join(s.Root, "config/samples")); err != nil {
 		return err
 	}
 	return s.WaitReady(ctx, 5*time.Minute)
