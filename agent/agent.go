@@ -58,8 +58,9 @@ type Options struct {
 	// LoginDir is the folder with the socket by which PAM asks whose a connection is, so that people are logged in by
 	// their connections. Empty: the RDP server asks for credentials itself.
 	LoginDir string
-	// LoginHelper has the agent put a copy of its program there, for PAM of a container beside it.
-	LoginHelper bool
+	// LoginShared says that the desktops are in a container beside this one, which shares LoginDir: the agent puts a copy of
+	// its program there, for PAM, and the lists of accounts. Otherwise it makes accounts on its own machine, as root.
+	LoginShared bool
 	// Drain is how long a stopping agent waits for its sessions to end.
 	Drain time.Duration
 	// Version is reported to the brokers.

@@ -978,12 +978,15 @@ func TestDisconnectedDesktop(t *testing.T) {
 	}
 	w := newWorld(t)
 	o := w.options()
-	o.LoginDir = filepath.Join(filepath.Dir(o.StateDir), "login")
+	o.LoginDir, o.LoginShared = filepath.Join(filepath.Dir(o.StateDir), "login"), true
 	stop := w.run(o)
 	w.ready(bus.HostConfig{Generation: 1, MaxSessions: 1})
 	d := desktop{uid: "10001", display: 10}
 	as := func(req bus.HostConnect) bus.HostConnect {
 		req.Account, req.Proof = &bus.Account{Name: req.User, Create: true, UID: 10001}, "proof of "+req.User
+		if req.User != "alice" {
+			req.Account.UID = 10002
+		}
 		return req
 	}
 	join := func(id string) *joined {

@@ -12,7 +12,9 @@ import (
 	"time"
 
 	"rendezvous.dev/rendezvous/agent/login"
+	"rendezvous.dev/rendezvous/wire/account"
 	"rendezvous.dev/rendezvous/wire/bus"
+	"rendezvous.dev/rendezvous/wire/refusal"
 	"rendezvous.dev/rendezvous/wire/trace"
 )
 
@@ -28,6 +30,8 @@ type signIn struct {
 	book     *login.Book
 	records  *login.Records
 	listener net.Listener
+	shared   *login.AccountList // where the desktops are in a container beside this one
+	making   sync.Mutex    // useradd and its like lock their files, and give up on each other
 
 	mu      sync.Mutex
 	refused map[login.Reason]uint64 // since the agent's start
@@ -59,16 +63,20 @@ func (a *Agent) serveLogins() (*signIn, error) {
 	if err := os.MkdirAll(a.opts.LoginDir, 0o755); err != nil {
 		return nil, fmt.Errorf("--login-dir: %w", err)
 	}
-	if a.opts.LoginHelper {
+	var shared *login.AccountList
+	if a.opts.LoginShared {
 		if err := copyProgram(filepath.Join(a.opts.LoginDir, login.HelperName)); err != nil {
-			return nil, fmt.Errorf("--login-helper: %w", err)
+			return nil, fmt.Errorf("--login-dir: %w", err)
+		}
+		if shared, err = login.NewAccountList(a.opts.LoginDir, records); err != nil {
+			return nil, fmt.Errorf("--login-dir: %w", err)
 		}
 	}
 	l, err := listenPrivate(filepath.Join(a.opts.LoginDir, login.SocketName))
 	if err != nil {
 		return nil, fmt.Errorf("--login-dir: %w", err)
 	}
-	s := &signIn{book: login.NewBook(login.Options{UID: uint32(os.Geteuid())}), records: records, listener: l, refused: map[login.Reason]uint64{}}
+	s := &signIn{book: login.NewBook(login.Options{UID: uint32(os.Geteuid())}), records: records, shared: shared, listener: l, refused: map[login.Reason]uint64{}}
 	server := login.NewServer(login.ServerOptions{
 		Book: s.book, Records: records, Caller: login.PeerUID, Service: pamService, Log: a.log,
 		LoggedIn: func(session login.Session, uid uint32) {
@@ -92,6 +100,38 @@ func (a *Agent) serveLogins() (*signIn, error) {
 		}
 	}()
 	return s, nil
+}
+
+// prepare sees to it that the host knows the account before the session dials, and says why the person can't have it.
+func (s *signIn) prepare(ctx context.Context, host string, req bus.HostConnect) *refusal.Error {
+	a := *req.Account
+	refused := func(err error) *refusal.Error {
+		return refusal.New(refusal.AccountRefused, "Session host %s can't log %s in as %q: %v.", host, req.User, a.Name, err).With(req.ActivityID)
+	}
+	err := account.CheckName(a.Name)
+	if err == nil && a.Create {
+		err = account.CheckUID(a.UID)
+	}
+	if err == nil {
+		err = s.records.Check(a.Name, req.User, a.UID)
+	}
+	if err != nil {
+		return refused(err)
+	}
+	switch {
+	case !a.Create:
+		return nil // the host knows it, or PAM's question finds that it doesn't
+	case s.shared != nil:
+		err = s.shared.Add(a, req.User)
+	default:
+		s.making.Lock()
+		_, err = login.Ensure(ctx, a, req.User)
+		s.making.Unlock()
+	}
+	if err != nil {
+		return refused(err)
+	}
+	return nil
 }
 
 // traceLogin tells of a login in the timeline of the connect that it belongs to.

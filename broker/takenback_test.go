@@ -98,7 +98,7 @@ func newChain(t *testing.T) *chain {
 	must(t, err)
 	serverTLS := &tls.Config{Certificates: []tls.Certificate{pair}, MinVersion: tls.VersionTLS12}
 	// The agent looks whether the RDP server is up, by its TLS; to the test's clients it says everything again.
-	rdpAddr := listen(t, serverTLS, true, func(s net.Conn) {
+	rdpAddr := listen(t, serverTLS, func(net.Conn) {}, func(s net.Conn) {
 		defer s.Close()
 		plain := &peeked{Conn: s.(*tls.Conn).NetConn()}
 		plain.in = bufio.NewReader(plain.Conn)

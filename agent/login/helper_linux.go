@@ -49,7 +49,7 @@ func Help(ctx context.Context, socket string, getenv func(string) string) error 
 		return errors.New(a.Error)
 	}
 	var o outcome
-	if o.UID, err = ensure(ctx, *a.Account, a.Comment); err != nil {
+	if o.UID, err = Ensure(ctx, *a.Account, a.Comment); err != nil {
 		o.Failed = err.Error()
 	}
 	if err := writeMessage(conn, o); err != nil {
@@ -65,8 +65,9 @@ func Help(ctx context.Context, socket string, getenv func(string) string) error 
 	return nil
 }
 
-// ensure gives the user id of a person's account, which it makes where the account says so and the host has none.
-func ensure(ctx context.Context, a bus.Account, comment string) (uint32, error) {
+// Ensure gives the user id of a person's account, which it makes where the account says so and the host has none. It is
+// root's to do. comment, whose the account is, goes into the list of users.
+func Ensure(ctx context.Context, a bus.Account, comment string) (uint32, error) {
 	if err := account.CheckName(a.Name); err != nil {
 		return 0, err
 	}
@@ -94,7 +95,7 @@ func ensure(ctx context.Context, a bus.Account, comment string) (uint32, error) 
 	} else if known.uid != a.UID {
 		return 0, fmt.Errorf("the host has an account %q of its own, with user id %d, and the pool gives %d: remove it from the host, or use spec.accounts.policy: Existing", a.Name, known.uid, a.UID)
 	}
-	return a.UID, ownHome(home(a.Name), a.UID)
+	return a.UID, ownHome(ctx, a.Name, a.UID)
 }
 
 func home(name string) string { return filepath.Join("/home", name) }
@@ -111,14 +112,8 @@ func create(ctx context.Context, a bus.Account, comment string) error {
 	if fi, err := os.Lstat(home(a.Name)); err == nil && !ownedBy(fi, a.UID) {
 		return fmt.Errorf("%s is there already and isn't user %s's: move it away", home(a.Name), id)
 	}
-	comment = strings.Map(func(r rune) rune {
-		if r == ':' || r == ',' || r == '=' || r < ' ' {
-			return '-'
-		}
-		return r
-	}, comment)
 	out, err := exec.CommandContext(ctx, "useradd", "--uid", id, "--user-group", "--create-home", "--home-dir", home(a.Name),
-		"-K", "HOME_MODE=0700", "--shell", shell(), "--comment", comment, "--", a.Name).CombinedOutput()
+		"-K", "HOME_MODE=0700", "--shell", shell(), "--comment", gecos(comment), "--", a.Name).CombinedOutput()
 	if err != nil {
 		return fmt.Errorf("useradd: %w: %s", err, strings.TrimSpace(string(out)))
 	}
@@ -133,14 +128,16 @@ func shell() string {
 	return "/bin/sh"
 }
 
-// ownHome makes sure that a home is its owner's, and nobody else may look in. useradd leaves one alone that exists.
-func ownHome(dir string, uid uint32) error {
+// ownHome makes sure that a home is there, its owner's alone.
+func ownHome(ctx context.Context, name string, uid uint32) error {
+	dir := home(name)
 	fi, err := os.Lstat(dir)
-	if errors.Is(err, os.ErrNotExist) { // on a volume that was changed, say
-		if err = os.Mkdir(dir, 0o700); err == nil {
-			err = os.Chown(dir, int(uid), int(uid))
+	if errors.Is(err, os.ErrNotExist) { // the account came from a list, or its volume was changed
+		// It copies /etc/skel as the new owner, which is subtle enough to be left to PAM's own.
+		if out, err := exec.CommandContext(ctx, "mkhomedir_helper", name, "0077").CombinedOutput(); err != nil {
+			return fmt.Errorf("mkhomedir_helper: %w: %s", err, strings.TrimSpace(string(out)))
 		}
-		return err
+		fi, err = os.Lstat(dir)
 	}
 	if err != nil {
 		return err

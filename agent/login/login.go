@@ -6,6 +6,7 @@
 //	records.go   whose account is whose on this host, kept over restarts
 //	protocol.go  what helper and agent say to each other over the agent's Unix socket
 //	server.go    the agent's end: is this login that session's?
+//	list.go      accounts for a container beside the agent's
 //	helper.go    the other end: what PAM runs, as root, where the desktops are; makes accounts
 //
 // The agent dials the RDP server of its own machine from an address of 127.0.0.0/8 that only this session has. xrdp's

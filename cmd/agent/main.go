@@ -62,7 +62,7 @@ func (f *flags) add(c *cobra.Command) {
 	fs.StringVar(&f.RDPAddr, "rdp-addr", "127.0.0.1:3389", "RDP server's loopback address")
 	fs.StringVar(&f.RDPCertDir, "rdp-cert-dir", "", "folder that gets tls.crt and tls.key for the RDP server (default: on Windows the RDP listener is set, elsewhere none)")
 	fs.StringVar(&f.LoginDir, "login-dir", "", "folder with the socket by which PAM asks whose a connection is; without, the RDP server asks people for credentials")
-	fs.BoolVar(&f.LoginHelper, "login-helper", false, "put a copy of this program into --login-dir, for PAM of a container beside this one")
+	fs.BoolVar(&f.LoginShared, "login-shared", false, "the desktops are in a container beside this one, which shares --login-dir: put PAM's helper and the accounts there")
 	fs.IntVar(&f.drainSeconds, "drain-seconds", 30, "how long a stopping agent waits for its sessions to end")
 	fs.StringVar(&f.logLevel, "log-level", "info", "debug, info, warn or error")
 	fs.StringVar(&f.logFile, "log-file", "", "file to append the log to, for services whose standard error is lost (default: standard error)")
