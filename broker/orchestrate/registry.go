@@ -237,6 +237,9 @@ func (r *registry) placementHosts(pool *model.Pool, hosts []poolHost) iter.Seq[p
 			}
 			if h := d.live; r.connectedAt(h, pool.HeartbeatTimeout, now) {
 				p.Connected, p.Ready, p.Message = true, h.report.RDPReady, h.report.Message
+				if p.Ready && h.report.Logins != (pool.Accounts != nil) {
+					p.Ready, p.Message = false, otherLogin(pool)
+				}
 				p.Sessions, p.Reserved = h.taken(d.UID, now)
 			}
 			if !yield(p) {
@@ -244,6 +247,14 @@ func (r *registry) placementHosts(pool *model.Pool, hosts []poolHost) iter.Seq[p
 			}
 		}
 	}
+}
+
+// otherLogin says what is wrong where a host and its pool don't agree on how people log in.
+func otherLogin(pool *model.Pool) string {
+	if pool.Accounts != nil {
+		return "the HostPool has spec.accounts, and the agent is not set up to log people in by their connections: run `agent service install` with a current agent, or wait until the pod is replaced"
+	}
+	return "the agent logs people in by their connections, and the HostPool has no spec.accounts"
 }
 
 // taken gives the sessions that a host, whose SessionHost has this UID, reports or has accepted since, and those that it
