@@ -34,7 +34,9 @@ func TestParseDesktops(t *testing.T) {
 	}{
 		{line("03", "/run/xrdp/sockdir/1001/xrdp_display_11"), map[desktop]bool{{"1001", 11}: true}},
 		{line("03", "/var/run/xrdp/sockdir/xrdp_chansrv_socket_12"), map[desktop]bool{{"", 12}: true}},
-		{line("03", "/tmp/.xrdp/xrdp_chansrv_socket_13"), map[desktop]bool{{"", 13}: true}},
+		// Whoever may bind there is nobody in particular.
+		{line("03", "/tmp/.xrdp/xrdp_chansrv_socket_13"), nil},
+		{line("03", "/tmp/run/xrdp/sockdir/1001/xrdp_display_11"), nil},
 		{line("03", "/run/xrdp/sockdir/1001/xrdpapi_11"), map[desktop]bool{{"1001", 11}: false}},
 		{line("03", "/run/xrdp/sockdir/sesman.socket"), nil},
 		{line("03", "@/tmp/.X11-unix/X10"), nil},

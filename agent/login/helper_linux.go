@@ -34,6 +34,9 @@ func Help(ctx context.Context, socket string, getenv func(string) string) error 
 	defer conn.Close()
 	deadline, _ := ctx.Deadline()
 	conn.SetDeadline(deadline)
+	if err := os.Setenv("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"); err != nil { // PAM gives none
+		return err
+	}
 	if uid, err := PeerUID(conn); err != nil || os.Geteuid() != 0 {
 		return fmt.Errorf("the socket's other end is user %d, this is user %d: run by root alone (%v)", uid, os.Geteuid(), err)
 	}
