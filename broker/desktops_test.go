@@ -119,7 +119,7 @@ func TestBackToOnesOwnDesktop(t *testing.T) {
 		Workspace: &model.Workspace{Name: ws, Resources: []model.Resource{{Name: "desk", Pool: "pool", Groups: []string{"all"}}}},
 		Pools: map[string]*model.Pool{"pool": {
 			Name: "pool", Generation: 1, MaxSessions: 2, HeartbeatTimeout: 30 * time.Second, ConnectTimeout: 5 * time.Second,
-			Registration: model.Registration{TokenHash: hex.EncodeToString(hash[:]), Expires: time.Now().Add(time.Hour)},
+			Registration: model.Registration{TokenHash: hex.EncodeToString(hash[:]), Expires: time.Now().Add(time.Hour)}, MaxHosts: 9,
 		}},
 		Gateways: []*model.Gateway{{Name: "gw", Hostname: "127.0.0.1", Port: port, Ready: true, CABundle: string(ca.PEM)}},
 	})

@@ -27,7 +27,7 @@ type World struct {
 	version  map[string]int
 	agents   []AgentWrite
 	gateways map[string]int32
-	serials  map[string]string
+	madeBy   map[string]string // host to token hash
 	signed   int
 	onChange []func()
 	made     int
@@ -41,7 +41,7 @@ type AgentWrite struct {
 
 // New makes a world. The snapshot's maps are copied, so that a change makes a new one.
 func New(s *model.Snapshot) *World {
-	w := &World{snap: clone(s), version: map[string]int{}, gateways: map[string]int32{}, serials: map[string]string{}}
+	w := &World{snap: clone(s), version: map[string]int{}, gateways: map[string]int32{}, madeBy: map[string]string{}}
 	for name := range w.snap.Hosts {
 		w.editHost(w.snap, name, func(*model.Host) {})
 	}
@@ -108,15 +108,32 @@ func (w *World) Run(ctx context.Context) error { <-ctx.Done(); return nil }
 func (w *World) Synced() bool                  { return true }
 func (w *World) Heard() (time.Time, error)     { return time.Now(), w.Away }
 
-func (w *World) CreateHost(_ context.Context, pool *model.Pool, host string) error {
+func (w *World) CreateHost(_ context.Context, pool *model.Pool, host, tokenHash string) error {
 	if w.Away != nil {
 		return w.Away
 	}
 	if w.Snapshot().Hosts[host] != nil {
 		return model.ErrExists
 	}
-	w.EditHost(host, func(h *model.Host) { h.Pool = pool.Name })
+	w.EditHost(host, func(h *model.Host) { h.Pool, h.MadeByToken = pool.Name, true })
+	w.mu.Lock()
+	w.madeBy[host] = tokenHash
+	w.mu.Unlock()
 	return nil
+}
+
+func (w *World) CountHosts(_ context.Context, tokenHash string, most int) (n int, err error) {
+	if w.Away != nil {
+		return 0, w.Away
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for host, hash := range w.madeBy {
+		if hash == tokenHash && w.snap.Hosts[host] != nil {
+			n++
+		}
+	}
+	return min(n, most), nil
 }
 
 func (w *World) GetHost(_ context.Context, host string) (*model.Host, string, error) {
@@ -140,10 +157,12 @@ func (w *World) MarkEnrolled(_ context.Context, host, version string, e model.En
 		w.BeforeMark()
 	}
 	conflict := false
+	if w.Snapshot().Hosts[host] == nil {
+		return model.ErrNotFound
+	}
 	w.Edit(func(s *model.Snapshot) {
 		if conflict = strconv.Itoa(w.version[host]) != version; !conflict {
-			w.serials[host] = e.Serial
-			w.editHost(s, host, func(h *model.Host) { h.EnrolledWith, h.EnrolledAt = e.TokenHash, e.At })
+			w.editHost(s, host, func(h *model.Host) { h.Enrolment = e })
 		}
 	})
 	if conflict {
@@ -224,11 +243,4 @@ func (w *World) Signed() int {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.signed
-}
-
-// Serial gives the serial number of the identity that a host enrolled with.
-func (w *World) Serial(host string) string {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.serials[host]
 }
