@@ -11,6 +11,7 @@
 //	desktops*.go which sessions the RDP server holds
 //	presence.go  whose those are, and what is told of them
 //	reverse.go   steps 9 to 11: dial the gateway, join, copy
+//	signin.go    who logs in by which connection; package login has the workings
 //	probe.go     whether the RDP server really answers, and with which certificate
 //	health.go    a Unix socket in the state folder, for liveness probes
 //	service_*.go a systemd unit on Linux, a service on Windows
@@ -54,6 +55,12 @@ type Options struct {
 	RDPCertDir string
 	// UnixTable is the kernel's table of Unix sockets, which tells the RDP server's sessions; /proc/net/unix if empty.
 	UnixTable string
+	// LoginDir is the folder with the socket by which PAM asks whose a connection is, so that people are logged in by
+	// their connections. Empty: the RDP server asks for credentials itself.
+	LoginDir string
+	// LoginShared says that the desktops are in a container beside this one, which shares LoginDir: the agent puts a copy of
+	// its program there, for PAM, and the lists of accounts. Otherwise it makes accounts on its own machine, as root.
+	LoginShared bool
 	// Drain is how long a stopping agent waits for its sessions to end.
 	Drain time.Duration
 	// Version is reported to the brokers.
@@ -137,6 +144,7 @@ type Agent struct {
 	store   store
 	ledger  *ledger
 	install installer // nil where the host keeps its own RDP certificate
+	signIn  *signIn   // nil where the RDP server asks for credentials itself; set by Run
 	boot    string
 	// tlsSessions with gateway instances, to resume.
 	tlsSessions tls.ClientSessionCache
@@ -183,6 +191,14 @@ func New(o Options) (*Agent, error) {
 func (a *Agent) Run(ctx context.Context) error {
 	if err := a.store.prepare(); err != nil {
 		return err
+	}
+	if a.opts.LoginDir != "" {
+		s, err := a.serveLogins()
+		if err != nil {
+			return err
+		}
+		defer s.Close()
+		a.signIn, a.ledger.owner = s, s.records.ByUID
 	}
 	if health, err := a.serveHealth(); err != nil {
 		// Windows before 2019 has no Unix sockets; there the service manager looks after the process alone.

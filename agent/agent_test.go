@@ -35,6 +35,7 @@ import (
 	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
 
+	"rendezvous.dev/rendezvous/agent/login"
 	"rendezvous.dev/rendezvous/wire/brokerapi"
 	"rendezvous.dev/rendezvous/wire/bus"
 	"rendezvous.dev/rendezvous/wire/identity"
@@ -499,13 +500,15 @@ func (g *gateway) serve(c *tls.Conn) {
 type rdpServer struct {
 	addr string
 	dir  string
+	// from gets the address of each client that came from one of its own, which probes don't.
+	from chan string
 }
 
 func startRDP(t *testing.T, dir string) *rdpServer {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)
 	t.Cleanup(func() { l.Close() })
-	s := &rdpServer{addr: l.Addr().String(), dir: dir}
+	s := &rdpServer{addr: l.Addr().String(), dir: dir, from: make(chan string, 99)}
 	go func() {
 		for {
 			c, err := l.Accept()
@@ -523,6 +526,9 @@ func (s *rdpServer) serve(c net.Conn) {
 	var b [19]byte
 	if _, err := io.ReadFull(c, b[:]); err != nil {
 		return
+	}
+	if from, _, _ := net.SplitHostPort(c.RemoteAddr().String()); from != "127.0.0.1" {
+		s.from <- from
 	}
 	c.Write([]byte{3, 0, 0, 19, 14, 0xd0, 0, 0, 0x12, 0x34, 0, 2, 0, 8, 0, protocolTLS, 0, 0, 0})
 	pair, err := tls.LoadX509KeyPair(filepath.Join(s.dir, mtls.CertFile), filepath.Join(s.dir, mtls.KeyFile))
@@ -957,25 +963,64 @@ func (w *world) setDesktops(attached map[desktop]bool) {
 	w.desktops = attached
 }
 
+// pam asks as PAM's helper does, where the account is there already, and says whether PAM lets the user in.
+func (w *world) pam(o Options, account, from string, uid uint32) (string, bool) {
+	w.t.Helper()
+	c, err := net.Dial("unix", filepath.Join(o.LoginDir, login.SocketName))
+	must(w.t, err)
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(10 * time.Second))
+	r := bufio.NewReader(c)
+	answer := ""
+	for _, line := range []string{fmt.Sprintf(`{"user":%q,"remote":%q,"service":"xrdp-sesman"}`, account, from), fmt.Sprintf(`{"uid":%d}`, uid)} {
+		io.WriteString(c, line+"\n") // an agent that refuses has hung up
+		if answer, err = r.ReadString('\n'); err != nil {
+			return err.Error(), false
+		}
+	}
+	return answer, strings.Contains(answer, `"ok":true`)
+}
+
 // A user who leaves the desktop without logging out keeps it, is reported with it, and gets back to it while the host
-// drains and is full; nobody else does.
+// drains and is full, also after the agent's restart; nobody else does.
 func TestDisconnectedDesktop(t *testing.T) {
+	if os.Geteuid() != 0 || runtime.GOOS != "linux" {
+		t.Skip("only root is answered on the login socket")
+	}
 	w := newWorld(t)
-	w.run(w.options())
+	o := w.options()
+	o.LoginDir, o.LoginShared = filepath.Join(filepath.Dir(o.StateDir), "login"), true
+	stop := w.run(o)
 	w.ready(bus.HostConfig{Generation: 1, MaxSessions: 1})
-	d := desktop{uid: "1000", display: 10}
+	d := desktop{uid: "10001", display: 10}
+	as := func(req bus.HostConnect) bus.HostConnect {
+		req.Account, req.Proof = &bus.Account{Name: req.User, Create: true, UID: 10001}, "proof of "+req.User
+		if req.User != "alice" {
+			req.Account.UID = 10002
+		}
+		return req
+	}
 	join := func(id string) *joined {
 		t.Helper()
-		if refused := w.connect(w.request(id)); refused != nil {
+		if refused := w.connect(as(w.request(id))); refused != nil {
 			t.Fatal(refused)
 		}
-		return <-w.gateway.joins
+		j := <-w.gateway.joins
+		from := <-w.rdp.from
+		if answer, ok := w.pam(o, "other", from, 10002); ok {
+			t.Fatalf("somebody else logged in by alice's connection: %s", answer)
+		}
+		if answer, ok := w.pam(o, "alice", from, 10001); !ok {
+			t.Fatalf("alice did not log in: %s", answer)
+		}
+		return j
 	}
 	reported := func(state, session string) {
 		t.Helper()
 		w.eventually(state+" session of alice", func() bool {
 			s := w.last().Sessions
-			return len(s) == 1 && s[0].User == "alice" && s[0].State == state && s[0].SessionID == session && !s[0].Assumed
+			return len(s) == 1 && s[0].User == "alice" && s[0].State == state && s[0].SessionID == session && !s[0].Assumed &&
+				s[0].Account == "alice" && s[0].Proof == "proof of alice"
 		})
 	}
 	j := join("s1")
@@ -986,13 +1031,19 @@ func TestDisconnectedDesktop(t *testing.T) {
 	j.Close()
 	w.setDesktops(map[desktop]bool{d: false})
 	reported(bus.SessionDisconnected, "")
+	if n := w.last().LoginsRefused["wrong-account"]; n != 1 {
+		t.Errorf("%d refused logins are reported, want 1", n)
+	}
 
+	stop()
+	w.run(o)
 	w.ready(bus.HostConfig{Generation: 2, MaxSessions: 1, Draining: true})
-	if refused := w.connect(w.other("s2")); refused == nil || refused.Code != refusal.HostDraining {
+	reported(bus.SessionDisconnected, "")
+	if refused := w.connect(as(w.other("s2"))); refused == nil || refused.Code != refusal.HostDraining {
 		t.Errorf("another user on a draining host: %v", refused)
 	}
 	w.ready(bus.HostConfig{Generation: 3, MaxSessions: 1})
-	if refused := w.connect(w.other("s3")); refused == nil || refused.Code != refusal.HostFull {
+	if refused := w.connect(as(w.other("s3"))); refused == nil || refused.Code != refusal.HostFull {
 		t.Errorf("another user beside a desktop that takes the only place: %v", refused)
 	}
 	w.ready(bus.HostConfig{Generation: 4, MaxSessions: 1, Draining: true})

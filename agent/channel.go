@@ -28,6 +28,8 @@ const (
 	busPingInterval     = 10 * time.Second
 	// busStable is how long a channel must have lasted for the next one to be tried without growing delays.
 	busStable = 30 * time.Second
+	// accountTimeout bounds the making of an account; the broker waits for the answer meanwhile.
+	accountTimeout = 4 * time.Second
 )
 
 // keepChannel keeps one control channel to a broker until ctx ends. NATS's own reconnect is not used: it can't mix TLS
@@ -210,7 +212,23 @@ func (a *Agent) onConnect(msg *nats.Msg) {
 		a.reply(msg, refusal.New(refusal.BadRequest, "Session host %s can't read the broker's request: %v. Are broker and agent of matching versions?", a.opts.Host, err))
 		return
 	}
-	refused := checkRequest(req)
+	if req.Account == nil || a.signIn == nil {
+		a.accept(msg, req, began, checkRequest(req))
+		return
+	}
+	go func() { // to make an account takes a moment, and others wait behind
+		refused := checkRequest(req)
+		if refused == nil {
+			ctx, cancel := context.WithTimeout(context.Background(), accountTimeout)
+			defer cancel()
+			refused = a.signIn.prepare(ctx, a.current().Host, req)
+		}
+		a.accept(msg, req, began, refused)
+	}()
+}
+
+// accept gives the session a place unless it is refused already, answers, and has it served.
+func (a *Agent) accept(msg *nats.Msg, req bus.HostConnect, began time.Time, refused *refusal.Error) {
 	fresh := false
 	if refused == nil {
 		fresh, refused = a.ledger.reserve(req, a.current().Host, began)
@@ -218,7 +236,7 @@ func (a *Agent) onConnect(msg *nats.Msg) {
 	a.reply(msg, refused)
 	a.traceAccept(req, began, refused)
 	if refused != nil {
-		a.log.Info("session refused", "activity", req.ActivityID, "session", req.SessionID, "user", req.User, "code", refused.Code)
+		a.log.Info("session refused", "activity", req.ActivityID, "session", req.SessionID, "user", req.User, "code", refused.Code, "why", refused.Message)
 		return
 	}
 	if fresh {

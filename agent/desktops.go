@@ -14,13 +14,13 @@ type desktop struct {
 	display int
 }
 
-// xrdpSocket is a socket of one xrdp session, by the path it was bound to: xrdp 0.10 has a folder for each user, earlier
-// ones have one for all.
+// xrdpSocket is a socket of one xrdp session, by the path it was bound to, in a folder that is root's: xrdp 0.10 has one for
+// each user, earlier ones have one for all.
 //
 //	/run/xrdp/sockdir/1000/xrdp_chansrv_socket_10   xrdp connects here while a client is connected
 //	/run/xrdp/sockdir/1000/xrdp_display_10          likewise, where Xorg serves the session
 //	/run/xrdp/sockdir/1000/xrdpapi_10               there as long as the session
-var xrdpSocket = regexp.MustCompile(`/\.?xrdp/(?:sockdir/)?(?:(\d+)/)?(xrdpapi|xrdp_[a-z_]+)_(\d+)$`)
+var xrdpSocket = regexp.MustCompile(`^(?:/var)?/run/xrdp/sockdir/(?:(\d+)/)?(xrdpapi|xrdp_[a-z_]+)_(\d+)$`)
 
 // connected is the state of a Unix socket with a peer, in the kernel's table.
 const connected = "03"

@@ -31,19 +31,9 @@ type Health struct {
 func (h Health) Ready() bool { return h.Connected && h.RDPReady && !h.Stopping }
 
 func (a *Agent) serveHealth() (*http.Server, error) {
-	path := filepath.Join(a.opts.StateDir, socketName)
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("--state-dir: %w", err)
-	}
-	l, err := net.Listen("unix", path)
+	l, err := listenPrivate(filepath.Join(a.opts.StateDir, socketName))
 	if err != nil {
 		return nil, fmt.Errorf("--state-dir: health socket: %w", err)
-	}
-	if runtime.GOOS != "windows" { // where a socket has no mode and the folder's rights count
-		if err := os.Chmod(path, 0o600); err != nil {
-			l.Close()
-			return nil, fmt.Errorf("--state-dir: health socket: %w", err)
-		}
 	}
 	s := &http.Server{ReadTimeout: 5 * time.Second, Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
@@ -61,6 +51,24 @@ func (a *Agent) health() Health {
 		Host: a.opts.Host, Enrolled: a.member != nil, Connected: a.conn != nil, RDPReady: a.probed.ready,
 		Message: a.probed.why, Sessions: a.ledger.count(), Stopping: stopping,
 	}
+}
+
+// listenPrivate makes a Unix socket that its owner and root alone may speak to. One that a killed process left is replaced.
+func listenPrivate(path string) (net.Listener, error) {
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, err
+	}
+	if runtime.GOOS != "windows" { // where a socket has no mode and the folder's rights count
+		if err := os.Chmod(path, 0o600); err != nil {
+			l.Close()
+			return nil, err
+		}
+	}
+	return l, nil
 }
 
 // CheckHealth asks the agent that runs with stateDir how it is. An error means that none answers: that, and not an

@@ -6,6 +6,7 @@ import (
 	"sync"
 	"time"
 
+	"rendezvous.dev/rendezvous/agent/login"
 	"rendezvous.dev/rendezvous/wire/bus"
 	"rendezvous.dev/rendezvous/wire/refusal"
 )
@@ -23,9 +24,9 @@ type ledger struct {
 	idle       chan struct{}       // closed while there is no session
 
 	desktops map[desktop]*held
-	sighted  bool // desktops can be seen here: there was one
-	endings  []ending
 	assumed  map[string]bus.HostSession // by user
+	// owner says whose account a user id is; nil where the RDP server asks for credentials itself. Set once, before use.
+	owner func(uid uint32) (account string, rec login.Record, ok bool)
 }
 
 // carried is one session that this agent joins to a gateway.
@@ -33,7 +34,7 @@ type carried struct {
 	bus.HostSession
 	conns    []net.Conn // closed to end the session
 	ended    bool
-	desktop  *held  // where its client is, once that is known
+	uid      string // of the account that it has logged in to; empty before, and where it doesn't log in by its connection
 	replaces string // the session whose place it takes when it is joined: the same user's
 }
 
@@ -87,6 +88,10 @@ func (l *ledger) reserve(req bus.HostConnect, host string, now time.Time) (fresh
 	}
 	back := desktop || replaces != ""
 	switch {
+	case req.Account == nil && l.owner != nil:
+		refused = refusal.New(refusal.HostNotReady, "Session host %s logs people in by their connection, but its HostPool does not say into which accounts. Set spec.accounts of the HostPool, or start the agent without --login-dir.", host)
+	case req.Account != nil && l.owner == nil:
+		refused = refusal.New(refusal.HostNotReady, "Session host %s is not set up to log people in by their connection, which its HostPool asks for (spec.accounts). Run `agent service install` there again, or start the agent with --login-dir.", host)
 	case l.stopping:
 		refused = refusal.New(refusal.HostDraining, "Session host %s is stopping. Connect again: another host will serve you.", host)
 	case !l.configured:
@@ -175,7 +180,6 @@ func (l *ledger) activate(id string, now time.Time, conns ...net.Conn) bool {
 	if old := l.sessions[s.replaces]; old != nil {
 		old.end()
 	}
-	l.bind()
 	return true
 }
 

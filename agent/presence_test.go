@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"rendezvous.dev/rendezvous/agent/login"
 	"rendezvous.dev/rendezvous/wire/bus"
 	"rendezvous.dev/rendezvous/wire/refusal"
 )
@@ -33,7 +34,9 @@ func TestParseDesktops(t *testing.T) {
 	}{
 		{line("03", "/run/xrdp/sockdir/1001/xrdp_display_11"), map[desktop]bool{{"1001", 11}: true}},
 		{line("03", "/var/run/xrdp/sockdir/xrdp_chansrv_socket_12"), map[desktop]bool{{"", 12}: true}},
-		{line("03", "/tmp/.xrdp/xrdp_chansrv_socket_13"), map[desktop]bool{{"", 13}: true}},
+		// Whoever may bind there is nobody in particular.
+		{line("03", "/tmp/.xrdp/xrdp_chansrv_socket_13"), nil},
+		{line("03", "/tmp/run/xrdp/sockdir/1001/xrdp_display_11"), nil},
 		{line("03", "/run/xrdp/sockdir/1001/xrdpapi_11"), map[desktop]bool{{"1001", 11}: false}},
 		{line("03", "/run/xrdp/sockdir/sesman.socket"), nil},
 		{line("03", "@/tmp/.X11-unix/X10"), nil},
@@ -129,21 +132,44 @@ func indexOf(list []string, s string) int {
 	return -1
 }
 
+// signsIn makes the story's host one where people log in by their connections, to the accounts that are named: the user id
+// of display N is 100000+N.
+func (s *story) signsIn(accounts map[string]int) {
+	s.l.owner = func(uid uint32) (string, login.Record, bool) {
+		for person, display := range accounts {
+			if uid == uint32(100000+display) {
+				return person, login.Record{Person: person, UID: uid, Resource: "desk", Activity: "last-" + person, Proof: "proof-" + person}, true
+			}
+		}
+		return "", login.Record{}, false
+	}
+}
+
+// logIn joins a session and logs it in to the account of a display.
+func (s *story) logIn(id, user string, display int) {
+	s.t.Helper()
+	if _, err := s.l.reserve(bus.HostConnect{SessionID: id, User: user, Account: &bus.Account{Name: user}}, "h", s.now); err != nil {
+		s.t.Fatalf("%s of %s: %v", id, user, err)
+	}
+	s.l.activate(id, s.now)
+	s.l.loggedIn(id, user, uint32(100000+display))
+}
+
 func TestWhoseDesktop(t *testing.T) {
 	s := newStory(t, 9)
-	s.join("a1", "alice")
+	s.signsIn(map[string]int{"alice": 10, "bob": 11, "carol": 12, "dan": 13})
+	s.logIn("a1", "alice", 10)
 	s.expect("joined", "alice/A")
 	s.see("10+")
-	s.join("b1", "bob")
-	s.see("10+")
+	s.logIn("b1", "bob", 11)
 	s.see("10+ 11+")
 	s.expect("one by one", "alice/A bob/A")
 	s.l.release("a1", s.now)
 	s.expect("at once", "alice/D bob/A")
 	s.see("10- 11+")
 	s.expect("alice left", "alice/D bob/A")
-	s.join("a2", "alice")
-	s.expect("on her way back", "alice/A bob/A")
+	s.logIn("a2", "alice", 10)
+	s.expect("back", "alice/A bob/A")
 	s.see("10+ 11+")
 	s.l.release("a2", s.now)
 	s.see("10- 11+")
@@ -152,58 +178,90 @@ func TestWhoseDesktop(t *testing.T) {
 	s.see("11+")
 	s.expect("her desktop was ended", "bob/A")
 
-	// Two at one time: nothing is guessed until one is known, and nothing is counted twice.
-	s.join("c1", "carol")
-	s.join("d1", "dan")
+	// Two at one time, and in whatever order the server shows them.
+	s.logIn("c1", "carol", 12)
+	s.logIn("d1", "dan", 13)
 	s.see("11+ 12+ 13+")
 	s.expect("two at one time", "bob/A carol/A dan/A")
 	s.l.release("c1", s.now)
-	s.see("11+ 12- 13+")
-	s.expect("one of them leaves", "bob/A carol/D dan/A")
 	s.l.release("d1", s.now)
 	s.see("11+ 12- 13-")
-	s.expect("and the other", "bob/A carol/D dan/D")
+	s.expect("both leave", "bob/A carol/D dan/D")
+	for _, e := range s.l.Sessions() {
+		if e.User == "carol" && (e.Account != "carol" || e.Proof != "proof-carol" || e.Resource != "desk" || e.ActivityID != "last-carol") {
+			t.Errorf("carol's desktop is told without what belongs to it: %+v", e)
+		}
+	}
 
-	// A desktop of somebody who didn't come through here is told by the machine's own name for that person.
+	// xrdp hands a desktop to a new connection of the same user without a moment between.
+	s.logIn("b2", "bob", 11)
+	s.l.release("b1", s.now)
+	s.see("11+ 12- 13-")
+	s.expect("taken over", "bob/A carol/D dan/D")
+
+	// An account of which nobody has logged in by a connection: the machine's own name for it.
 	s.see("11+ 12- 13- 14+")
 	s.expect("a stranger", "bob/A carol/D dan/D 100014/A")
 	s.see("11+ 12- 13- 14-")
 	s.expect("who leaves", "bob/A carol/D dan/D 100014/D?")
-
-	// xrdp hands a desktop to a new connection of the same user without a moment between.
-	s.join("b2", "bob")
-	s.l.release("b1", s.now)
-	s.see("11+ 12- 13- 14-")
-	s.expect("taken over", "bob/A carol/D dan/D 100014/D?")
-	s.l.release("b2", s.now)
-	s.see("11- 12- 13- 14-")
-	s.expect("left behind", "bob/D carol/D dan/D 100014/D?")
 }
 
-// Where two leave desktops that nobody could tell apart, they are told by the machine's own names.
+// After a restart the agent knows desktops by their accounts, and whoever comes back stands for theirs while they log in.
+func TestDesktopsFromBeforeARestart(t *testing.T) {
+	s := newStory(t, 2)
+	s.signsIn(map[string]int{"alice": 10, "bob": 11})
+	s.see("10- 11-")
+	s.expect("found", "alice/D bob/D")
+	if _, err := s.l.reserve(bus.HostConnect{SessionID: "c", User: "carol", Account: &bus.Account{Name: "carol"}}, "h", s.now); err == nil || err.Code != refusal.HostFull {
+		t.Errorf("carol gets a place that is taken: %v", err)
+	}
+	if _, err := s.l.reserve(bus.HostConnect{SessionID: "a", User: "alice", Account: &bus.Account{Name: "alice"}}, "h", s.now); err != nil {
+		t.Fatal(err)
+	}
+	s.expect("alice on her way", "alice/P bob/D")
+	s.l.activate("a", s.now)
+	s.l.loggedIn("a", "alice", 100010)
+	s.see("10+ 11-")
+	s.expect("alice is back", "alice/A bob/D")
+}
+
+// A session that ends before anybody logged in leaves nothing behind.
+func TestNobodyLoggedIn(t *testing.T) {
+	s := newStory(t, 1)
+	s.signsIn(nil)
+	if _, err := s.l.reserve(bus.HostConnect{SessionID: "a", User: "alice", Account: &bus.Account{Name: "alice"}}, "h", s.now); err != nil {
+		t.Fatal(err)
+	}
+	s.l.activate("a", s.now)
+	s.l.release("a", s.now)
+	s.expect("gone", "")
+}
+
+// A host and its pool must agree on how people log in: else somebody would meet a login window, or another's desktop.
+func TestLoginMustBeAgreed(t *testing.T) {
+	s := newStory(t, 1)
+	_, err := s.l.reserve(bus.HostConnect{SessionID: "a", User: "alice", Account: &bus.Account{Name: "alice"}}, "h", s.now)
+	if err == nil || err.Code != refusal.HostNotReady || !strings.Contains(err.Message, "--login-dir") {
+		t.Errorf("a pool with accounts and a host without: %v", err)
+	}
+	s.signsIn(nil)
+	_, err = s.l.reserve(bus.HostConnect{SessionID: "a", User: "alice"}, "h", s.now)
+	if err == nil || err.Code != refusal.HostNotReady || !strings.Contains(err.Message, "spec.accounts") {
+		t.Errorf("a host with accounts and a pool without: %v", err)
+	}
+}
+
+// Where the RDP server asks for credentials itself, whose a desktop is isn't known, and nothing is guessed.
 func TestNothingIsGuessed(t *testing.T) {
 	s := newStory(t, 9)
 	s.join("a1", "alice")
-	s.join("b1", "bob")
-	s.see("10+ 11+")
-	s.l.release("a1", s.now)
-	s.l.release("b1", s.now)
-	s.see("10- 11-")
-	s.expect("both left", "100010/D? 100011/D?")
-}
-
-// A user may come and go between two looks: the desktop that is then found is theirs, where only one has left.
-func TestBetweenTwoLooks(t *testing.T) {
-	s := newStory(t, 1)
-	s.join("a1", "alice")
+	s.see("10+")
+	s.expect("she is connected", "alice/A")
 	s.l.release("a1", s.now)
 	s.see("10-")
-	s.expect("alice's first desktop", "alice/D")
-	if _, refused := s.l.reserve(bus.HostConnect{SessionID: "a2", User: "alice"}, "h", s.now); refused != nil {
-		t.Errorf("alice does not get back to it: %v", refused)
-	}
-	if _, refused := s.l.reserve(bus.HostConnect{SessionID: "b1", User: "bob"}, "h", s.now); refused == nil || refused.Code != refusal.HostFull {
-		t.Errorf("bob gets alice's place: %v", refused)
+	s.expect("she left", "alice/D? 100010/D?")
+	if _, refused := s.l.reserve(bus.HostConnect{SessionID: "b1", User: "bob"}, "h", s.now); refused != nil {
+		t.Errorf("bob is kept out: %v", refused)
 	}
 }
 
@@ -221,7 +279,7 @@ func TestPlacesOfDesktops(t *testing.T) {
 	s := newStory(t, 2)
 	refused := func(user string, want refusal.Code) {
 		t.Helper()
-		_, err := s.l.reserve(bus.HostConnect{SessionID: "x", User: user}, "h", s.now)
+		_, err := s.l.reserve(bus.HostConnect{SessionID: "x", User: user, Account: &bus.Account{Name: user}}, "h", s.now)
 		got := refusal.Code("")
 		if err != nil {
 			got = err.Code
@@ -231,11 +289,12 @@ func TestPlacesOfDesktops(t *testing.T) {
 		}
 		s.l.release("x", s.now)
 	}
-	s.join("a1", "alice")
+	s.signsIn(map[string]int{"alice": 10, "bob": 11})
+	s.logIn("a1", "alice", 10)
 	s.see("10+")
 	s.l.release("a1", s.now)
 	s.see("10-")
-	s.join("b1", "bob")
+	s.logIn("b1", "bob", 11)
 	s.see("10- 11+")
 	s.expect("full with a desktop that nobody sits at", "alice/D bob/A")
 	refused("carol", refusal.HostFull)
@@ -245,7 +304,7 @@ func TestPlacesOfDesktops(t *testing.T) {
 	refused("carol", refusal.HostDraining)
 	refused("alice", "")
 	refused("bob", "")
-	if _, err := s.l.reserve(bus.HostConnect{SessionID: "b2", User: "bob"}, "h", s.now); err != nil {
+	if _, err := s.l.reserve(bus.HostConnect{SessionID: "b2", User: "bob", Account: &bus.Account{Name: "bob"}}, "h", s.now); err != nil {
 		t.Error(err)
 	}
 	refused("bob", refusal.HostDraining) // a third at one time replaces nothing

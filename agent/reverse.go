@@ -69,7 +69,8 @@ func (a *Agent) serveSession(req bus.HostConnect) {
 	defer func() { a.ledger.release(req.SessionID, time.Now()) }()
 
 	began := time.Now()
-	gateway, host, err := a.openLegs(req)
+	gateway, host, release, err := a.openLegs(req)
+	defer release()
 	step := trace.Event{ActivityID: req.ActivityID, Step: trace.StepReverse, At: began, Duration: time.Since(began), User: req.User,
 		Detail: fmt.Sprintf("%s, instance %s", req.Address, req.Instance)}
 	if err != nil {
@@ -97,8 +98,9 @@ func (a *Agent) serveSession(req bus.HostConnect) {
 }
 
 // openLegs joins the client at the gateway and connects to the RDP server, within the gateway's deadline. What may
-// pass is tried again; a refusal is not.
-func (a *Agent) openLegs(req bus.HostConnect) (gateway *joinedConn, host *net.TCPConn, err error) {
+// pass is tried again; a refusal is not. release is to be called when the session has ended.
+func (a *Agent) openLegs(req bus.HostConnect) (gateway *joinedConn, host *net.TCPConn, release func(), err error) {
+	release = func() {}
 	ctx, cancel := context.WithTimeout(context.Background(), min(max(time.Until(req.Deadline), a.opts.timing.joinMin), joinMax))
 	defer cancel()
 	retry := backoff{min: 100 * time.Millisecond, max: time.Second}
@@ -113,15 +115,13 @@ func (a *Agent) openLegs(req bus.HostConnect) (gateway *joinedConn, host *net.TC
 		}
 	}
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, release, err
 	}
-	var d net.Dialer
-	conn, err := d.DialContext(ctx, "tcp", a.opts.RDPAddr)
-	if err != nil {
+	if host, release, err = a.dialRDP(ctx, req); err != nil {
 		gateway.Close()
-		return nil, nil, refusal.New(refusal.HostNotReady, "The RDP server at %s does not answer: %v.", a.opts.RDPAddr, err)
+		return nil, nil, release, refusal.New(refusal.HostNotReady, "The RDP server at %s does not answer: %v.", a.opts.RDPAddr, err)
 	}
-	return gateway, conn.(*net.TCPConn), nil
+	return gateway, host, release, nil
 }
 
 // joinedConn is the connection to the gateway after its 101: what came with the answer is read first.

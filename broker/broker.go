@@ -164,7 +164,7 @@ func Run(ctx context.Context, o Options) error {
 	defer feedListener.Close()
 	feed := web.Server(web.Options{
 		Namespace: o.Config.Namespace, Workspace: o.Config.Workspace, Name: o.Name, Source: o.Inventory, Identity: validator, Enrol: enrolment,
-		Traces: store, Trace: orch.Trace, Gateways: orch, TicketKey: ticketPrivateKey(reloaders[o.TicketsDir]),
+		Traces: store, Trace: orch.Trace, Gateways: orch, Access: orch, TicketKey: ticketPrivateKey(reloaders[o.TicketsDir]),
 		Signer: reloaders[o.SigningDir].Certificate, Log: log, Metrics: m,
 	}, reloaders[o.TLSDir].ServerConfig())
 

@@ -130,7 +130,7 @@ func TestAllTheWay(t *testing.T) {
 		},
 		Pools: map[string]*model.Pool{"pool": {
 			Name: "pool", Generation: 1, MaxSessions: 1, HeartbeatTimeout: 30 * time.Second, ConnectTimeout: 5 * time.Second,
-			Registration: model.Registration{TokenHash: hex.EncodeToString(hash[:]), Expires: time.Now().Add(time.Hour)}, MaxHosts: 9,
+			Registration: model.Registration{TokenHash: hex.EncodeToString(hash[:]), Expires: time.Now().Add(time.Hour)},
 		}},
 		Gateways: []*model.Gateway{{Name: "gw", Hostname: "gw.test", Port: 443, Ready: true}},
 	})

@@ -18,12 +18,14 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/nats-io/nats.go"
 
 	"rendezvous.dev/rendezvous/agent"
+	"rendezvous.dev/rendezvous/agent/login"
 	"rendezvous.dev/rendezvous/broker"
 	"rendezvous.dev/rendezvous/broker/internal/fake"
 	"rendezvous.dev/rendezvous/broker/internal/testca"
@@ -57,8 +59,8 @@ func eventually(t *testing.T, what string, ok func() bool) {
 	}
 }
 
-// listen serves each TLS connection, where rdp is set after the answer that an RDP server gives before TLS.
-func listen(t *testing.T, conf *tls.Config, rdp bool, serve func(net.Conn)) string {
+// listen serves each TLS connection; where met is set it is told of each first, and answers as an RDP server does before TLS.
+func listen(t *testing.T, conf *tls.Config, met func(net.Conn), serve func(net.Conn)) string {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)
 	t.Cleanup(func() { l.Close() })
@@ -69,7 +71,8 @@ func listen(t *testing.T, conf *tls.Config, rdp bool, serve func(net.Conn)) stri
 				return
 			}
 			go func() {
-				if rdp {
+				if met != nil {
+					met(c)
 					if _, err := io.ReadFull(c, make([]byte, 19)); err != nil {
 						c.Close()
 						return
@@ -86,8 +89,8 @@ func listen(t *testing.T, conf *tls.Config, rdp bool, serve func(net.Conn)) stri
 // TestBackToOnesOwnDesktop is of real agents, a real broker and what xrdp leaves in the kernel's table of sockets: who
 // left a desktop behind gets back to it, past emptier hosts and although its host drains; nobody else gets there.
 func TestBackToOnesOwnDesktop(t *testing.T) {
-	if runtime.GOOS != "linux" {
-		t.Skip("elsewhere agents see no desktops")
+	if runtime.GOOS != "linux" || os.Geteuid() != 0 {
+		t.Skip("elsewhere agents see no desktops, and answer root alone")
 	}
 	ca := testca.New(t, "ca")
 	local := testca.IdentitySpec(identity.Broker(ns, ws))
@@ -103,14 +106,19 @@ func TestBackToOnesOwnDesktop(t *testing.T) {
 
 	// A gateway that takes every join, and an RDP server that answers; what it says is of no matter here.
 	joined := make(chan net.Conn, 9)
-	gatewayAddr := listen(t, serverTLS, false, func(c net.Conn) {
+	gatewayAddr := listen(t, serverTLS, nil, func(c net.Conn) {
 		if _, err := http.ReadRequest(bufio.NewReader(c)); err != nil {
 			return
 		}
 		io.WriteString(c, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: rendezvous-join/1\r\n\r\n")
 		joined <- c
 	})
-	rdpAddr := listen(t, serverTLS, true, func(c net.Conn) { io.Copy(io.Discard, c); c.Close() })
+	from := make(chan string, 9) // the addresses of those who log in by them
+	rdpAddr := listen(t, serverTLS, func(c net.Conn) {
+		if a, _, _ := net.SplitHostPort(c.RemoteAddr().String()); a != "127.0.0.1" {
+			from <- a
+		}
+	}, func(c net.Conn) { io.Copy(io.Discard, c); c.Close() })
 	_, gatewayPort, _ := net.SplitHostPort(gatewayAddr)
 	var port int32
 	fmt.Sscan(gatewayPort, &port)
@@ -119,7 +127,8 @@ func TestBackToOnesOwnDesktop(t *testing.T) {
 		Workspace: &model.Workspace{Name: ws, Resources: []model.Resource{{Name: "desk", Pool: "pool", Groups: []string{"all"}}}},
 		Pools: map[string]*model.Pool{"pool": {
 			Name: "pool", Generation: 1, MaxSessions: 2, HeartbeatTimeout: 30 * time.Second, ConnectTimeout: 5 * time.Second,
-			Registration: model.Registration{TokenHash: hex.EncodeToString(hash[:]), Expires: time.Now().Add(time.Hour)}, MaxHosts: 9,
+			Accounts:     &model.Accounts{Create: true, FirstUID: 10000, LastUID: 59999},
+			Registration: model.Registration{TokenHash: hex.EncodeToString(hash[:]), Expires: time.Now().Add(time.Hour)},
 		}},
 		Gateways: []*model.Gateway{{Name: "gw", Hostname: "127.0.0.1", Port: port, Ready: true, CABundle: string(ca.PEM)}},
 	})
@@ -147,16 +156,16 @@ func TestBackToOnesOwnDesktop(t *testing.T) {
 		return path
 	}
 	token, caFile := write("token", registration), write("ca", string(ca.PEM))
-	const attached, detached = "0: 3 0 0 1 03 1 /run/xrdp/sockdir/1000/xrdp_chansrv_socket_10\n", "0: 2 0 10000 1 01 1 /run/xrdp/sockdir/1000/xrdp_chansrv_socket_10\n"
-	const others = "0: 2 0 10000 1 01 1 /run/xrdp/sockdir/1001/xrdp_chansrv_socket_11\n"
+	logins := map[string]string{} // login folders by host
 	for _, host := range []string{"h1", "h2"} {
 		table := write("table-"+host, "")
 		state, err := os.MkdirTemp("", "rdv") // short enough for a socket's path
 		must(t, err)
 		t.Cleanup(func() { os.RemoveAll(state) })
+		logins[host] = filepath.Join(state, "l")
 		a, err := agent.New(agent.Options{
 			Broker: "https://" + addrs.Feed.String(), CAFile: caFile, TokenFile: token, Host: host, StateDir: filepath.Join(state, "s"), RDPAddr: rdpAddr,
-			UnixTable: table, Version: "test", Log: slog.New(slog.DiscardHandler),
+			LoginDir: logins[host], LoginShared: true, UnixTable: table, Version: "test", Log: slog.New(slog.DiscardHandler),
 		})
 		must(t, err)
 		run(t, a.Run)
@@ -203,13 +212,43 @@ func TestBackToOnesOwnDesktop(t *testing.T) {
 		return leg
 	}
 
+	// As PAM's helper, where the account is there already.
+	logIn := func(host, account string) (uid string) {
+		t.Helper()
+		list, _, err := world.ReadAccounts(t.Context(), "pool")
+		must(t, err)
+		uid, _, _ = strings.Cut(list[account], " ")
+		address := <-from
+		time.Sleep(100 * time.Millisecond) // a client's handshake takes longer than the agent's last step of a dial
+		c, err := net.Dial("unix", filepath.Join(logins[host], login.SocketName))
+		must(t, err)
+		defer c.Close()
+		r, answer := bufio.NewReader(c), ""
+		for _, line := range []string{fmt.Sprintf(`{"user":%q,"remote":%q,"service":"xrdp-sesman"}`, account, address), `{"uid":` + uid + `}`} {
+			io.WriteString(c, line+"\n")
+			said, err := r.ReadString('\n')
+			if err != nil {
+				t.Fatalf("%s is not logged in: %s%v", account, answer, err)
+			}
+			answer = said
+		}
+		if answer != `{"ok":true}`+"\n" {
+			t.Fatalf("%s is not logged in: %s", account, answer)
+		}
+		return uid
+	}
+
 	// h2 is the emptier host for both, but for what they have to come back to.
-	expect("warm", "h1")
+	warm := expect("warm", "h1")
+	defer warm.Close()
+	logIn("h1", "warm")
 	leg := expect("alice", "h2")
-	write("table-h2", attached+others)
+	uid := logIn("h2", "alice")
+	const others = "0: 2 0 10000 1 01 1 /run/xrdp/sockdir/1001/xrdp_chansrv_socket_11\n"
+	write("table-h2", "0: 3 0 0 1 03 1 /run/xrdp/sockdir/"+uid+"/xrdp_chansrv_socket_10\n"+others)
 	time.Sleep(2 * time.Second) // the agent looks every second; the stranger's desktop takes no place, so nothing tells of it
 	leg.Close()
-	write("table-h2", detached)
+	write("table-h2", "0: 2 0 10000 1 01 1 /run/xrdp/sockdir/"+uid+"/xrdp_chansrv_socket_10\n")
 	world.EditHost("h2", func(h *model.Host) { h.Drain, h.Generation = &model.Drain{Reason: "new image"}, h.Generation+1 })
 	status("h2", "holds the desktop and drains", func(s model.AgentStatus) bool { return s.Sessions == 1 && s.DrainAcknowledged })
 	expect("bob", "h1")

@@ -44,7 +44,7 @@ func TestMachineIsOneKeyAllTheWay(t *testing.T) {
 		Workspace: &model.Workspace{Name: "ws"},
 		Pools: map[string]*model.Pool{"pool": {
 			Name: "pool", Generation: 1, MaxSessions: 2, HeartbeatTimeout: 30 * time.Second, ConnectTimeout: 5 * time.Second,
-			Registration: model.Registration{TokenHash: poolHash, Expires: time.Now().Add(time.Hour)}, MaxHosts: 9,
+			Registration: model.Registration{TokenHash: poolHash, Expires: time.Now().Add(time.Hour)},
 		}},
 	})
 	world.Signer = func(r model.CertificateRequest) ([]byte, error) { return ca.SignCSR(r.CSR), nil }
@@ -64,7 +64,7 @@ func TestMachineIsOneKeyAllTheWay(t *testing.T) {
 	addrs := <-started
 	pair, err := tls.X509KeyPair(ca.Issue(public))
 	must(t, err)
-	rdpAddr := listen(t, &tls.Config{Certificates: []tls.Certificate{pair}}, true, func(c net.Conn) { io.Copy(io.Discard, c); c.Close() })
+	rdpAddr := listen(t, &tls.Config{Certificates: []tls.Certificate{pair}}, func(net.Conn) {}, func(c net.Conn) { io.Copy(io.Discard, c); c.Close() })
 	dir := t.TempDir()
 	write := func(name, text string) string {
 		path := filepath.Join(dir, name)

@@ -21,6 +21,8 @@ import (
 	"net/http"
 	"os"
 	"time"
+
+	"rendezvous.dev/rendezvous/wire/idpurl"
 )
 
 // Client does the work of one rdv command.
@@ -62,7 +64,7 @@ func (c *Client) httpClient(bundles ...string) (*http.Client, error) {
 	}
 	t := http.DefaultTransport.(*http.Transport).Clone()
 	t.TLSClientConfig = &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: pool}
-	return &http.Client{Transport: agentHeader{t, c.UserAgent}, Timeout: requestTimeout}, nil
+	return &http.Client{Transport: agentHeader{t, c.UserAgent}, Timeout: requestTimeout, CheckRedirect: idpurl.CheckRedirect}, nil
 }
 
 // agentHeader names this program in each request.

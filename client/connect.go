@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -86,7 +87,7 @@ func (c *Client) Connect(ctx context.Context, o ConnectOptions) error {
 	}
 	defer os.RemoveAll(dir)
 
-	file, rdp, err := c.prepare(ctx, cn, o, dir)
+	file, rdp, account, err := c.prepare(ctx, cn, o, dir)
 	if err != nil {
 		if a.IDToken != "" {
 			c.postSteps(ctx, cn)
@@ -107,7 +108,7 @@ func (c *Client) Connect(ctx context.Context, o ConnectOptions) error {
 		defer close(posted)
 		c.postSteps(ctx, cn)
 	}()
-	err = c.launch(ctx, program, file, secrets, o.Args, a.CA)
+	err = c.launch(ctx, program, file, secrets, slices.Concat(signIn(program, account), o.Args), a.CA)
 	<-posted
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
@@ -117,17 +118,23 @@ func (c *Client) Connect(ctx context.Context, o ConnectOptions) error {
 }
 
 // prepare goes through steps 1 to 7 and leaves a connection file for the chosen gateway in dir.
-func (c *Client) prepare(ctx context.Context, cn *connect, o ConnectOptions, dir string) (path string, rdp rdpFile, err error) {
+func (c *Client) prepare(ctx context.Context, cn *connect, o ConnectOptions, dir string) (path string, rdp rdpFile, account string, err error) {
 	a := cn.account
 	err = cn.step(trace.StepSubscribe, func() (string, error) {
-		// The workspace may have changed its identity provider since the login.
-		return a.URL, cn.get(ctx, brokerapi.PathWorkspace, nil, &a.Workspace)
+		// The workspace may have changed its identity provider since the login: fresh sees to that. What the answer lacks is
+		// absent, not as before.
+		var ws brokerapi.Workspace
+		if err := cn.get(ctx, brokerapi.PathWorkspace, nil, &ws); err != nil {
+			return a.URL, err
+		}
+		a.Workspace = ws
+		return a.URL, nil
 	})
 	if err != nil {
-		return "", rdp, err
+		return "", rdp, "", err
 	}
 	if err = cn.step(trace.StepAuthenticate, func() (string, error) { return c.fresh(ctx, a) }); err != nil {
-		return "", rdp, err
+		return "", rdp, "", err
 	}
 	var list *brokerapi.Resources
 	err = cn.step(trace.StepPassToken, func() (string, error) {
@@ -138,11 +145,11 @@ func (c *Client) prepare(ctx context.Context, cn *connect, o ConnectOptions, dir
 		return fmt.Sprintf("%d resources, %d gateways", len(list.Resources), len(list.Gateways)), nil
 	})
 	if err != nil {
-		return "", rdp, err
+		return "", rdp, "", err
 	}
 	resource, err := findResource(list, o.Resource, a, cn.activity)
 	if err != nil {
-		return "", rdp, err
+		return "", rdp, "", err
 	}
 	var near []string
 	err = cn.step(trace.StepDialGateway, func() (detail string, err error) {
@@ -150,7 +157,7 @@ func (c *Client) prepare(ctx context.Context, cn *connect, o ConnectOptions, dir
 		return detail, err
 	})
 	if err != nil {
-		return "", rdp, err
+		return "", rdp, "", err
 	}
 	fmt.Fprintf(c.Err, "gateway %s\n", cn.steps[len(cn.steps)-1].Detail)
 	err = cn.step(trace.StepStore, func() (string, error) {
@@ -171,8 +178,20 @@ func (c *Client) prepare(ctx context.Context, cn *connect, o ConnectOptions, dir
 		path = filepath.Join(dir, resource.Name+".rdp")
 		return fmt.Sprintf("%s, %d bytes, for %s", resource.Name, len(data), rdp.get("gatewayhostname")), os.WriteFile(path, data, 0o600)
 	})
-	return path, rdp, err
+	return path, rdp, resource.Account, err
 }
+
+// signIn is what FreeRDP needs in order to log in without asking, where the host knows the user by the connection: the
+// account is in the file, and xrdp logs in at once only with a password, whatever it is.
+func signIn(program rdpClient, account string) []string {
+	if account == "" || program.kind != kindFreeRDP {
+		return nil
+	}
+	return []string{"/u:" + account, "/p:" + notAPassword}
+}
+
+// notAPassword goes where a client won't connect without one. No host looks at it.
+const notAPassword = "by-connection"
 
 // findResource gives the one that the user named.
 func findResource(list *brokerapi.Resources, name string, a *Account, activity string) (brokerapi.Resource, error) {

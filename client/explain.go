@@ -8,6 +8,7 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
+	"unicode"
 
 	"rendezvous.dev/rendezvous/wire/brokerapi"
 	"rendezvous.dev/rendezvous/wire/trace"
@@ -76,7 +77,7 @@ func explain(out io.Writer, activity string, events []trace.Event) error {
 			if e.Error != "" {
 				detail = "ERROR " + e.Error + ": " + detail
 			}
-			fmt.Fprintf(w, "%s\t%s\t%s\t+%s\t%s\t%s\n", number, what, e.Component, short(e.At.Sub(first)), short(e.Duration), oneLine(detail))
+			fmt.Fprintf(w, "%s\t%s\t%s\t+%s\t%s\t%s\n", number, what, oneLine(e.Component), short(e.At.Sub(first)), short(e.Duration), oneLine(detail))
 		}
 	}
 	if err := w.Flush(); err != nil {
@@ -96,10 +97,10 @@ func short(d time.Duration) string {
 	return fmt.Sprintf("%.1fs", d.Seconds())
 }
 
-// oneLine keeps what others wrote from breaking the table or the terminal.
+// oneLine keeps what others wrote from breaking the table or the terminal: controls, and what turns the direction of text.
 func oneLine(s string) string {
 	return strings.Map(func(r rune) rune {
-		if r < ' ' || r == 0x7f {
+		if unicode.IsControl(r) || unicode.Is(unicode.Cf, r) || unicode.Is(unicode.Zl, r) || unicode.Is(unicode.Zp, r) {
 			return ' '
 		}
 		return r

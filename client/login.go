@@ -19,6 +19,7 @@ import (
 	"golang.org/x/oauth2"
 
 	"rendezvous.dev/rendezvous/wire/brokerapi"
+	"rendezvous.dev/rendezvous/wire/idpurl"
 )
 
 // loginTimeout is how long a person may take to sign in.
@@ -46,11 +47,9 @@ func (c *Client) Login(ctx context.Context, o LoginOptions) error {
 	if a.CA, err = readCA(o.CAFile); err != nil {
 		return err
 	}
-	if a.CA == "" {
-		// A login renewed keeps the CA of the one before.
-		if old, err := c.Store.Find(base); err == nil {
-			a.CA = old.CA
-		}
+	old, err := c.Store.Find(base)
+	if err == nil && a.CA == "" {
+		a.CA = old.CA // a login renewed keeps the CA of the one before
 	}
 	f, err := c.newFeed(a, "")
 	if err != nil {
@@ -58,6 +57,11 @@ func (c *Client) Login(ctx context.Context, o LoginOptions) error {
 	}
 	if err := f.get(ctx, brokerapi.PathWorkspace, nil, &a.Workspace); err != nil {
 		return err
+	}
+	if old != nil {
+		if changes := old.TokensOf.changes(a.Workspace); len(changes) > 0 {
+			fmt.Fprintf(c.Err, "workspace %s has changed since you last signed in: %s\n", a.Workspace.Name, strings.Join(changes, "; "))
+		}
 	}
 	p, err := c.provider(ctx, a)
 	if err != nil {
@@ -113,10 +117,20 @@ func (c *Client) provider(ctx context.Context, a *Account) (*provider, error) {
 	if err != nil {
 		return nil, fmt.Errorf("workspace %s: %w", a.Workspace.Name, err)
 	}
+	if err := idpurl.CheckIssuer(a.Workspace.IssuerURL); err != nil {
+		return nil, fmt.Errorf("workspace %s names an identity provider that rdv refuses: %w", a.Workspace.Name, err)
+	}
 	ctx = oidc.ClientContext(ctx, hc)
 	p, err := oidc.NewProvider(ctx, a.Workspace.IssuerURL)
 	if err != nil {
 		return nil, fmt.Errorf("identity provider %s of workspace %s: %w: it must be reachable from here, and its certificate's CA be known (--ca-file)", a.Workspace.IssuerURL, a.Workspace.Name, err)
+	}
+	var endpoints idpurl.Endpoints
+	if err := p.Claims(&endpoints); err != nil {
+		return nil, fmt.Errorf("identity provider %s of workspace %s: %w", a.Workspace.IssuerURL, a.Workspace.Name, err)
+	}
+	if err := endpoints.Check(a.Workspace.IssuerURL); err != nil {
+		return nil, fmt.Errorf("the discovery document of identity provider %s is refused: %w", a.Workspace.IssuerURL, err)
 	}
 	scopes := a.Workspace.Scopes
 	if len(scopes) == 0 {
@@ -153,7 +167,7 @@ func (p *provider) accept(a *Account, tok *oauth2.Token, nonce string) error {
 			break
 		}
 	}
-	a.IDToken, a.Expiry = raw, id.Expiry
+	a.IDToken, a.Expiry, a.TokensOf = raw, id.Expiry, providerOf(a.Workspace)
 	if tok.RefreshToken != "" {
 		a.RefreshToken = tok.RefreshToken
 	}
@@ -163,8 +177,13 @@ func (p *provider) accept(a *Account, tok *oauth2.Token, nonce string) error {
 // expiryMargin is how long a token must still hold to be used.
 const expiryMargin = 30 * time.Second
 
-// fresh makes sure that the account's token holds, with the refresh token where it must.
+// fresh makes sure that the account's token holds, with the refresh token where it must. The refresh token is a secret
+// between the user and the provider that gave it: no other sees it, whatever the workspace says by now.
 func (c *Client) fresh(ctx context.Context, a *Account) (detail string, err error) {
+	if changes := a.TokensOf.changes(a.Workspace); len(changes) > 0 {
+		return "", fmt.Errorf("workspace %s has changed since you signed in: %s. Your sign-in stays with the provider that gave it. If the change is expected, run `rdv login %s` to sign in again; otherwise ask the workspace's administrator first",
+			a.Workspace.Name, strings.Join(changes, "; "), a.URL)
+	}
 	if time.Until(a.Expiry) > expiryMargin {
 		return "signed in until " + a.Expiry.UTC().Format(time.RFC3339), nil
 	}
@@ -199,7 +218,10 @@ func (c *Client) deviceFlow(p *provider) (*oauth2.Token, error) {
 	if open == "" {
 		open = da.VerificationURI
 	}
-	fmt.Fprintf(c.Err, "Open this page on any device and confirm the code %s:\n", da.UserCode)
+	if !idpurl.IsWebPage(open) {
+		return nil, fmt.Errorf("the page to confirm the code at is %q, which is no web page", open)
+	}
+	fmt.Fprintf(c.Err, "Open this page on any device and confirm the code %s:\n", oneLine(da.UserCode))
 	fmt.Fprintln(c.Out, open)
 	return p.conf.DeviceAccessToken(p.ctx, da)
 }
@@ -253,7 +275,11 @@ func (c *Client) browserFlow(p *provider, nonce string, noBrowser bool) (*oauth2
 		srv.Shutdown(ctx)
 	}()
 
+	// provider has checked the endpoint. The desktop's opener would take any scheme, so this one place checks the page too.
 	page := p.conf.AuthCodeURL(state, oidc.Nonce(nonce), oauth2.S256ChallengeOption(verifier))
+	if !idpurl.IsWebPage(page) {
+		return nil, fmt.Errorf("the page to sign in at is %q, which is no web page", page)
+	}
 	fmt.Fprintln(c.Err, "Open this page to sign in:")
 	fmt.Fprintln(c.Out, page)
 	if !noBrowser {

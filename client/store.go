@@ -1,7 +1,10 @@
 package client
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"net/url"
@@ -26,6 +29,51 @@ type Account struct {
 	IDToken      string    `json:"idToken"`
 	RefreshToken string    `json:"refreshToken,omitempty"`
 	Expiry       time.Time `json:"expiry"`
+	// TokensOf gave the tokens. The workspace may name another by now.
+	TokensOf Provider `json:"tokensOf"`
+}
+
+// Provider is whom tokens are of: an identity provider, its client, and the CA that it was known by.
+type Provider struct {
+	IssuerURL string `json:"issuerURL"`
+	ClientID  string `json:"clientID"`
+	// CA is the SHA-256, in hex, of the certificates that the workspace named for it; empty where it named none.
+	CA string `json:"ca,omitempty"`
+}
+
+// providerOf is the one that a workspace names.
+func providerOf(w brokerapi.Workspace) Provider {
+	return Provider{IssuerURL: w.IssuerURL, ClientID: w.ClientID, CA: fingerprint(w.IssuerCA)}
+}
+
+// fingerprint tells one CA bundle from another by its certificates, whatever stands around them.
+func fingerprint(bundle string) string {
+	var all []string
+	for block, rest := pem.Decode([]byte(bundle)); block != nil; block, rest = pem.Decode(rest) {
+		sum := sha256.Sum256(block.Bytes)
+		all = append(all, hex.EncodeToString(sum[:]))
+	}
+	if len(all) == 0 {
+		return ""
+	}
+	sort.Strings(all)
+	sum := sha256.Sum256([]byte(strings.Join(all, "\n")))
+	return hex.EncodeToString(sum[:])
+}
+
+// changes says, for a person, in what a workspace's provider differs from p.
+func (p Provider) changes(w brokerapi.Workspace) (list []string) {
+	now := providerOf(w)
+	if p.IssuerURL != now.IssuerURL {
+		list = append(list, fmt.Sprintf("its identity provider was %q and is %q", p.IssuerURL, now.IssuerURL))
+	}
+	if p.ClientID != now.ClientID {
+		list = append(list, fmt.Sprintf("its client was %q and is %q", p.ClientID, now.ClientID))
+	}
+	if p.CA != now.CA {
+		list = append(list, "the CA that it names for its identity provider is another")
+	}
+	return list
 }
 
 // Store keeps the accounts, one file each that only the user may read, and which of them is the current one.
@@ -108,6 +156,9 @@ func (s Store) read(path string) (*Account, error) {
 	a := &Account{}
 	if err := json.Unmarshal(data, a); err != nil {
 		return nil, fmt.Errorf("%s: %w: remove it and run `rdv login` again", path, err)
+	}
+	if a.TokensOf == (Provider{}) { // written by an rdv that saved a workspace only with tokens of its provider
+		a.TokensOf = providerOf(a.Workspace)
 	}
 	return a, nil
 }

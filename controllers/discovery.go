@@ -21,6 +21,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/event"
 
 	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
+	"rendezvous.dev/rendezvous/wire/idpurl"
 )
 
 const (
@@ -142,7 +143,7 @@ func fetchDiscovery(ctx context.Context, issuerURL, caBundle string) error {
 	if err != nil {
 		return err
 	}
-	resp, err := (&http.Client{Transport: transport}).Do(req)
+	resp, err := (&http.Client{Transport: transport, CheckRedirect: idpurl.CheckRedirect}).Do(req)
 	if err != nil {
 		return errors.New(stableReason(ctx, err))
 	}
@@ -151,8 +152,8 @@ func fetchDiscovery(ctx context.Context, issuerURL, caBundle string) error {
 		return fmt.Errorf("%s answers %s", address, resp.Status)
 	}
 	var document struct {
-		Issuer  string `json:"issuer"`
-		JWKSURI string `json:"jwks_uri"`
+		Issuer string `json:"issuer"`
+		idpurl.Endpoints
 	}
 	if err := json.NewDecoder(io.LimitReader(resp.Body, discoveryMaxAnswer)).Decode(&document); err != nil {
 		return fmt.Errorf("%s is no discovery document: it is not JSON", address)
@@ -160,8 +161,11 @@ func fetchDiscovery(ctx context.Context, issuerURL, caBundle string) error {
 	switch {
 	case document.Issuer != issuerURL:
 		return fmt.Errorf("%s names the issuer %q: write it exactly so", address, document.Issuer)
-	case document.JWKSURI == "":
+	case document.JWKS == "":
 		return fmt.Errorf("%s names no keys (jwks_uri)", address)
+	}
+	if err := document.Check(issuerURL); err != nil {
+		return fmt.Errorf("%s is refused: %w", address, err)
 	}
 	return nil
 }

@@ -35,21 +35,43 @@ func TestFetchDiscovery(t *testing.T) {
 	}
 	closed := httptest.NewTLSServer(nil)
 	closed.Close()
+	plain := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		t.Error("an https:// request was followed to http://")
+		good(w, server.URL+"/dex")
+	}))
+	defer plain.Close()
+	naming := func(field, address string) func(http.ResponseWriter, string) {
+		return func(w http.ResponseWriter, issuer string) {
+			_, _ = w.Write([]byte(`{"issuer":"` + issuer + `","jwks_uri":"` + issuer + `/keys","` + field + `":"` + address + `"}`))
+		}
+	}
+	redirect := func(to string) func(http.ResponseWriter, string) {
+		return func(w http.ResponseWriter, _ string) {
+			w.Header().Set("Location", to)
+			w.WriteHeader(http.StatusFound)
+		}
+	}
 
 	for name, tc := range map[string]struct {
 		issuer, ca string
 		answer     func(http.ResponseWriter, string)
 		err        string
 	}{
-		"good":               {server.URL + "/dex", ca, good, ""},
-		"unknown CA":         {server.URL + "/dex", "", good, "signed by a CA that is not trusted: set spec.identity.oidc.caBundle or caBundleRef"},
-		"no PEM":             {server.URL + "/dex", "rubbish", good, "the CA bundle holds no PEM certificate"},
-		"wrong path":         {server.URL, ca, good, "answers 404 Not Found"},
-		"slash too many":     {server.URL + "/dex/", ca, good, "names the issuer \"" + server.URL + "/dex\": write it exactly so"},
-		"nobody there":       {closed.URL, ca, good, "the connection is refused"},
-		"no such name":       {"https://no-such-name.invalid", ca, good, `the name "no-such-name.invalid" can't be resolved`},
-		"a page, not JSON":   {server.URL + "/dex", ca, func(w http.ResponseWriter, _ string) { _, _ = w.Write([]byte("<html>")) }, "is no discovery document"},
-		"a document of none": {server.URL + "/dex", ca, func(w http.ResponseWriter, issuer string) { _, _ = w.Write([]byte(`{"issuer":"` + issuer + `"}`)) }, "names no keys"},
+		"good":                       {server.URL + "/dex", ca, good, ""},
+		"unknown CA":                 {server.URL + "/dex", "", good, "signed by a CA that is not trusted: set spec.identity.oidc.caBundle or caBundleRef"},
+		"no PEM":                     {server.URL + "/dex", "rubbish", good, "the CA bundle holds no PEM certificate"},
+		"wrong path":                 {server.URL, ca, good, "answers 404 Not Found"},
+		"slash too many":             {server.URL + "/dex/", ca, good, "names the issuer \"" + server.URL + "/dex\": write it exactly so"},
+		"nobody there":               {closed.URL, ca, good, "the connection is refused"},
+		"no such name":               {"https://no-such-name.invalid", ca, good, `the name "no-such-name.invalid" can't be resolved`},
+		"a page, not JSON":           {server.URL + "/dex", ca, func(w http.ResponseWriter, _ string) { _, _ = w.Write([]byte("<html>")) }, "is no discovery document"},
+		"a document of none":         {server.URL + "/dex", ca, func(w http.ResponseWriter, issuer string) { _, _ = w.Write([]byte(`{"issuer":"` + issuer + `"}`)) }, "names no keys"},
+		"keys by http":               {server.URL + "/dex", ca, naming("jwks_uri", "http://id.example.com/keys"), `jwks_uri is "http://id.example.com/keys": it must be an https:// URL`},
+		"a token endpoint by http":   {server.URL + "/dex", ca, naming("token_endpoint", "http://id.example.com/token"), "token_endpoint is"},
+		"a sign-in page of no web":   {server.URL + "/dex", ca, naming("authorization_endpoint", "search-ms:query=x"), "authorization_endpoint is"},
+		"a device endpoint by http":  {server.URL + "/dex", ca, naming("device_authorization_endpoint", "http://id.example.com/device"), "device_authorization_endpoint is"},
+		"a redirect to http":         {server.URL + "/dex", ca, redirect(plain.URL), "which is not https"},
+		"a redirect that has no end": {server.URL + "/dex", ca, redirect("/dex/.well-known/openid-configuration"), "redirects more than 3 times"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			answer = tc.answer

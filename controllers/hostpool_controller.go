@@ -11,6 +11,7 @@ import (
 	certmanager "github.com/cert-manager/cert-manager/pkg/apis/certmanager/v1"
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	ctrl "sigs.k8s.io/controller-runtime"
@@ -58,6 +59,8 @@ func (r *hostPoolReconciler) setup(mgr ctrl.Manager) error {
 		For(&rdv.HostPool{}).
 		Owns(&corev1.Secret{}, builder.OnlyMetadata).
 		Owns(&networkingv1.NetworkPolicy{}, builder.OnlyMetadata).
+		Owns(&rbacv1.Role{}, builder.OnlyMetadata).
+		Owns(&rbacv1.RoleBinding{}, builder.OnlyMetadata).
 		Watches(&rdv.SessionHost{}, handler.EnqueueRequestsFromMapFunc(func(_ context.Context, o client.Object) []reconcile.Request {
 			pool := o.(*rdv.SessionHost).Spec.HostPoolRef.Name
 			return []reconcile.Request{{NamespacedName: client.ObjectKey{Namespace: o.GetNamespace(), Name: pool}}}
@@ -158,6 +161,12 @@ func (r *hostPoolReconciler) applyHosts(ctx context.Context, s *hostPoolScope) e
 	pool := s.pool
 	if err := r.applyAll(ctx, &s.pass, pool, render.PoolNetworkPolicy(pool)); err != nil {
 		return err
+	}
+	if pool.Spec.Accounts != nil {
+		// Where accounts are unset later the list stays: they are still those people's on the hosts.
+		if err := r.applyAll(ctx, &s.pass, pool, render.PoolAccounts(pool), render.PoolAccountsRole(pool), render.PoolAccountsRoleBinding(pool)); err != nil {
+			return err
+		}
 	}
 	if s.templErr != nil || s.ws == nil {
 		return nil

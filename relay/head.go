@@ -215,7 +215,7 @@ func httpStatus(code refusal.Code) int {
 	switch code {
 	case refusal.TicketMissing, refusal.TicketInvalid, refusal.TicketExpired:
 		return http.StatusUnauthorized
-	case refusal.NotGranted, refusal.WrongTarget, refusal.JoinUnknown, refusal.WrongRole:
+	case refusal.NotGranted, refusal.Revoked, refusal.WrongTarget, refusal.JoinUnknown, refusal.WrongRole:
 		return http.StatusForbidden
 	case refusal.UnknownResource:
 		return http.StatusNotFound

@@ -237,7 +237,7 @@ func statusOf(code refusal.Code) uint32 {
 		return tsgu.ErrCookieBadPacket
 	case refusal.TicketInvalid, refusal.TicketExpired:
 		return tsgu.ErrCookieDenied
-	case refusal.NotGranted, refusal.UnknownResource, refusal.WrongTarget:
+	case refusal.NotGranted, refusal.Revoked, refusal.UnknownResource, refusal.WrongTarget:
 		return tsgu.ErrResourceAccessDenied
 	case refusal.NoHost, refusal.HostTimeout, refusal.HostRefused, refusal.HostNotReady:
 		return tsgu.ErrConnectFailed

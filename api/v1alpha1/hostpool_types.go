@@ -83,6 +83,12 @@ type HostPoolSpec struct {
 	// +kubebuilder:validation:XValidation:rule="self.all(p, p.matches('^[A-Za-z][A-Za-z0-9 ]*:[ibs]:[^\\r\\n]*$'))",message="each property must read name:type:value, type being i, s or b"
 	// +kubebuilder:validation:XValidation:rule="self.all(p, !p.lowerAscii().matches('^(gateway[a-z]*|full address|alternate full address|signature|signscope|password 51|pcb|loadbalanceinfo) *:'))",message="gateway*, full address, signature, signscope, pcb, loadbalanceinfo and password properties are set by Rendezvous"
 	CustomRDPProperties []string `json:"customRDPProperties,omitempty"`
+	// accounts says how a person who signed in becomes an account of the pool's Linux hosts, which then log that person in
+	// by the connection, with no password. Every host must be set up for it: pods are, and `agent service install` does it
+	// on a machine. Unset, the hosts' RDP servers ask people for credentials, and whose desktop a user meets is theirs to
+	// say: for Windows hosts, and for hosts that one person has alone.
+	// +optional
+	Accounts *Accounts `json:"accounts,omitempty"`
 	// replicas is how many hosts the pool keeps from template, 0 to 1000. Defaults to 1 where there is a template. With
 	// fewer than before, hosts too many take no new session, and go once nobody is on them.
 	// +optional
@@ -104,6 +110,65 @@ type HostPoolSpec struct {
 	// agent is the agent sidecar of the hosts that are pods.
 	// +optional
 	Agent AgentSidecar `json:"agent,omitempty,omitzero"`
+}
+
+// AccountsConfigMap names the ConfigMap in which a pool's brokers keep who was given which account.
+func AccountsConfigMap(pool string) string { return pool + "-accounts" }
+
+// AccountPolicy says where accounts come from.
+// +kubebuilder:validation:Enum=Create;Existing
+type AccountPolicy string
+
+// The account policies.
+const (
+	// AccountsCreate has hosts make accounts that they lack.
+	AccountsCreate AccountPolicy = "Create"
+	// AccountsExisting takes the accounts that hosts know, from a directory say.
+	AccountsExisting AccountPolicy = "Existing"
+)
+
+// Accounts says how a person becomes an account. Which account was given to whom stands in the ConfigMap POOL-accounts:
+// two people never share one.
+// +kubebuilder:validation:XValidation:rule="self.policy == 'Create' || !has(self.uidClaim)",message="uidClaim is for policy Create; Existing accounts have the user ids that the hosts know"
+// +kubebuilder:validation:XValidation:rule="self.policy == 'Create' || !has(self.uidRange)",message="uidRange is for policy Create; Existing accounts have the user ids that the hosts know"
+// +kubebuilder:validation:XValidation:rule="!(has(self.uidClaim) && has(self.uidRange))",message="set uidClaim or uidRange, not both: user ids come from the claim, or from the range"
+type Accounts struct {
+	// policy is Create (a host makes the account when its owner first comes, with a home folder that nobody else may
+	// read, and no password) or Existing (the host knows the account: from SSSD, LDAP, Active Directory or its own files).
+	// +required
+	Policy AccountPolicy `json:"policy"`
+	// nameClaim is the claim of the identity provider's token that gives the account's name. Of alice@example.com it takes
+	// alice, of EXAMPLElice likewise; capitals and accents go, and what no account's name may have becomes a hyphen. A name
+	// that systems use for themselves (root), or with / or :, is refused. Defaults to the user name of the Workspace.
+	// +optional
+	// +kubebuilder:validation:MinLength=1
+	// +kubebuilder:validation:MaxLength=128
+	NameClaim string `json:"nameClaim,omitempty"`
+	// uidClaim is the claim that gives the account's numeric user id, 1000 or more. Unset, user ids come from uidRange.
+	// +optional
+	// +kubebuilder:validation:MinLength=1
+	// +kubebuilder:validation:MaxLength=128
+	UIDClaim string `json:"uidClaim,omitempty"`
+	// uidRange is where the pool takes user ids from: one per account, the same on every host of the pool for good.
+	// Defaults to 10000 to 59999.
+	// +optional
+	UIDRange *UIDRange `json:"uidRange,omitempty"`
+}
+
+// UIDRange is a range of numeric user ids, both ends included.
+// +kubebuilder:validation:XValidation:rule="self.first <= self.last",message="first must not be greater than last"
+// +kubebuilder:validation:XValidation:rule="self.last < 65534 || self.first > 65535",message="the range must not hold 65534 and 65535, which are nobody's"
+type UIDRange struct {
+	// first user id of the range.
+	// +required
+	// +kubebuilder:validation:Minimum=1000
+	// +kubebuilder:validation:Maximum=2147483647
+	First int32 `json:"first"`
+	// last user id of the range.
+	// +required
+	// +kubebuilder:validation:Minimum=1000
+	// +kubebuilder:validation:Maximum=2147483647
+	Last int32 `json:"last"`
 }
 
 // HostPoolAutoscaling keeps as many hosts as it takes for some places to be free. A place is free on a host that is ready

@@ -4,12 +4,15 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/envtest"
 
@@ -103,6 +106,13 @@ func with[T client.Object](fresh func() T, change func(T)) client.Object {
 func TestValidation(t *testing.T) {
 	c := apiServer(t)
 	ws := func(change func(*rdv.Workspace)) client.Object { return with(workspace, change) }
+	revoking := func(r ...rdv.Revocation) client.Object {
+		return ws(func(w *rdv.Workspace) { w.Spec.Revocations = r })
+	}
+	var many []rdv.Revocation
+	for i := range 257 {
+		many = append(many, rdv.Revocation{User: fmt.Sprint("user", i)})
+	}
 	hp := func(change func(*rdv.HostPool)) client.Object { return with(pool, change) }
 	sh := func(change func(*rdv.SessionHost)) client.Object { return with(host, change) }
 	gw := func(change func(*rdv.Gateway)) client.Object { return with(gateway, change) }
@@ -131,6 +141,17 @@ func TestValidation(t *testing.T) {
 	)
 	rows := []row{
 		{"workspace: least", workspace(), ""},
+		{"workspace: a disabled user", revoking(rdv.Revocation{User: "alice@example.test", Reason: "left the company"}), ""},
+		{"workspace: a user as of a time", revoking(rdv.Revocation{User: "alice@example.test", Before: &metav1.Time{Time: time.Unix(1_900_000_000, 0)}}), ""},
+		{"workspace: a ticket", revoking(rdv.Revocation{Ticket: "ABCDEFGHIJKLMNOPQRSTUVWX27"}), ""},
+		{"workspace: a user and tickets", revoking(rdv.Revocation{User: "alice"}, rdv.Revocation{Ticket: strings.Repeat("A", 26)}, rdv.Revocation{Ticket: strings.Repeat("B", 26)}), ""},
+		{"workspace: a revocation of nothing", revoking(rdv.Revocation{Reason: "x"}), "a revocation names a user or a ticket, one of them"},
+		{"workspace: a revocation of a user's ticket", revoking(rdv.Revocation{User: "alice", Ticket: strings.Repeat("A", 26)}), "a revocation names a user or a ticket, one of them"},
+		{"workspace: a ticket as of a time", revoking(rdv.Revocation{Ticket: strings.Repeat("A", 26), Before: &metav1.Time{Time: time.Unix(1_900_000_000, 0)}}), "before goes with user"},
+		{"workspace: a whole ticket in place of its id", revoking(rdv.Revocation{Ticket: "eyJhbGciOiJFZERTQSIsInR5cCI6"}), "ticket must be the id of a ticket, as brokers log it"},
+		{"workspace: a reason of two lines", revoking(rdv.Revocation{User: "alice", Reason: "a\nb"}), "reason must be one line"},
+		{"workspace: a user twice", revoking(rdv.Revocation{User: "alice"}, rdv.Revocation{User: "alice"}), "Duplicate value"},
+		{"workspace: 257 revocations", revoking(many...), "must have at most 256 items"},
 		{"workspace: name of 40", ws(func(w *rdv.Workspace) { w.Name = strings.Repeat("a", 40) }), ""},
 		{"workspace: name of 41", ws(func(w *rdv.Workspace) { w.Name = strings.Repeat("a", 41) }), badName},
 		{"workspace: name with a dot", ws(func(w *rdv.Workspace) { w.Name = "a.b" }), badName},
@@ -310,5 +331,48 @@ func expect(t *testing.T, err error, refusal string) {
 		t.Errorf("taken; want a refusal with %q", refusal)
 	case refusal != "" && !strings.Contains(fmt.Sprint(err), refusal):
 		t.Errorf("refused with %q; want %q", err, refusal)
+	}
+}
+
+// The ways to take something back that docs/operations.md tells: each leaves others' entries as they are.
+func TestRevocationsAreAdded(t *testing.T) {
+	c, ctx := apiServer(t), context.Background()
+	if err := c.Create(ctx, workspace()); err != nil {
+		t.Fatal(err)
+	}
+	ticket := strings.Repeat("A", 26)
+	apply := func(manager, entry string) error {
+		patch := `{"apiVersion":"rendezvous.dev/v1alpha1","kind":"Workspace","metadata":{"name":"ws","namespace":"default"},"spec":{"revocations":[` + entry + `]}}`
+		return c.Patch(ctx, workspace(), client.RawPatch(types.ApplyPatchType, []byte(patch)), client.FieldOwner(manager))
+	}
+	for _, step := range []struct {
+		name string
+		do   func() error
+		want []string
+	}{
+		{"a merge patch makes the list", func() error {
+			return c.Patch(ctx, workspace(), client.RawPatch(types.MergePatchType, []byte(`{"spec":{"revocations":[{"user":"alice"}]}}`)))
+		}, []string{"alice/"}},
+		{"a JSON patch adds to it", func() error {
+			return c.Patch(ctx, workspace(), client.RawPatch(types.JSONPatchType, []byte(`[{"op":"add","path":"/spec/revocations/-","value":{"user":"bob","reason":"lost laptop"}}]`)))
+		}, []string{"alice/", "bob/"}},
+		{"somebody applies an entry", func() error { return apply("incident-1", `{"ticket":"`+ticket+`"}`) }, []string{"alice/", "bob/", "/" + ticket}},
+		{"somebody else applies another", func() error { return apply("incident-2", `{"user":"carol"}`) }, []string{"alice/", "bob/", "/" + ticket, "carol/"}},
+		{"and takes it away", func() error { return apply("incident-2", ``) }, []string{"alice/", "bob/", "/" + ticket}},
+	} {
+		if err := step.do(); err != nil {
+			t.Fatalf("%s: %v", step.name, err)
+		}
+		var w rdv.Workspace
+		if err := c.Get(ctx, client.ObjectKeyFromObject(workspace()), &w); err != nil {
+			t.Fatal(err)
+		}
+		var got []string
+		for _, r := range w.Spec.Revocations {
+			got = append(got, r.User+"/"+r.Ticket)
+		}
+		if !slices.Equal(got, step.want) {
+			t.Errorf("%s: %q, want %q", step.name, got, step.want)
+		}
 	}
 }

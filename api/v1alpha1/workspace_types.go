@@ -36,6 +36,16 @@ type WorkspaceSpec struct {
 	// tickets bounds the secrets in connection files.
 	// +optional
 	Tickets Tickets `json:"tickets,omitempty,omitzero"`
+	// revocations take back what users have been given: each entry names a user or a ticket. They act within seconds, on live
+	// sessions too: these end, their desktops stay on their hosts, and nobody gets back with what was taken back. Entries are
+	// told apart by user and ticket, so that several people can each add one by server-side apply. At most 256; remove those
+	// of tickets that have expired.
+	// +optional
+	// +listType=map
+	// +listMapKey=user
+	// +listMapKey=ticket
+	// +kubebuilder:validation:MaxItems=256
+	Revocations []Revocation `json:"revocations,omitempty"`
 	// gatewaySelector picks the Gateways in this namespace through which the workspace's resources are reached. Unset
 	// picks all of them.
 	// +optional
@@ -233,6 +243,35 @@ type Tickets struct {
 	// +kubebuilder:validation:Minimum=60
 	// +kubebuilder:validation:Maximum=604800
 	LifetimeSeconds *int32 `json:"lifetimeSeconds,omitempty"`
+}
+
+// Revocation takes back what a user has, or one ticket.
+// +kubebuilder:validation:XValidation:rule="(self.user.size() > 0) != (self.ticket.size() > 0)",message="a revocation names a user or a ticket, one of them"
+// +kubebuilder:validation:XValidation:rule="!has(self.before) || self.ticket.size() == 0",message="before goes with user: a ticket is taken back whenever it was made"
+type Revocation struct {
+	// user, as usernameClaim spells it; upper and lower case are the same here. Without before the user is disabled: no feed,
+	// no download, no connect, and no session goes on.
+	// +optional
+	// +kubebuilder:default=""
+	// +kubebuilder:validation:MaxLength=256
+	User string `json:"user"`
+	// ticket is the id of one ticket, that is, of one downloaded connection file: 26 letters and digits. Brokers log it at
+	// download and connect, `rdv explain` shows it, and refusals name it.
+	// +optional
+	// +kubebuilder:default=""
+	// +kubebuilder:validation:MaxLength=64
+	// +kubebuilder:validation:XValidation:rule="self.size() == 0 || self.matches('^[A-Z2-7]{26}$')",message="ticket must be the id of a ticket, as brokers log it: 26 upper-case letters and digits"
+	Ticket string `json:"ticket"`
+	// reason is shown to the user.
+	// +optional
+	// +kubebuilder:validation:MaxLength=256
+	// +kubebuilder:validation:XValidation:rule="!self.matches('[\\x00-\\x1f\\x7f]')",message="reason must be one line"
+	Reason string `json:"reason,omitempty"`
+	// before takes back only what the user signed in to before this time, with the tickets and sessions that rest on it: the
+	// user may sign in again. What counts is when the identity provider issued the token (iat). A time to come disables the
+	// user until then.
+	// +optional
+	Before *metav1.Time `json:"before,omitempty"`
 }
 
 // Broker sizes and exposes the broker pods.

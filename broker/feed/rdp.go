@@ -23,6 +23,8 @@ type File struct {
 	Gateway  *model.Gateway
 	// Address is the name that the client asks the gateway for, and that the host's certificate carries.
 	Address string
+	// Account is what the session logs in to on the host; empty where the host asks for it.
+	Account string
 	// Verified says that the host's certificate is of an issuer that the pool names, so that a client may insist on it.
 	Verified bool
 	// Ticket is the secret that the client shows to the gateway. It is not covered by the signature.
@@ -68,6 +70,10 @@ func Lines(f File) []string {
 	number("enablecredsspsupport", 1)
 	number("negotiate security layer", 1)
 	number("autoreconnection enabled", 1)
+	if f.Account != "" {
+		text("username", f.Account)
+		number("prompt for credentials", 0)
+	}
 	if r.Type == model.RemoteApp {
 		number("remoteapplicationmode", 1)
 		text("remoteapplicationname", r.DisplayName)

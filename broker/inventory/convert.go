@@ -21,6 +21,8 @@ const (
 	defaultConnect        = 5 * time.Second
 	defaultRDPDuration    = 30 * 24 * time.Hour
 	defaultGatewayPort    = 443
+	defaultFirstUID       = 10000
+	defaultLastUID        = 59999
 )
 
 var defaultScopes = []string{"openid", "profile", "email", "groups", "offline_access"}
@@ -86,6 +88,9 @@ func workspace(w *v1alpha1.Workspace) *model.Workspace {
 	for _, r := range w.Spec.Resources {
 		m.Resources = append(m.Resources, resource(r))
 	}
+	for _, r := range w.Spec.Revocations {
+		m.Revocations = append(m.Revocations, model.Revocation{User: r.User, Ticket: r.Ticket, Reason: r.Reason, Before: moment(r.Before)})
+	}
 	return m
 }
 
@@ -123,6 +128,14 @@ func pool(p *v1alpha1.HostPool) *model.Pool {
 	if rc := p.Spec.RDPCertificate; rc != nil {
 		m.RDPIssuer = &config.Issuer{Name: rc.IssuerRef.Name, Kind: cmp.Or(rc.IssuerRef.Kind, "Issuer"), Group: cmp.Or(rc.IssuerRef.Group, "cert-manager.io")}
 		m.RDPDuration = seconds(rc.DurationSeconds, defaultRDPDuration)
+	}
+	if a := p.Spec.Accounts; a != nil {
+		m.Accounts = &model.Accounts{
+			Create: a.Policy == v1alpha1.AccountsCreate, NameClaim: a.NameClaim, UIDClaim: a.UIDClaim, FirstUID: defaultFirstUID, LastUID: defaultLastUID,
+		}
+		if r := a.UIDRange; r != nil {
+			m.Accounts.FirstUID, m.Accounts.LastUID = uint32(r.First), uint32(r.Last)
+		}
 	}
 	return m
 }

@@ -69,6 +69,7 @@ func TestEverythingSet(t *testing.T) {
 	ws.Spec.Identity.OIDC.Audiences, ws.Spec.Identity.OIDC.UsernameClaim = []string{"a"}, "sub"
 	ws.Spec.Resources[0].Type, ws.Spec.Resources[0].Program = v1alpha1.ResourceRemoteApp, &v1alpha1.Program{Path: "||e", Arguments: "-x"}
 	ws.Spec.Resources[0].Redirection = v1alpha1.Redirection{Clipboard: v1alpha1.Disabled, Audio: v1alpha1.Disabled, Drives: v1alpha1.Enabled}
+	ws.Spec.Revocations = []v1alpha1.Revocation{{User: "alice", Reason: "left"}, {User: "bob", Before: &at}, {Ticket: "T"}}
 	p := testPool("pool", "ws")
 	p.UID, p.Generation = "uid", 7
 	p.Spec.Type, p.Spec.Assignment = v1alpha1.Personal, v1alpha1.Direct
@@ -94,6 +95,9 @@ func TestEverythingSet(t *testing.T) {
 	if r := s.Workspace.Resources[0]; s.Workspace.DisplayName != "Demo" || s.Workspace.TicketLifetime != time.Minute || s.Workspace.OIDC.UsernameClaim != "sub" ||
 		s.Workspace.OIDC.Audiences[0] != "a" || r.Program != "||e" || r.Arguments != "-x" || r.Redirection != (model.Redirection{Drives: true}) {
 		t.Errorf("workspace %+v", s.Workspace)
+	}
+	if want := []model.Revocation{{User: "alice", Reason: "left"}, {User: "bob", Before: at.Time}, {Ticket: "T"}}; !reflect.DeepEqual(s.Workspace.Revocations, want) {
+		t.Errorf("revocations %+v, want %+v", s.Workspace.Revocations, want)
 	}
 	want := &model.Pool{
 		Name: "pool", UID: "uid", Generation: 7, Personal: true, MaxSessions: 1, HeartbeatTimeout: 9 * time.Second, ConnectTimeout: 2 * time.Second,

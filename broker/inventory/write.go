@@ -11,6 +11,7 @@ import (
 
 	cmv1 "github.com/cert-manager/cert-manager/pkg/apis/certmanager/v1"
 	cmmeta "github.com/cert-manager/cert-manager/pkg/apis/meta/v1"
+	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
@@ -130,6 +131,25 @@ func (i *Inventory) Assign(ctx context.Context, name, user string) (string, erro
 		}
 	}
 	return "", fmt.Errorf("assign SessionHost %s: %w", name, model.ErrConflict)
+}
+
+// ReadAccounts implements model.Writer. The operator makes the ConfigMap; what is in it is the brokers'.
+func (i *Inventory) ReadAccounts(ctx context.Context, pool string) (map[string]string, string, error) {
+	var m corev1.ConfigMap
+	if err := i.client.Get(ctx, i.key(v1alpha1.AccountsConfigMap(pool)), &m); err != nil {
+		return nil, "", i.failed("get", "ConfigMap", v1alpha1.AccountsConfigMap(pool), err)
+	}
+	return m.Data, m.ResourceVersion, nil
+}
+
+// AddAccount implements model.Writer.
+func (i *Inventory) AddAccount(ctx context.Context, pool, version, name, value string) error {
+	patch, err := json.Marshal(map[string]any{"metadata": map[string]any{"resourceVersion": version}, "data": map[string]string{name: value}})
+	if err != nil {
+		return fmt.Errorf("inventory: %w", err)
+	}
+	m := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: i.namespace, Name: v1alpha1.AccountsConfigMap(pool)}}
+	return i.failed("patch", "ConfigMap", m.Name, i.client.Patch(ctx, m, client.RawPatch(types.MergePatchType, patch), client.FieldOwner(fieldManager)))
 }
 
 // Sign implements model.Writer, by a cert-manager CertificateRequest that is deleted once it is answered.

@@ -16,6 +16,9 @@ type Metrics struct {
 	PlacementSeconds prometheus.Histogram
 	// HostTries counts hosts asked for a session, by answer: "accepted", or the refusal's code.
 	HostTries *prometheus.CounterVec
+	// SessionsEnded counts live sessions that brokers had ended, by cause: "user-revoked", "ticket-revoked", "grant-removed",
+	// "resource-removed" or "group-lost".
+	SessionsEnded *prometheus.CounterVec
 	// Feed counts answers of the HTTPS API by path and code.
 	Feed *prometheus.CounterVec
 	// Enrolments by kind ("pool", "host", "renewal") and result.
@@ -32,12 +35,13 @@ func New(reg prometheus.Registerer) *Metrics {
 		ConnectSeconds:   prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "rendezvous_broker_connect_seconds", Help: "Time to answer a connect request.", Buckets: []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30}}, []string{"result"}),
 		PlacementSeconds: prometheus.NewHistogram(prometheus.HistogramOpts{Name: "rendezvous_broker_placement_seconds", Help: "Time to find the host to ask.", Buckets: []float64{.00001, .0001, .001, .0025, .005, .01, .05, .25}}),
 		HostTries:        counter("host_tries_total", "Session hosts asked for a session.", "result"),
+		SessionsEnded:    counter("sessions_ended_total", "Live sessions ended because access was taken back.", "cause"),
 		Feed:             counter("http_requests_total", "Requests to the feed and enrolment API.", "path", "code"),
 		Enrolments:       counter("enrolments_total", "Certificates asked for by session hosts.", "kind", "result"),
 		Writes:           counter("writes_total", "Writes to the Kubernetes API.", "object", "result"),
 	}
 	if reg != nil {
-		reg.MustRegister(m.Connects, m.Entries, m.ConnectSeconds, m.PlacementSeconds, m.HostTries, m.Feed, m.Enrolments, m.Writes)
+		reg.MustRegister(m.Connects, m.Entries, m.ConnectSeconds, m.PlacementSeconds, m.HostTries, m.SessionsEnded, m.Feed, m.Enrolments, m.Writes)
 	}
 	return m
 }

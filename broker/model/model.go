@@ -7,7 +7,9 @@ package model
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"rendezvous.dev/rendezvous/wire/config"
@@ -41,6 +43,46 @@ type Workspace struct {
 	OIDC           OIDC
 	Resources      []Resource
 	TicketLifetime time.Duration
+	Revocations    []Revocation
+}
+
+// Revocation takes back what a user has, or one ticket.
+type Revocation struct {
+	User, Ticket string // one of them
+	Reason       string // for the user; may be empty
+	// Before is as of when what the user has is good again; zero where nothing is.
+	Before time.Time
+}
+
+// Says tells the user whom, or whose ticket, the revocation is of.
+func (r *Revocation) Says(workspace, user string) string {
+	why := ""
+	if r.Reason != "" {
+		why = " (" + r.Reason + ")"
+	}
+	switch {
+	case r.Ticket != "":
+		return fmt.Sprintf("An administrator of workspace %s has taken this connection file back%s: download it again, or run `rdv connect` again.", workspace, why)
+	case r.Before.IsZero():
+		return fmt.Sprintf("%s is disabled in workspace %s%s: ask its administrator.", user, workspace, why)
+	}
+	return fmt.Sprintf("An administrator of workspace %s has taken back what %s signed in to before %s%s: sign in again (`rdv login`), and download connection files again.",
+		workspace, user, r.Before.UTC().Format(time.RFC3339), why)
+}
+
+// Revoked gives the revocation of what rests on a user's sign-in at since, or on a ticket, nil where there is none. Upper
+// and lower case of a user's name are the same here, so that a spelling lets nobody through.
+func (w *Workspace) Revoked(user, ticket string, since time.Time) *Revocation {
+	for i := range w.Revocations {
+		r := &w.Revocations[i]
+		switch {
+		case r.Ticket != "" && r.Ticket == ticket:
+			return r
+		case r.User != "" && strings.EqualFold(r.User, user) && (r.Before.IsZero() || since.Before(r.Before)):
+			return r
+		}
+	}
+	return nil
 }
 
 // Resource finds a resource, nil if there is none of that name.
@@ -51,20 +93,6 @@ func (w *Workspace) Resource(name string) *Resource {
 		}
 	}
 	return nil
-}
-
-// GrantedGroups are those of the user's groups that any grant of the workspace names, in order, each once.
-func (w *Workspace) GrantedGroups(groups []string) []string {
-	var named []string
-	for _, r := range w.Resources {
-		for _, g := range r.Groups {
-			if slices.Contains(groups, g) {
-				named = append(named, g)
-			}
-		}
-	}
-	slices.Sort(named)
-	return slices.Compact(named)
 }
 
 // OIDC says who may sign users in.
@@ -101,6 +129,18 @@ func (r *Resource) Grants(user string, groups []string) bool {
 	return slices.Contains(r.Users, user) || slices.ContainsFunc(r.Groups, func(g string) bool { return slices.Contains(groups, g) })
 }
 
+// GrantedGroups are those of the user's groups that the resource names, in order, each once.
+func (r *Resource) GrantedGroups(groups []string) []string {
+	var named []string
+	for _, g := range r.Groups {
+		if slices.Contains(groups, g) {
+			named = append(named, g)
+		}
+	}
+	slices.Sort(named)
+	return slices.Compact(named)
+}
+
 // Redirection says what of the user's machine a session may reach.
 type Redirection struct {
 	Clipboard, Audio, Microphone, Drives, Printers, SmartCards, Ports bool
@@ -123,6 +163,27 @@ type Pool struct {
 	Registration Registration
 	// MaxHosts bounds the hosts that machines make with one token of the pool.
 	MaxHosts int
+	// Accounts is nil where the hosts ask people for credentials themselves.
+	Accounts *Accounts
+}
+
+// Accounts says how a person becomes an account of a pool's hosts.
+type Accounts struct {
+	// Create has hosts make accounts; otherwise they know them.
+	Create bool
+	// NameClaim gives the name; empty means the workspace's user name.
+	NameClaim string
+	// UIDClaim gives the user id; empty means the range.
+	UIDClaim          string
+	FirstUID, LastUID uint32
+}
+
+// Claims are those of a user's token that decide on the account.
+func (a *Accounts) Claims() []string {
+	if a == nil {
+		return nil
+	}
+	return slices.DeleteFunc([]string{a.NameClaim, a.UIDClaim}, func(c string) bool { return c == "" })
 }
 
 // Registration tells of a registration token.
@@ -270,6 +331,10 @@ type Writer interface {
 	// Assign gives an unassigned host to a user for good. It returns whose host it is afterwards: somebody else's, where
 	// another broker was faster.
 	Assign(ctx context.Context, host, user string) (owner string, err error)
+	// ReadAccounts reads who was given which account in a pool, by account name, with a version for AddAccount.
+	ReadAccounts(ctx context.Context, pool string) (accounts map[string]string, version string, err error)
+	// AddAccount records one more, provided that the list is still at version; otherwise ErrConflict.
+	AddAccount(ctx context.Context, pool, version, name, value string) error
 	// WriteGateway records how many sessions go through a gateway, and those of this workspace by instance.
 	WriteGateway(ctx context.Context, gateway string, sessions int32, mine []GatewayInstance) error
 	// Sign has an issuer sign, and waits for it. It returns the chain and the issuer's CA, in PEM. ErrDenied is final.

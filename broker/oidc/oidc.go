@@ -25,6 +25,7 @@ import (
 	"github.com/go-jose/go-jose/v4"
 
 	"rendezvous.dev/rendezvous/broker/model"
+	"rendezvous.dev/rendezvous/wire/idpurl"
 	"rendezvous.dev/rendezvous/wire/refusal"
 )
 
@@ -39,8 +40,8 @@ const (
 	retryAfter   = 5 * time.Second
 	fetchTimeout = 10 * time.Second
 	maxDocument  = 1 << 20
-	// maxToken bounds a token before anything parses it.
-	maxToken    = 16 << 10
+	// maxToken bounds a token before anything parses it: one of 1,000 groups by GUID has 52 KiB.
+	maxToken    = 64 << 10
 	maxUsername = 256
 )
 
@@ -53,6 +54,37 @@ var algorithms = []jose.SignatureAlgorithm{
 type User struct {
 	Name   string
 	Groups []string
+	// GroupsElsewhere says that the token leaves the groups out because they are too many, and points elsewhere for them:
+	// that a group isn't in Groups says nothing.
+	GroupsElsewhere bool
+	// SignedIn is when the token was issued, as far as it isn't in the future; zero where it doesn't say. User and groups
+	// are as of then.
+	SignedIn time.Time
+
+	claims map[string]json.RawMessage
+}
+
+// maxClaim bounds a claim's value that Claims gives, in bytes.
+const maxClaim = 256
+
+// Claims gives those of the token's claims that are texts or whole numbers, of the named ones.
+func (u User) Claims(names []string) map[string]string {
+	values := map[string]string{}
+	for _, name := range names {
+		var text string
+		var number json.Number
+		switch raw := u.claims[name]; {
+		case raw == nil:
+			continue
+		case json.Unmarshal(raw, &text) == nil:
+		case json.Unmarshal(raw, &number) == nil:
+			text = number.String()
+		}
+		if text != "" && len(text) <= maxClaim {
+			values[name] = text
+		}
+	}
+	return values
 }
 
 // Options of a Validator.
@@ -185,7 +217,7 @@ func user(t *gooidc.IDToken, cfg model.OIDC, now time.Time) (User, error) {
 	if raw, ok := claims["nbf"]; ok && json.Unmarshal(raw, &notBefore) == nil && now.Add(time.Minute).Before(time.Unix(int64(notBefore), 0)) {
 		return User{}, invalid(cfg, "it is not valid yet; compare the clocks")
 	}
-	var u User
+	u := User{claims: claims}
 	if json.Unmarshal(claims[cfg.UsernameClaim], &u.Name) != nil || u.Name == "" || len(u.Name) > maxUsername {
 		return User{}, invalid(cfg, "it has no claim %q, which names the user", cfg.UsernameClaim)
 	}
@@ -201,8 +233,26 @@ func user(t *gooidc.IDToken, cfg model.OIDC, now time.Time) (User, error) {
 		if json.Unmarshal(raw, &u.Groups) != nil && json.Unmarshal(raw, &one) == nil && one != "" {
 			u.Groups = []string{one}
 		}
+	} else {
+		u.GroupsElsewhere = elsewhere(claims, cfg.GroupsClaim)
+	}
+	if u.SignedIn = t.IssuedAt; u.SignedIn.After(now) {
+		u.SignedIn = now.Truncate(time.Second)
 	}
 	return u, nil
+}
+
+// elsewhere says whether a token points elsewhere for a claim (OpenID Connect Core 1.0, section 5.6.2), or, as one of the
+// implicit flow of Entra ID, that there are groups too many for it.
+func elsewhere(claims map[string]json.RawMessage, claim string) bool {
+	var names map[string]json.RawMessage
+	if json.Unmarshal(claims["_claim_names"], &names) == nil {
+		if _, ok := names[claim]; ok {
+			return true
+		}
+	}
+	var many bool
+	return json.Unmarshal(claims["hasgroups"], &many) == nil && many
 }
 
 // keySet verifies signatures with the current keys of one issuer.
@@ -301,18 +351,22 @@ func fetch(ctx context.Context, issuer, ca string) (doc json.RawMessage, keys []
 		}
 	}
 	// One connection per look, minutes apart: none is worth keeping.
-	client := &http.Client{Timeout: fetchTimeout, Transport: &http.Transport{
+	client := &http.Client{Timeout: fetchTimeout, CheckRedirect: idpurl.CheckRedirect, Transport: &http.Transport{
 		Proxy: http.ProxyFromEnvironment, TLSClientConfig: tc, DisableKeepAlives: true,
 	}}
 	p, err := gooidc.NewProvider(gooidc.ClientContext(ctx, client), issuer)
 	if err != nil {
 		return nil, nil, err
 	}
-	var where struct {
-		JWKS string `json:"jwks_uri"`
-	}
+	var where idpurl.Endpoints
 	if err := errors.Join(p.Claims(&doc), p.Claims(&where)); err != nil {
 		return nil, nil, err
+	}
+	if err := where.Check(issuer); err != nil {
+		return nil, nil, fmt.Errorf("the discovery document of %s is refused: %w", issuer, err)
+	}
+	if where.JWKS == "" {
+		return nil, nil, fmt.Errorf("the discovery document of %s names no keys (jwks_uri)", issuer)
 	}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, where.JWKS, nil)
 	if err != nil {

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"errors"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -240,5 +241,102 @@ func TestChangedIssuer(t *testing.T) {
 	}
 	if _, err := f.Validate(t.Context(), f.idp.token(f.claims(nil))); code(err) != refusal.TokenInvalid {
 		t.Fatalf("the old issuer's token: %v", err)
+	}
+}
+
+// What a discovery document may have the broker ask for, and where a provider may send it.
+func TestDiscoveryRefused(t *testing.T) {
+	visited := false
+	plain := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { visited = true }))
+	t.Cleanup(plain.Close)
+	document := func(field, address string) func(*fixture, http.ResponseWriter) {
+		return func(f *fixture, w http.ResponseWriter) {
+			doc := map[string]any{"issuer": f.idp.URL, "jwks_uri": f.idp.URL + "/keys", "authorization_endpoint": f.idp.URL, "token_endpoint": f.idp.URL}
+			doc[field] = address
+			json.NewEncoder(w).Encode(doc)
+		}
+	}
+	redirect := func(to string) func(*fixture, http.ResponseWriter) {
+		return func(f *fixture, w http.ResponseWriter) {
+			w.Header().Set("Location", to)
+			w.WriteHeader(http.StatusTemporaryRedirect)
+		}
+	}
+	for _, c := range []struct {
+		name, path string
+		answer     func(*fixture, http.ResponseWriter)
+		err        string // empty for a document that is fine
+	}{
+		{"as it should be", "/.well-known/openid-configuration", document("device_authorization_endpoint", "https://id.example.com/device"), ""},
+		{"keys by http", "/.well-known/openid-configuration", document("jwks_uri", "http://id.example.com/keys"), "jwks_uri is"},
+		{"token endpoint by http", "/.well-known/openid-configuration", document("token_endpoint", "http://id.example.com/token"), "token_endpoint is"},
+		{"sign-in page of another scheme", "/.well-known/openid-configuration", document("authorization_endpoint", "search-ms:query=x"), "authorization_endpoint is"},
+		{"device endpoint by http", "/.well-known/openid-configuration", document("device_authorization_endpoint", "http://id.example.com/device"), "device_authorization_endpoint is"},
+		{"document redirects to http", "/.well-known/openid-configuration", redirect(plain.URL), "which is not https"},
+		{"document redirects without end", "/.well-known/openid-configuration", redirect("/.well-known/openid-configuration"), "redirects more than 3 times"},
+		{"keys redirect to http", "/keys", redirect(plain.URL), "which is not https"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			f := setUp(t)
+			old := f.idp.Config.Handler
+			f.idp.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if r.URL.Path == c.path {
+					c.answer(f, w)
+					return
+				}
+				old.ServeHTTP(w, r)
+			})
+			_, err := f.Validate(t.Context(), f.idp.token(f.claims(nil)))
+			switch {
+			case c.err == "" && err != nil:
+				t.Error(err)
+			case c.err != "" && (!errors.Is(err, &refusal.Error{Code: refusal.IdentityAway}) || !strings.Contains(err.Error(), c.err)):
+				t.Errorf("got %v, want %s with %q", err, refusal.IdentityAway, c.err)
+			}
+		})
+	}
+	if visited {
+		t.Error("the provider had the broker ask an http:// address")
+	}
+}
+
+// As of when the groups are, and whether they are all.
+func TestSignedIn(t *testing.T) {
+	f := setUp(t)
+	sources := map[string]any{"src1": map[string]string{"endpoint": "https://graph.example.com/x"}}
+	for name, c := range map[string]struct {
+		edit      map[string]any
+		at        time.Time
+		elsewhere bool
+	}{
+		"a token of a minute ago": {map[string]any{"iat": f.now.Add(-time.Minute).Unix()}, f.now.Add(-time.Minute), false},
+		"of a clock ahead":        {map[string]any{"iat": f.now.Add(time.Hour).Unix()}, f.now, false},
+		"no time":                 {map[string]any{"iat": nil}, time.Time{}, false},
+		"no groups":               {map[string]any{"groups": nil}, f.now, false},
+		"groups elsewhere":        {map[string]any{"groups": nil, "_claim_names": map[string]string{"groups": "src1"}, "_claim_sources": sources}, f.now, true},
+		"another claim elsewhere": {map[string]any{"groups": nil, "_claim_names": map[string]string{"photo": "src1"}, "_claim_sources": sources}, f.now, false},
+		"too many groups":         {map[string]any{"groups": nil, "hasgroups": true}, f.now, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			u, err := f.Validate(t.Context(), f.idp.token(f.claims(c.edit)))
+			if err != nil || !u.SignedIn.Equal(c.at) || u.GroupsElsewhere != c.elsewhere {
+				t.Errorf("got %v, %v, %v; want %v, %v", u.SignedIn, u.GroupsElsewhere, err, c.at, c.elsewhere)
+			}
+		})
+	}
+}
+
+// Who is in many groups can sign in: the ticket names few of them.
+func TestBigToken(t *testing.T) {
+	f := setUp(t)
+	for n, ok := range map[int]bool{200: true, 500: true, 1000: true, 2000: false} {
+		var groups []string
+		for i := range n {
+			groups = append(groups, fmt.Sprintf("%08x-1111-2222-3333-%012x", i, i))
+		}
+		raw := f.idp.token(f.claims(map[string]any{"groups": groups}))
+		if u, err := f.Validate(t.Context(), raw); (err == nil) != ok || ok && len(u.Groups) != n {
+			t.Errorf("%d groups in %d bytes: %d, %v", n, len(raw), len(u.Groups), err)
+		}
 	}
 }

@@ -13,6 +13,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 
+	"rendezvous.dev/rendezvous/broker/accounts"
 	"rendezvous.dev/rendezvous/broker/model"
 	"rendezvous.dev/rendezvous/broker/placement"
 	"rendezvous.dev/rendezvous/wire/brokerapi"
@@ -42,6 +43,7 @@ type connect struct {
 	resource *model.Resource // set by authorise
 	gateway  *model.Gateway  // set by authorise
 	pool     *model.Pool     // set by place
+	account  *bus.Account    // set by settleAccount; nil where hosts ask for credentials themselves
 	tries    []try           // what was answered in vain
 	// asked are the hosts that were asked, with the sequence of the report after which to ask again, or 0 for never.
 	asked map[string]uint64
@@ -87,11 +89,11 @@ func (b *Orchestrator) answerConnect(ctx context.Context, m *nats.Msg) {
 		reply.Err = refusal.From(err).With(c.req.ActivityID)
 		event.Error, event.Detail = string(reply.Err.Code), reply.Err.Message
 		result = string(reply.Err.Code)
-		b.o.Log.Info("connect refused", "activity", c.req.ActivityID, "session", c.req.SessionID, "user", c.claims.User, "gateway", c.req.Gateway, "error", reply.Err)
+		b.o.Log.Info("connect refused", "activity", c.req.ActivityID, "session", c.req.SessionID, "user", c.claims.User, "ticket", c.claims.ID, "gateway", c.req.Gateway, "error", reply.Err)
 	} else {
 		reply.Pool = c.pool.Name
-		event.Detail = fmt.Sprintf("%s may use %s; host %s of pool %s dials gateway %s", c.claims.User, c.claims.Resource, host, c.pool.Name, c.req.Gateway)
-		b.o.Log.Info("connect accepted", "activity", c.req.ActivityID, "session", c.req.SessionID, "user", c.claims.User, "gateway", c.req.Gateway, "pool", c.pool.Name, "host", host)
+		event.Detail = fmt.Sprintf("%s may use %s by ticket %s; host %s of pool %s dials gateway %s", c.claims.User, c.claims.Resource, c.claims.ID, host, c.pool.Name, c.req.Gateway)
+		b.o.Log.Info("connect accepted", "activity", c.req.ActivityID, "session", c.req.SessionID, "user", c.claims.User, "ticket", c.claims.ID, "gateway", c.req.Gateway, "pool", c.pool.Name, "host", host)
 	}
 	b.respond(m, c.req.Gateway, reply)
 	b.Trace(event)
@@ -128,6 +130,9 @@ func (b *Orchestrator) respond(m *nats.Msg, gateway string, reply any) {
 // some longer where a host is likely on its way back, as after this broker or another was replaced.
 func (c *connect) run(ctx context.Context) (string, error) {
 	if err := c.authorise(); err != nil {
+		return "", err
+	}
+	if err := c.settleAccount(ctx); err != nil {
 		return "", err
 	}
 	c.b.arrived(c.req.Gateway, c.claims.ID)
@@ -199,7 +204,7 @@ func (c *connect) assign(ctx context.Context, cand placement.Candidate) (mine bo
 
 // authorise checks the ticket again, and against the Workspace as it is now.
 func (c *connect) authorise() error {
-	o := c.b.o
+	b, o := c.b, c.b.o
 	key, err := o.TicketKey()
 	if err != nil {
 		return refusal.New(refusal.Internal, "The broker can't check tickets: %v.", err)
@@ -213,12 +218,11 @@ func (c *connect) authorise() error {
 	if snap.Workspace == nil {
 		return refusal.New(refusal.BrokerAway, "Workspace %s does not exist, or its broker has not read it yet: try again in a moment.", o.Workspace)
 	}
-	if c.resource = snap.Workspace.Resource(claims.Resource); c.resource == nil {
-		return refusal.New(refusal.UnknownResource, "Workspace %s has no resource %q any more: refresh the feed (`rdv list`).", o.Workspace, claims.Resource)
+	h := holding{user: claims.User, resource: claims.Resource, ticket: claims.ID, groups: claims.Groups, since: claims.Since()}
+	if _, refused := b.lost(snap.Workspace, h); refused != nil {
+		return refused
 	}
-	if !c.resource.Grants(claims.User, claims.Groups) {
-		return refusal.New(refusal.NotGranted, "%s may not use %q (any more): ask an administrator of workspace %s to name you, or a group of yours, in the resource's access.", claims.User, claims.Resource, o.Workspace)
-	}
+	c.resource = snap.Workspace.Resource(claims.Resource)
 	if c.gateway = snap.Gateway(c.req.Gateway); c.gateway == nil {
 		return refusal.New(refusal.UnknownInstance, "Gateway %s does not serve workspace %s: its labels must match the Workspace's spec.gatewaySelector.", c.req.Gateway, o.Workspace)
 	}
@@ -230,6 +234,16 @@ func (c *connect) authorise() error {
 		return refusal.New(refusal.WrongTarget, "The client asked for %q, and its ticket is for %q: use the connection file unchanged.", c.req.Target, want)
 	}
 	return nil
+}
+
+// settleAccount finds into which account the user is logged in, before any host is asked.
+func (c *connect) settleAccount(ctx context.Context) (err error) {
+	pool := c.b.o.Source.Snapshot().Pools[c.resource.Pool]
+	if pool == nil || pool.Accounts == nil {
+		return nil // place tells of a pool that is missing
+	}
+	c.account, err = c.b.accounts.Account(ctx, pool, accounts.Person{Name: c.claims.User, Claims: c.claims.Account})
+	return err
 }
 
 // place finds the host to ask next, as things stand now.
@@ -279,7 +293,7 @@ func (c *connect) request(ctx context.Context, k hostKey) (refused *refusal.Erro
 		ActivityID: c.req.ActivityID, SessionID: c.req.SessionID, User: c.claims.User, Resource: c.resource.Name,
 		Address: net.JoinHostPort(c.gateway.Hostname, strconv.Itoa(int(c.gateway.Port))), ServerName: c.gateway.Hostname,
 		CABundle: c.gateway.CABundle, Gateway: c.req.Gateway, Instance: c.req.Instance, JoinSecret: c.req.JoinSecret, Deadline: c.req.Deadline,
-		Proof: proven,
+		Account: c.account, Proof: proven,
 	})
 	if err != nil {
 		return refusal.From(err), 0

@@ -20,8 +20,10 @@ import (
 
 	"github.com/nats-io/nats.go"
 
+	"rendezvous.dev/rendezvous/broker/accounts"
 	"rendezvous.dev/rendezvous/broker/metrics"
 	"rendezvous.dev/rendezvous/broker/model"
+	"rendezvous.dev/rendezvous/broker/standing"
 	"rendezvous.dev/rendezvous/wire/bus"
 	"rendezvous.dev/rendezvous/wire/identity"
 	"rendezvous.dev/rendezvous/wire/trace"
@@ -72,15 +74,19 @@ type Options struct {
 
 // Orchestrator is the broker's part on the bus.
 type Orchestrator struct {
-	o       Options
-	started time.Time
-	live    *registry
-	peers   peers
-	status  *statusWriter
-	slots   chan struct{}
-	subs    []*nats.Subscription
-	work    sync.WaitGroup
-	pools   atomic.Pointer[poolIndex]
+	o        Options
+	started  time.Time
+	live     *registry
+	accounts *accounts.Book
+	peers    peers
+	status   *statusWriter
+	slots    chan struct{}
+	subs     []*nats.Subscription
+	work     sync.WaitGroup
+	pools    atomic.Pointer[poolIndex]
+	// standing is what users' newest tokens said; access has a place for the news that something may have been lost.
+	standing *standing.Table
+	access   chan struct{}
 }
 
 // poolIndex is the hosts of each pool in one snapshot.
@@ -126,7 +132,9 @@ func New(o Options) *Orchestrator {
 	if o.Settle == 0 {
 		o.Settle = settle
 	}
-	b := &Orchestrator{o: o, started: o.Now(), live: newRegistry(o.Now), peers: peers{met: map[string]peer{}}, slots: make(chan struct{}, maxConnects)}
+	b := &Orchestrator{o: o, started: o.Now(), live: newRegistry(o.Now), peers: peers{met: map[string]peer{}}, slots: make(chan struct{}, maxConnects),
+		accounts: accounts.New(o.Writer, o.Now)}
+	b.standing, b.access = standing.New(o.Now), make(chan struct{}, 1)
 	b.live.proofs = proofSource{o.Namespace, o.Workspace, o.TicketKey}
 	b.status = newStatusWriter(b)
 	return b
@@ -144,6 +152,8 @@ func (b *Orchestrator) Start(ctx context.Context) error {
 		{subjectJourney, "", b.onJourney},
 		{subjectHello, "", b.onHello},
 		{subjectHosts + "." + b.o.Name, "", b.onHosts},
+		{subjectStanding, "", b.onStanding},
+		{subjectStanding + "." + b.o.Name, "", b.onStanding},
 		{bus.SubjectConnect, bus.Brokers, b.onConnect},
 		{bus.SubjectEntry, bus.Brokers, b.onEntry},
 		{bus.SubjectGateways, bus.Brokers, b.onGateways},
@@ -166,6 +176,7 @@ func (b *Orchestrator) Start(ctx context.Context) error {
 	}
 	b.work.Go(func() { b.sweep(ctx) })
 	b.work.Go(func() { b.sayHello(ctx) })
+	b.work.Go(func() { b.endLost(ctx) })
 	b.work.Go(func() { b.status.run(ctx) })
 	return nil
 }
@@ -276,8 +287,11 @@ func declared(snap *model.Snapshot, k hostKey) (*model.Pool, *model.Host) {
 	return p, h
 }
 
-// Changed looks after what a new snapshot changes for hosts.
-func (b *Orchestrator) Changed() { b.pushAll(b.o.Source.Snapshot()) }
+// Changed looks after what a new snapshot changes for hosts and sessions.
+func (b *Orchestrator) Changed() {
+	b.accessChanged()
+	b.pushAll(b.o.Source.Snapshot())
+}
 
 func (b *Orchestrator) pushAll(snap *model.Snapshot) {
 	for _, h := range snap.Hosts {
@@ -323,6 +337,7 @@ func (b *Orchestrator) sweep(ctx context.Context) {
 		b.pushAll(snap)
 		b.status.lookForSilence(snap)
 		b.live.prune(func(k hostKey) bool { _, h := declared(snap, k); return h != nil }, forget)
+		b.standing.Prune()
 		b.pools.Store(nil) // it may point to what a snapshot older than its own has just forgotten
 	}
 }

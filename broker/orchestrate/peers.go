@@ -103,6 +103,7 @@ func (b *Orchestrator) onHello(_ context.Context, m *nats.Msg) {
 	if !b.decode(m, &h) || h.Broker == b.o.Name || !b.peers.meet(h, b.o.Now()) {
 		return
 	}
+	b.tellStanding(h.Broker)
 	mine := b.live.mine()
 	b.o.Log.Info("met a broker", "broker", h.Broker, "hosts", len(mine))
 	msg, size := hostsMessage{Broker: b.o.Name}, 0

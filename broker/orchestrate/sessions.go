@@ -194,10 +194,14 @@ func (c *connect) prove(host string) (string, error) {
 	if declared == nil {
 		return "", errHostGone
 	}
-	now := c.b.o.Now()
+	now, account := c.b.o.Now(), ""
+	if c.account != nil {
+		account = c.account.Name
+	}
 	return proof.Sign(proof.Claims{
 		Namespace: c.b.o.Namespace, Workspace: c.b.o.Workspace, Pool: c.pool.Name, Host: host, HostUID: declared.UID,
 		User: c.claims.User, Resource: c.resource.Name, Groups: c.claims.Groups, TicketID: c.claims.ID, SessionID: c.req.SessionID,
-		Gateway: c.req.Gateway, Instance: c.req.Instance, IssuedAt: now, Expires: now.Add(proof.Lifetime),
+		ActivityID: c.req.ActivityID, SignedIn: c.claims.Since(),
+		Gateway: c.req.Gateway, Instance: c.req.Instance, Account: account, IssuedAt: now, Expires: now.Add(proof.Lifetime),
 	}, key)
 }

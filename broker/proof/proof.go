@@ -6,7 +6,7 @@
 // A proof is a compact JWS (RFC 7515) over JWT claims (RFC 7519), signed by EdDSA with the workspace's ticket key:
 //
 //	header   {"alg":"EdDSA","typ":"rendezvous-session+jwt"}, exactly these bytes
-//	claims   iss aud sub iat exp jti as in a JWT; pool host uid res grp tkt gw ins acc are ours
+//	claims   iss aud sub iat exp jti as in a JWT; pool host uid res grp tkt sgn act gw ins acc are ours
 //
 // The audience and the type keep it apart from a ticket (wire/ticket), which the same key signs: neither is ever taken
 // for the other. Only brokers read proofs, so there is no older or newer form to tell apart: a reader ignores claims that
@@ -53,8 +53,10 @@ type Claims struct {
 	Resource            string
 	// Groups are the ticket's: those of the user's that grants named when it was made.
 	Groups []string
-	// TicketID is the ticket's own; SessionID the connect's.
-	TicketID, SessionID string
+	// TicketID is the ticket's own; SessionID and ActivityID are the connect's.
+	TicketID, SessionID, ActivityID string
+	// SignedIn is what the ticket's user and groups were as of; zero where it didn't say.
+	SignedIn time.Time
 	// Gateway and Instance name the pod that held the client.
 	Gateway, Instance string
 	// Account is where the session logs in on the host, empty where the RDP server asks for credentials itself.
@@ -76,6 +78,8 @@ type wire struct {
 	Resource string   `json:"res"`
 	Groups   []string `json:"grp,omitempty"`
 	Ticket   string   `json:"tkt,omitempty"`
+	SignedIn int64    `json:"sgn,omitempty"` // seconds since 1970
+	Activity string   `json:"act,omitempty"`
 	Gateway  string   `json:"gw,omitempty"`
 	Instance string   `json:"ins,omitempty"`
 	Account  string   `json:"acc,omitempty"`
@@ -87,6 +91,10 @@ func Sign(c Claims, key ed25519.PrivateKey) (string, error) {
 		Issuer: ticket.Issuer(c.Namespace, c.Workspace), Audience: Audience, User: c.User, Session: c.SessionID,
 		IssuedAt: c.IssuedAt.Unix(), Expires: c.Expires.Unix(), Pool: c.Pool, Host: c.Host, HostUID: c.HostUID,
 		Resource: c.Resource, Groups: c.Groups, Ticket: c.TicketID, Gateway: c.Gateway, Instance: c.Instance, Account: c.Account,
+		Activity: c.ActivityID,
+	}
+	if !c.SignedIn.IsZero() {
+		w.SignedIn = c.SignedIn.Unix()
 	}
 	if err := w.complete(); err != nil {
 		return "", err
@@ -141,11 +149,15 @@ func Verify(raw string, key ed25519.PublicKey, namespace, workspace string, now 
 	case !now.Before(expires.Add(leeway)):
 		return Claims{}, errors.New("proof: it has expired")
 	}
-	return Claims{
+	c := Claims{
 		Namespace: namespace, Workspace: workspace, Pool: w.Pool, Host: w.Host, HostUID: w.HostUID, User: w.User, Resource: w.Resource,
 		Groups: w.Groups, TicketID: w.Ticket, SessionID: w.Session, Gateway: w.Gateway, Instance: w.Instance, Account: w.Account,
-		IssuedAt: issued, Expires: expires,
-	}, nil
+		ActivityID: w.Activity, IssuedAt: issued, Expires: expires,
+	}
+	if w.SignedIn != 0 {
+		c.SignedIn = time.Unix(w.SignedIn, 0)
+	}
+	return c, nil
 }
 
 // complete says which claim is missing.

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 
+	"rendezvous.dev/rendezvous/broker/accounts"
 	"rendezvous.dev/rendezvous/broker/feed"
 	"rendezvous.dev/rendezvous/broker/model"
 	"rendezvous.dev/rendezvous/wire/brokerapi"
@@ -72,8 +73,13 @@ func (a *api) resources(w http.ResponseWriter, r *request) error {
 	}
 	answer := brokerapi.Resources{User: r.user.Name, Resources: []brokerapi.Resource{}, Gateways: []brokerapi.Gateway{}}
 	for _, res := range granted(snap.Workspace, r) {
+		account := ""
+		if pool := snap.Pools[res.Pool]; pool != nil && pool.Accounts != nil {
+			// Who has none is told why when the file is downloaded.
+			account, _ = accounts.Name(pool, accounts.Person{Name: r.user.Name, Claims: r.user.Claims(pool.Accounts.Claims())})
+		}
 		answer.Resources = append(answer.Resources, brokerapi.Resource{
-			Name: res.Name, DisplayName: res.DisplayName, Type: res.Type, HostPool: res.Pool, RDPFile: filePath(res.Name),
+			Name: res.Name, DisplayName: res.DisplayName, Type: res.Type, HostPool: res.Pool, Account: account, RDPFile: filePath(res.Name),
 		})
 	}
 	connections := a.o.Gateways.Connections()
@@ -130,7 +136,8 @@ func (a *api) file(w http.ResponseWriter, r *request) error {
 	case isPNG:
 		return write(w, http.StatusOK, "image/png", res.Icon)
 	}
-	data, through, err := a.connectionFile(snap, res, r)
+	id := rand.Text() // of the ticket
+	data, through, err := a.connectionFile(snap, res, r, id)
 	e := trace.Event{
 		ActivityID: r.activity, Step: trace.StepFeed, Component: "feed/" + a.o.Name, At: r.begin, Duration: a.o.Now().Sub(r.begin), User: r.user.Name,
 		Detail: fmt.Sprintf("%s for %s through gateway %s", file, r.user.Name, through),
@@ -143,13 +150,14 @@ func (a *api) file(w http.ResponseWriter, r *request) error {
 	if err != nil {
 		return err
 	}
+	a.o.Log.Info("connection file made", "activity", r.activity, "user", r.user.Name, "resource", name, "ticket", id, "remote", r.RemoteAddr)
 	w.Header().Set("Content-Disposition", mime.FormatMediaType("attachment", map[string]string{"filename": file}))
 	return write(w, http.StatusOK, "application/x-rdp", data)
 }
 
-// connectionFile makes a signed file with a fresh ticket, for the gateway that the client chose, or we. through names the
+// connectionFile makes a signed file with a fresh ticket of that id, for the gateway that the client chose, or we. through names the
 // gateway and says why it is that one.
-func (a *api) connectionFile(snap *model.Snapshot, res *model.Resource, r *request) (data []byte, through string, err error) {
+func (a *api) connectionFile(snap *model.Snapshot, res *model.Resource, r *request, id string) (data []byte, through string, err error) {
 	pool := snap.Pools[res.Pool]
 	if pool == nil {
 		return nil, "", refusal.New(refusal.NoHost, "Resource %q names HostPool %q, which does not exist in this workspace: an administrator must make it, or change the resource's hostPoolRef.", res.Name, res.Pool)
@@ -162,22 +170,28 @@ func (a *api) connectionFile(snap *model.Snapshot, res *model.Resource, r *reque
 	if err != nil {
 		return nil, "", fmt.Errorf("the broker can't sign tickets: %w", err)
 	}
-	id := rand.Text()
 	gw, through, err := a.gateway(snap, r.URL.Query()["gateway"], id)
 	if err != nil {
 		return nil, "", err
 	}
 	address, now := brokerapi.PoolName(a.o.Namespace, res.Pool), a.o.Now()
+	person := accounts.Person{Name: r.user.Name, Claims: r.user.Claims(pool.Accounts.Claims())}
+	name := ""
+	if pool.Accounts != nil {
+		if name, err = accounts.Name(pool, person); err != nil {
+			return nil, "", err
+		}
+	}
 	raw, err := ticket.Sign(ticket.Claims{
 		ID: id, Namespace: a.o.Namespace, Workspace: a.o.Workspace, User: r.user.Name, Resource: res.Name, Target: address,
-		Groups: snap.Workspace.GrantedGroups(r.user.Groups), ActivityID: given(r.Request), RedirectFlags: feed.RedirectFlags(res.Redirection),
-		IssuedAt: now, Expires: now.Add(snap.Workspace.TicketLifetime),
+		Groups: ticket.FitGroups(res.GrantedGroups(r.user.Groups)), ActivityID: given(r.Request), RedirectFlags: feed.RedirectFlags(res.Redirection),
+		Account: person.Claims, SignedIn: r.user.SignedIn, IssuedAt: now, Expires: now.Add(snap.Workspace.TicketLifetime),
 	}, key)
 	if err != nil {
-		return nil, "", err
+		return nil, "", refusal.New(refusal.Internal, "No ticket can be made for %q: %v. An administrator must shorten the names that it holds.", res.Name, err)
 	}
 	lines, err := feed.Sign(feed.Lines(feed.File{
-		Resource: res, Gateway: gw, Address: address, Ticket: raw, Properties: pool.Properties, Verified: pool.RDPIssuer != nil,
+		Resource: res, Gateway: gw, Address: address, Ticket: raw, Properties: pool.Properties, Verified: pool.RDPIssuer != nil, Account: name,
 		ARM: form == brokerapi.FormARM,
 	}), a.o.Signer())
 	if err != nil {

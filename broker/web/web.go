@@ -28,8 +28,9 @@ import (
 
 const (
 	// maxBody bounds a request's body. The largest is an enrolment with two certificate requests.
-	maxBody   = 64 << 10
-	maxHeader = 32 << 10
+	maxBody = 64 << 10
+	// maxHeader bounds a request's head, which holds a token (oidc takes 64 KiB) and little else.
+	maxHeader = 80 << 10
 	// answerTimeout leaves room for an issuer to sign.
 	answerTimeout = 90 * time.Second
 )
@@ -53,7 +54,14 @@ type Gateways interface {
 	Expect(gateway, ticket string)
 }
 
-// Options of the API. All but Now, Log and Metrics are required.
+// Access knows what users have lost since they signed in; *orchestrate.Orchestrator does.
+type Access interface {
+	// SignedIn takes in what a good token says: when it was issued, and the user's groups, complete where it names all of
+	// them. It gives those of the groups that no newer token lacks.
+	SignedIn(user string, at time.Time, groups []string, complete bool) []string
+}
+
+// Options of the API. All but Access, Now, Log and Metrics are required.
 type Options struct {
 	Namespace, Workspace string
 	// Name is this replica's, for traces.
@@ -65,6 +73,8 @@ type Options struct {
 	// Trace publishes a step of a connect to all replicas, this one included.
 	Trace    func(trace.Event)
 	Gateways Gateways
+	// Access, where it is nil, believes every token.
+	Access Access
 	// TicketKey signs tickets.
 	TicketKey func() (ed25519.PrivateKey, error)
 	// Signer signs connection files.
@@ -184,7 +194,7 @@ func statusOf(c refusal.Code) int {
 	case refusal.TokenMissing, refusal.TokenInvalid, refusal.TokenExpired, refusal.TokenWrongAudience,
 		refusal.RegistrationInvalid, refusal.RegistrationExpired, refusal.RegistrationSpent:
 		return http.StatusUnauthorized
-	case refusal.NotGranted, refusal.WrongRole:
+	case refusal.NotGranted, refusal.Revoked, refusal.WrongRole:
 		return http.StatusForbidden
 	case refusal.UnknownResource, refusal.UnknownInstance:
 		return http.StatusNotFound
@@ -209,11 +219,32 @@ func (a *api) signedIn(h handler) handler {
 			return err // nobody's activity, so it is told to this client alone
 		}
 		r.user = user
+		if err := a.stillUser(r); err != nil {
+			return err
+		}
 		if given(r.Request) != "" {
 			a.o.Trace(e)
 		}
 		return h(w, r)
 	}
+}
+
+// stillUser refuses a user whose token was taken back, and leaves of the user's groups those that later tokens have.
+func (a *api) stillUser(r *request) error {
+	ws := a.o.Source.Snapshot().Workspace
+	if ws != nil {
+		if rev := ws.Revoked(r.user.Name, "", r.user.SignedIn); rev != nil {
+			code := refusal.Revoked
+			if !rev.Before.IsZero() {
+				code = refusal.TokenExpired // another sign-in helps
+			}
+			return refusal.New(code, "%s", rev.Says(a.o.Workspace, r.user.Name))
+		}
+	}
+	if a.o.Access != nil {
+		r.user.Groups = a.o.Access.SignedIn(r.user.Name, r.user.SignedIn, r.user.Groups, !r.user.GroupsElsewhere)
+	}
+	return nil
 }
 
 func bearer(r *http.Request) (string, bool) {

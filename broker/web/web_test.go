@@ -14,11 +14,13 @@ import (
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
+	"fmt"
 	"io"
 	"log/slog"
 	"math/big"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -48,7 +50,7 @@ type people map[string][]string
 func (p people) Validate(_ context.Context, token string) (oidc.User, error) {
 	switch groups, ok := p[token]; {
 	case ok:
-		return oidc.User{Name: token, Groups: groups}, nil
+		return oidc.User{Name: token, Groups: groups, SignedIn: now.Add(-time.Minute)}, nil
 	case token == "":
 		return oidc.User{}, refusal.New(refusal.TokenMissing, "sign in")
 	case token == "panic":
@@ -66,8 +68,16 @@ func (p people) Discovery() []byte {
 	return []byte(`{"issuer":"https://idp","token_endpoint":"https://idp/token"}`)
 }
 
+// lapsed are groups that users have lost since they signed in.
+type lapsed map[string]string
+
+func (l lapsed) SignedIn(user string, _ time.Time, groups []string, _ bool) []string {
+	return slices.DeleteFunc(slices.Clone(groups), func(g string) bool { return g == l[user] })
+}
+
 type fixture struct {
 	t       *testing.T
+	lapsed  lapsed
 	handler http.Handler
 	world   *fake.World
 	traces  *traces.Store
@@ -75,10 +85,11 @@ type fixture struct {
 	load    map[string]int32
 	token   string
 	people  people
+	log     bytes.Buffer
 }
 
 func setUp(t *testing.T) *fixture {
-	f := &fixture{t: t, traces: traces.New(), load: map[string]int32{"a": 5, "b": 2, "c": 0}, people: people{"alice": {"engineers", "x"}, "bob": nil, "carol": nil}}
+	f := &fixture{t: t, lapsed: lapsed{}, traces: traces.New(), load: map[string]int32{"a": 5, "b": 2, "c": 0}, people: people{"alice": {"engineers", "x"}, "bob": nil, "carol": nil}}
 	f.token = "rdvreg.ns.linux.-." + base64.RawURLEncoding.EncodeToString(make([]byte, 32))
 	hash := sha256.Sum256([]byte(f.token))
 	f.world = fake.New(&model.Snapshot{
@@ -119,8 +130,9 @@ func setUp(t *testing.T) *fixture {
 		Enrol:  enrol.New(enrol.Options{Namespace: ns, Workspace: ws, Source: f.world, Writer: f.world, Now: clock}),
 		Traces: f.traces, Trace: func(e trace.Event) { f.traces.Hear("rdv.trace.broker", e) },
 		Gateways:  loads{f},
+		Access:    f.lapsed,
 		TicketKey: func() (ed25519.PrivateKey, error) { return f.key, nil },
-		Signer:    func() *tls.Certificate { return signer }, Now: clock,
+		Signer:    func() *tls.Certificate { return signer }, Now: clock, Log: slog.New(slog.NewTextHandler(&f.log, nil)),
 	})
 	return f
 }
@@ -269,6 +281,115 @@ func TestConnectionFile(t *testing.T) {
 	}
 	if c, err := ticket.Verify(l["gatewayaccesstoken"], f.key.Public().(ed25519.PublicKey), ns, ws, now); err != nil || c.ActivityID != "" {
 		t.Errorf("%+v %v", c, err)
+	}
+}
+
+// Who is disabled gets nothing; whose sign-in was taken back signs in again; who has left a group has nothing of it.
+func TestTakenBack(t *testing.T) {
+	revoke := func(r ...model.Revocation) func(*fixture) {
+		return func(f *fixture) {
+			f.world.Edit(func(s *model.Snapshot) { w := *s.Workspace; w.Revocations = r; s.Workspace = &w })
+		}
+	}
+	rdp := brokerapi.PathResources + "/desk.rdp"
+	for _, c := range []struct {
+		name   string
+		before func(*fixture)
+		path   string
+		status int
+		code   refusal.Code
+		says   string
+	}{
+		{"nothing", func(*fixture) {}, rdp, 200, "", ""},
+		{"disabled: feed", revoke(model.Revocation{User: "alice", Reason: "left"}), brokerapi.PathResources, 403, refusal.Revoked, "alice is disabled in workspace ws (left)"},
+		{"disabled: web feed", revoke(model.Revocation{User: "alice"}), brokerapi.PathWebFeed, 403, refusal.Revoked, "alice is disabled in workspace ws:"},
+		{"disabled: download", revoke(model.Revocation{User: "Alice"}), rdp, 403, refusal.Revoked, ""},
+		{"disabled: icon", revoke(model.Revocation{User: "alice"}), brokerapi.PathResources + "/desk.png", 403, refusal.Revoked, ""},
+		{"disabled: timeline", revoke(model.Revocation{User: "alice"}), brokerapi.PathActivities + activity, 403, refusal.Revoked, ""},
+		{"somebody else is disabled", revoke(model.Revocation{User: "bob"}), rdp, 200, "", ""},
+		{"a ticket is taken back", revoke(model.Revocation{Ticket: "AAAAAAAAAAAAAAAAAAAAAAAAAA"}), rdp, 200, "", ""},
+		{"signed in before", revoke(model.Revocation{User: "alice", Before: now}), rdp, 401, refusal.TokenExpired, "sign in again"},
+		{"signed in since", revoke(model.Revocation{User: "alice", Before: now.Add(-time.Hour)}), rdp, 200, "", ""},
+		{"left the group: download", func(f *fixture) { f.lapsed["alice"] = "engineers" }, rdp, 403, refusal.NotGranted, ""},
+		{"left another group", func(f *fixture) { f.lapsed["alice"] = "x" }, rdp, 200, "", ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			f := setUp(t)
+			c.before(f)
+			w := f.do("GET", c.path, "alice", "")
+			var e brokerapi.ErrorBody
+			json.Unmarshal(w.Body.Bytes(), &e)
+			if w.Code != c.status || c.code != "" && (e.Error == nil || e.Error.Code != c.code || !strings.Contains(e.Error.Message, c.says)) {
+				t.Errorf("%d %s", w.Code, w.Body)
+			}
+		})
+	}
+	f := setUp(t)
+	f.lapsed["alice"] = "engineers"
+	var r brokerapi.Resources
+	if f.get(brokerapi.PathResources, "alice", &r); len(r.Resources) != 0 {
+		t.Errorf("who left the group is still shown %+v", r.Resources)
+	}
+}
+
+// An administrator finds the id of a ticket in the log of its download.
+func TestDownloadIsLogged(t *testing.T) {
+	f := setUp(t)
+	raw := lines(t, f.do("GET", brokerapi.PathResources+"/desk.rdp", "alice", "").Body.Bytes())["gatewayaccesstoken"]
+	c, err := ticket.Verify(raw, f.key.Public().(ed25519.PublicKey), ns, ws, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !c.SignedIn.Equal(now.Add(-time.Minute)) {
+		t.Errorf("the ticket says that alice signed in at %v", c.SignedIn)
+	}
+	if !strings.Contains(f.log.String(), "ticket="+c.ID) || len(c.ID) != 26 {
+		t.Errorf("ticket %q is not in the log:\n%s", c.ID, &f.log)
+	}
+}
+
+// A ticket names the groups of its resource and no others, so it fits whatever else its user may use.
+func TestTicketFits(t *testing.T) {
+	f := setUp(t)
+	var guids []string
+	for i := range 500 {
+		guids = append(guids, fmt.Sprintf("%08x-1111-2222-3333-%012x", i, i))
+	}
+	f.people["dave"] = append([]string{"engineers"}, guids...)
+	f.world.Edit(func(s *model.Snapshot) {
+		s.Workspace.Resources = append(s.Workspace.Resources,
+			model.Resource{Name: "elsewhere", Type: model.Desktop, Pool: "linux", Groups: guids[:200]},
+			model.Resource{Name: "all", Type: model.Desktop, Pool: "linux", Groups: guids},
+			model.Resource{Name: "long", Type: model.Desktop, Pool: "linux", Users: []string{strings.Repeat("u", 9000)}})
+	})
+	f.people[strings.Repeat("u", 9000)] = nil
+	for _, c := range []struct {
+		resource, user string
+		least, most    int // groups
+		refused        bool
+	}{
+		{"desk", "dave", 1, 1, false},
+		{"elsewhere", "dave", 1, 30, false},
+		{"all", "dave", 1, 30, false},
+		{"long", strings.Repeat("u", 9000), 0, 0, true},
+	} {
+		t.Run(c.resource, func(t *testing.T) {
+			w := f.do("GET", brokerapi.PathResources+"/"+c.resource+".rdp", c.user, "")
+			if c.refused {
+				if w.Code == 200 || !strings.Contains(w.Body.String(), "No ticket can be made for") {
+					t.Errorf("%d %s", w.Code, w.Body)
+				}
+				return
+			}
+			raw := lines(t, w.Body.Bytes())["gatewayaccesstoken"]
+			got, err := ticket.Verify(raw, f.key.Public().(ed25519.PublicKey), ns, ws, now)
+			if err != nil || len(got.Groups) < c.least || len(got.Groups) > c.most {
+				t.Fatalf("%d bytes: %v, groups %v", len(raw), err, got.Groups)
+			}
+			if res := f.world.Snapshot().Workspace.Resource(c.resource); !res.Grants(got.User, got.Groups) {
+				t.Error("no group that the ticket names grants the resource")
+			}
+		})
 	}
 }
 

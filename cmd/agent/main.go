@@ -18,6 +18,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"rendezvous.dev/rendezvous/agent"
+	"rendezvous.dev/rendezvous/agent/login"
 	"rendezvous.dev/rendezvous/wire/version"
 )
 
@@ -39,7 +40,7 @@ func command() *cobra.Command {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.AddCommand(runCommand(), enrollCommand(), healthcheckCommand(), serviceCommand(), versionCommand())
+	root.AddCommand(runCommand(), enrollCommand(), healthcheckCommand(), serviceCommand(), pamCommand(), versionCommand())
 	return root
 }
 
@@ -60,6 +61,8 @@ func (f *flags) add(c *cobra.Command) {
 	fs.StringVar(&f.StateDir, "state-dir", defaultStateDir(), "folder for keys and certificates")
 	fs.StringVar(&f.RDPAddr, "rdp-addr", "127.0.0.1:3389", "RDP server's loopback address")
 	fs.StringVar(&f.RDPCertDir, "rdp-cert-dir", "", "folder that gets tls.crt and tls.key for the RDP server (default: on Windows the RDP listener is set, elsewhere none)")
+	fs.StringVar(&f.LoginDir, "login-dir", "", "folder with the socket by which PAM asks whose a connection is; without, the RDP server asks people for credentials")
+	fs.BoolVar(&f.LoginShared, "login-shared", false, "the desktops are in a container beside this one, which shares --login-dir: put PAM's helper and the accounts there")
 	fs.IntVar(&f.drainSeconds, "drain-seconds", 30, "how long a stopping agent waits for its sessions to end")
 	fs.StringVar(&f.logLevel, "log-level", "info", "debug, info, warn or error")
 	fs.StringVar(&f.logFile, "log-file", "", "file to append the log to, for services whose standard error is lost (default: standard error)")
@@ -224,8 +227,20 @@ func serviceCommand() *cobra.Command {
 	return c
 }
 
+func pamCommand() *cobra.Command {
+	var dir string
+	c := &cobra.Command{
+		Use: "pam", Short: "What PAM runs to ask the agent whose a connection is (pam_exec)", Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			return login.Help(c.Context(), filepath.Join(dir, login.SocketName), os.Getenv)
+		},
+	}
+	c.Flags().StringVar(&dir, "login-dir", login.DefaultDir, "the running agent's login folder")
+	return c
+}
+
 // pathFlags are files and folders: a service starts elsewhere, so they are made absolute.
-var pathFlags = map[string]bool{"ca-file": true, "token-file": true, "state-dir": true, "rdp-cert-dir": true, "log-file": true}
+var pathFlags = map[string]bool{"ca-file": true, "token-file": true, "state-dir": true, "rdp-cert-dir": true, "login-dir": true, "log-file": true}
 
 // serviceCommandLine is `agent run` with the flags that were given.
 func serviceCommandLine(fs *pflag.FlagSet) ([]string, error) {

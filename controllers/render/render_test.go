@@ -114,6 +114,8 @@ func TestGolden(t *testing.T) {
 	})
 	both := []*rdv.Workspace{ws, second}
 	linux := pool(desktopTemplate)
+	signedIn := pool(desktopTemplate)
+	signedIn.Spec.Accounts = &rdv.Accounts{Policy: rdv.AccountsCreate}
 	template, err := PodTemplate(linux)
 	if err != nil {
 		t.Fatal(err)
@@ -166,6 +168,10 @@ func TestGolden(t *testing.T) {
 
 		"hostpool-registration":         PoolRegistrationSecret(linux, registration),
 		"hostpool-networkpolicy":        PoolNetworkPolicy(linux),
+		"hostpool-accounts":             PoolAccounts(signedIn),
+		"hostpool-accounts-role":        PoolAccountsRole(signedIn),
+		"hostpool-accounts-rolebinding": PoolAccountsRoleBinding(signedIn),
+		"sessionhost-pod-accounts":      must[*corev1.Pod](t)(options.Pod(host(), signedIn, template)),
 		"hostpool-sessionhost":          SessionHost(linux, "linux-0", false),
 		"hostpool-sessionhost-retiring": SessionHost(linux, "linux-0", true),
 		"sessionhost-registration":      HostRegistrationSecret(host(), registration),

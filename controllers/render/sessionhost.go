@@ -8,6 +8,8 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	kjson "sigs.k8s.io/json"
 
@@ -33,8 +35,12 @@ const (
 	agentCADir       = "/etc/rendezvous/ca"
 	agentStateDir    = "/var/lib/rendezvous-agent"
 	rdpCertDir       = "/run/rdp-cert"
+	loginDir         = "/run/rendezvous-login" // PAM in the desktop's image knows it
 	rdpAddr          = "127.0.0.1:3389"
 )
+
+// loginVolume is shared by agent and desktop where people are logged in by their connections.
+const loginVolume = "login"
 
 // AnnotationPodHash on a session-host pod is the hash of the pod as it was rendered; another one asks for another pod.
 const AnnotationPodHash = "rendezvous.dev/pod-hash"
@@ -140,7 +146,7 @@ func checkTemplate(spec *corev1.PodSpec) error {
 	}
 	for _, v := range spec.Volumes {
 		switch v.Name {
-		case "rdp-cert", "agent-state", "registration", "agent-ca":
+		case "rdp-cert", "agent-state", "registration", "agent-ca", loginVolume:
 			return fmt.Errorf("spec.template.spec.volumes: %q is the name of a volume that the operator adds; rename it", v.Name)
 		}
 	}
@@ -183,9 +189,17 @@ func (o Options) Pod(host *rdv.SessionHost, pool *rdv.HostPool, template *corev1
 		spec.SecurityContext.FSGroup = new(nonRoot)
 	}
 	spec.InitContainers = append(spec.InitContainers, o.agentSidecar(host, pool))
+	shared := []corev1.VolumeMount{readOnly("rdp-cert", rdpCertDir)}
+	if pool.Spec.Accounts != nil {
+		shared = append(shared, readOnly(loginVolume, loginDir))
+		// Not in memory, which the program in it would count against.
+		spec.Volumes = append(spec.Volumes, corev1.Volume{Name: loginVolume, VolumeSource: corev1.VolumeSource{
+			EmptyDir: &corev1.EmptyDirVolumeSource{SizeLimit: new(resource.MustParse("128Mi"))},
+		}})
+	}
 	for i := range spec.Containers {
 		if spec.Containers[i].Name == desktopContainer {
-			spec.Containers[i].VolumeMounts = append(spec.Containers[i].VolumeMounts, readOnly("rdp-cert", rdpCertDir))
+			spec.Containers[i].VolumeMounts = append(spec.Containers[i].VolumeMounts, shared...)
 		}
 	}
 	secret := RegistrationSecretName(host.Name)
@@ -207,7 +221,7 @@ func (o Options) Pod(host *rdv.SessionHost, pool *rdv.HostPool, template *corev1
 }
 
 func (o Options) agentSidecar(host *rdv.SessionHost, pool *rdv.HostPool) corev1.Container {
-	return corev1.Container{
+	c := corev1.Container{
 		Name:            agentContainer,
 		Image:           orString(pool.Spec.Agent.Image, o.AgentImage),
 		ImagePullPolicy: corev1.PullIfNotPresent,
@@ -237,5 +251,40 @@ func (o Options) agentSidecar(host *rdv.SessionHost, pool *rdv.HostPool) corev1.
 			readOnly("registration", registrationDir),
 			readOnly("agent-ca", agentCADir),
 		},
+	}
+	if pool.Spec.Accounts != nil {
+		c.Args = append(c.Args, "--login-dir="+loginDir, "--login-shared")
+		c.VolumeMounts = append(c.VolumeMounts, corev1.VolumeMount{Name: loginVolume, MountPath: loginDir})
+	}
+	return c
+}
+
+// PoolAccounts is where the pool's brokers keep who was given which account. What is in it is theirs.
+func PoolAccounts(pool *rdv.HostPool) *corev1.ConfigMap {
+	return &corev1.ConfigMap{TypeMeta: typeMeta("v1", "ConfigMap"), ObjectMeta: accountsMeta(pool)}
+}
+
+func accountsMeta(pool *rdv.HostPool) metav1.ObjectMeta {
+	return meta(pool.Namespace, rdv.AccountsConfigMap(pool.Name), labels(rdv.LabelHostPool, pool.Name, componentSessionHost))
+}
+
+// PoolAccountsRole is the right to keep that list, and to no other ConfigMap.
+func PoolAccountsRole(pool *rdv.HostPool) *rbacv1.Role {
+	return &rbacv1.Role{
+		TypeMeta:   typeMeta(rbacv1.SchemeGroupVersion.String(), "Role"),
+		ObjectMeta: accountsMeta(pool),
+		Rules: []rbacv1.PolicyRule{{
+			APIGroups: []string{""}, Resources: []string{"configmaps"}, ResourceNames: []string{rdv.AccountsConfigMap(pool.Name)}, Verbs: []string{"get", "patch"},
+		}},
+	}
+}
+
+// PoolAccountsRoleBinding gives the workspace's brokers that right.
+func PoolAccountsRoleBinding(pool *rdv.HostPool) *rbacv1.RoleBinding {
+	return &rbacv1.RoleBinding{
+		TypeMeta:   typeMeta(rbacv1.SchemeGroupVersion.String(), "RoleBinding"),
+		ObjectMeta: accountsMeta(pool),
+		RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "Role", Name: rdv.AccountsConfigMap(pool.Name)},
+		Subjects:   []rbacv1.Subject{{Kind: rbacv1.ServiceAccountKind, Namespace: pool.Namespace, Name: WorkspaceBroker(pool.Spec.WorkspaceRef.Name)}},
 	}
 }

@@ -11,11 +11,15 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"image/color"
 	"io"
 	"log/slog"
 	"math/big"
 	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -31,6 +35,46 @@ var (
 	userAddr    = netip.MustParsePrefix("192.0.2.2/30")
 	forwarder   = netip.AddrPortFrom(machineAddr.Addr(), 3389)
 )
+
+// person is somebody who logs in by connection: whoever comes to port is forwarded from an address that is this person's.
+type person struct {
+	name string
+	uid  int
+	port uint16
+	from string
+}
+
+var (
+	alice = person{"alice", 20001, 3389, "127.5.6.1"}
+	bob   = person{"bob", 20002, 3390, "127.5.6.2"}
+)
+
+// logIn is the command line of a person's client, which sends the name and some password, as which none is asked for.
+func (p person) logIn(args ...string) []string {
+	return rdpkit.FreeRDP(append([]string{fmt.Sprintf("/v:%s:%d", poolName, p.port), "/u:" + p.name, "/p:any"}, args...)...)
+}
+
+// loginFolder stands for the agent's: accounts, and a helper that knows whose address is whose.
+func loginFolder(people ...person) (dir string, err error) {
+	if dir, err = os.MkdirTemp("", "rdv-login-"); err != nil {
+		return "", err
+	}
+	var helper, passwd, group strings.Builder
+	helper.WriteString("#!/bin/sh\ncase \"$* $PAM_TYPE $PAM_SERVICE $PAM_RHOST $PAM_USER\" in\n")
+	for _, p := range people {
+		fmt.Fprintf(&helper, "'pam auth xrdp-sesman %s %s') exit 0 ;;\n", p.from, p.name)
+		fmt.Fprintf(&passwd, "%s:*:%d:%d::/home/%s:/bin/bash\n", p.name, p.uid, p.uid, p.name)
+		fmt.Fprintf(&group, "%s:*:%d:\n", p.name, p.uid)
+	}
+	helper.WriteString("esac\nexit 1\n")
+	return dir, errors.Join(
+		os.Chmod(dir, 0o755),
+		os.WriteFile(filepath.Join(dir, "login"), []byte(helper.String()), 0o755),
+		os.Mkdir(filepath.Join(dir, "accounts"), 0o755),
+		os.WriteFile(filepath.Join(dir, "accounts", "passwd"), []byte(passwd.String()), 0o644),
+		os.WriteFile(filepath.Join(dir, "accounts", "group"), []byte(group.String()), 0o644),
+	)
+}
 
 // selftest connects the client to the machine as a gateway would, by a forwarder beside the desktop, and checks each
 // thing that the end-to-end tests rely on.
@@ -66,10 +110,16 @@ func selftest(ctx context.Context, log *slog.Logger, pictureFile string) (err er
 	}
 	company, stranger := newCA("Company CA"), newCA("Another CA")
 
+	logins, err := loginFolder(alice, bob)
+	if err != nil {
+		return err
+	}
+	cleanup = append(cleanup, func() error { return os.RemoveAll(logins) })
 	colour := rdpkit.RandomColor()
 	machine, err := rdpkit.NewMachine(ctx, roots, rdpkit.MachineOptions{
 		BoxOptions: rdpkit.BoxOptions{Netns: machineNet.Name, Hostname: "desk-1"},
 		Color:      rdpkit.Hex(colour),
+		LoginDir:   logins,
 	})
 	if err != nil {
 		return err
@@ -82,24 +132,31 @@ func selftest(ctx context.Context, log *slog.Logger, pictureFile string) (err er
 		}
 		return serial, machine.WriteFile(rdpkit.CertDir+"/tls.key", key, 0o640)
 	}
-	stopForwarding, err := forward(machineNet)
-	if err != nil {
-		return err
+	for _, p := range []person{alice, bob} {
+		stopForwarding, err := forward(machineNet, p)
+		if err != nil {
+			return err
+		}
+		cleanup = append(cleanup, stopForwarding)
 	}
-	cleanup = append(cleanup, stopForwarding)
-	client, err := rdpkit.NewClient(ctx, roots, rdpkit.ClientOptions{BoxOptions: rdpkit.BoxOptions{
-		Netns: userNet.Name, Hostname: "laptop", CAs: [][]byte{company.pem()},
-		Hosts: map[string]string{poolName: machineAddr.Addr().String()},
-	}})
-	if err != nil {
-		return err
+	var clients []*rdpkit.Client
+	for _, name := range []string{"laptop", "tablet"} {
+		c, err := rdpkit.NewClient(ctx, roots, rdpkit.ClientOptions{BoxOptions: rdpkit.BoxOptions{
+			Netns: userNet.Name, Hostname: name, CAs: [][]byte{company.pem()},
+			Hosts: map[string]string{poolName: machineAddr.Addr().String()},
+		}})
+		if err != nil {
+			return err
+		}
+		cleanup = append(cleanup, c.Close)
+		clients = append(clients, c)
 	}
-	cleanup = append(cleanup, client.Close)
-	step("user's machine ready")
+	client, other := clients[0], clients[1]
+	step("users' machines ready")
 
 	// Without a certificate there is no server at all.
-	if listeners, err := machine.Listeners(); err != nil || len(listeners) != 1 || listeners[0] != forwarder {
-		return fmt.Errorf("before there is a certificate only %v may listen, not %v (%v)", forwarder, listeners, err)
+	if listeners, err := machine.Listeners(); err != nil || slices.Contains(listeners, rdpkit.RDPAddr) {
+		return fmt.Errorf("before there is a certificate nothing may serve, but %v listen (%v)", listeners, err)
 	}
 	first, err := install(company)
 	if err != nil {
@@ -113,7 +170,7 @@ func selftest(ctx context.Context, log *slog.Logger, pictureFile string) (err er
 	}
 	step("desktop serves with its first certificate")
 
-	session, err := client.Start(rdpkit.FreeRDP("/v:"+poolName, "/u:demo", "/p:demo", "/tls:secrets-file:/tmp/keys")...)
+	session, err := client.Start(alice.logIn("/tls:secrets-file:/tmp/keys")...)
 	if err != nil {
 		return err
 	}
@@ -158,11 +215,15 @@ func selftest(ctx context.Context, log *slog.Logger, pictureFile string) (err er
 		return err
 	}
 	for _, l := range listeners {
-		if l != forwarder && !l.Addr().IsLoopback() {
-			return fmt.Errorf("%v listens on the machine, reachable from outside", l)
+		if l != rdpkit.RDPAddr && l.Addr() != machineAddr.Addr() {
+			return fmt.Errorf("%v listens on the machine, beside xrdp and this test", l)
 		}
 	}
-	step("nothing else listens to the outside")
+	step("nothing else listens, not even on the loopback")
+	if err := sideBySide(ctx, machine, other, colour); err != nil {
+		return err
+	}
+	step("another user beside the first, each in a session of their own, and only there")
 
 	renewed, err := install(company)
 	if err != nil {
@@ -187,11 +248,11 @@ func selftest(ctx context.Context, log *slog.Logger, pictureFile string) (err er
 	}
 	step("renewed certificate serves, session unharmed")
 
-	rdpFile := "full address:s:" + poolName + "\r\nusername:s:demo\r\nauthentication level:i:1\r\n"
+	rdpFile := "full address:s:" + poolName + "\r\nusername:s:alice\r\nauthentication level:i:1\r\n"
 	if err := client.WriteFile("/root/desktop.rdp", []byte(rdpFile), 0o600); err != nil {
 		return err
 	}
-	session, err = client.Start(rdpkit.FreeRDP("/root/desktop.rdp", "/p:demo")...)
+	session, err = client.Start(rdpkit.FreeRDP("/root/desktop.rdp", "/p:any")...)
 	if err != nil {
 		return err
 	}
@@ -200,8 +261,20 @@ func selftest(ctx context.Context, log *slog.Logger, pictureFile string) (err er
 	}); err != nil {
 		return fmt.Errorf("connection from an .rdp file: %w", err)
 	}
-	session.Stop()
-	step("desktop seen again, from an .rdp file")
+	if err := expectSessions(ctx, machine, rdpkit.Session{User: "alice", UID: alice.uid, Resumed: 1}); err != nil {
+		return err
+	}
+	step("the same session seen again, from an .rdp file")
+	if err := client.Type(ctx, rdpkit.LogOut); err != nil {
+		return err
+	}
+	if _, err := session.ExitCode(ctx); err != nil {
+		return err
+	}
+	if err := expectSessions(ctx, machine); err != nil {
+		return err
+	}
+	step("logged out")
 
 	if _, err := install(stranger); err != nil {
 		return err
@@ -214,7 +287,7 @@ func selftest(ctx context.Context, log *slog.Logger, pictureFile string) (err er
 	}); err != nil {
 		return err
 	}
-	session, err = client.Start(rdpkit.FreeRDP("/v:"+poolName, "/u:demo", "/p:demo")...)
+	session, err = client.Start(alice.logIn()...)
 	if err != nil {
 		return err
 	}
@@ -227,6 +300,82 @@ func selftest(ctx context.Context, log *slog.Logger, pictureFile string) (err er
 	log.Info("certificate of another CA refused", "exit", code, "after", time.Since(begin).Round(10*time.Millisecond).String())
 	fmt.Println("ok")
 	return nil
+}
+
+// sideBySide lets bob in while alice works: to a desktop of his own, from which he neither sees nor reaches hers, and as
+// nobody else.
+func sideBySide(ctx context.Context, machine *rdpkit.Machine, client *rdpkit.Client, colour color.RGBA) error {
+	theirs := rdpkit.Session{User: alice.name, UID: alice.uid}
+	if err := expectSessions(ctx, machine, theirs); err != nil {
+		return err
+	}
+	// By his connection he is not alice.
+	posing := bob
+	posing.name = alice.name
+	session, err := client.Start(posing.logIn()...)
+	if err != nil {
+		return err
+	}
+	if err := within(ctx, 10*time.Second, func() error {
+		if !strings.Contains(machine.Desktop.Output(), "AUTHFAIL: user="+alice.name+" ip="+bob.from) {
+			return errors.New("bob posed as alice, and sesman refused nobody")
+		}
+		return nil
+	}); err != nil {
+		return fmt.Errorf("%w\n%s", err, machine.Desktop.Output())
+	}
+	session.Stop()
+
+	if session, err = client.Start(bob.logIn()...); err != nil {
+		return err
+	}
+	defer session.Stop()
+	if _, err := see(ctx, client, session, func(ctx context.Context) (rdpkit.Picture, error) {
+		return client.WaitForColor(ctx, colour, 0.3)
+	}); err != nil {
+		return fmt.Errorf("bob's connection: %w\n%s", err, machine.Desktop.Output())
+	}
+	if err := client.Type(ctx, "id -un > whoami; ls /home/alice > looked 2>&1; DISPLAY=:10 xsetroot -solid red > painted 2>&1\n"); err != nil {
+		return err
+	}
+	for file, want := range map[string]string{"whoami": "bob\n", "looked": "Permission denied", "painted": "Authorization required"} {
+		if err := within(ctx, 10*time.Second, func() error {
+			got, err := machine.ReadFile("/home/bob/" + file)
+			if err == nil && !strings.Contains(string(got), want) {
+				err = fmt.Errorf("bob's file %s says %q, not %q", file, got, want)
+			}
+			return err
+		}); err != nil {
+			return err
+		}
+	}
+	if err := expectSessions(ctx, machine, theirs, rdpkit.Session{User: bob.name, UID: bob.uid}); err != nil {
+		return err
+	}
+	if err := client.Type(ctx, rdpkit.LogOut); err != nil {
+		return err
+	}
+	if _, err := session.ExitCode(ctx); err != nil {
+		return err
+	}
+	return expectSessions(ctx, machine, theirs)
+}
+
+// expectSessions compares users and how often their sessions were resumed.
+func expectSessions(ctx context.Context, machine *rdpkit.Machine, want ...rdpkit.Session) error {
+	return within(ctx, 10*time.Second, func() error {
+		got, err := machine.Sessions(ctx)
+		if err != nil {
+			return err
+		}
+		same := slices.EqualFunc(got, want, func(a, b rdpkit.Session) bool {
+			return a.User == b.User && a.UID == b.UID && a.Resumed == b.Resumed && time.Since(a.Started) < time.Hour
+		})
+		if !same {
+			return fmt.Errorf("the machine's sessions are %+v, not %+v", got, want)
+		}
+		return nil
+	})
 }
 
 // see waits for a picture as long as the program that should bring it runs, 30 seconds at most.
@@ -295,11 +444,12 @@ func expectSerial(ctx context.Context, from *rdpkit.Netns, ca *authority, serial
 	return nil
 }
 
-// forward stands for agent and gateway: it takes connections at the machine's address and brings them to the desktop.
-func forward(machine *rdpkit.Netns) (stop func() error, err error) {
+// forward stands for agent and gateway: it takes a person's connections at the machine's address and brings them to the
+// desktop, from the person's address.
+func forward(machine *rdpkit.Netns, p person) (stop func() error, err error) {
 	var l net.Listener
 	if err := machine.Do(func() (err error) {
-		l, err = net.Listen("tcp", forwarder.String())
+		l, err = net.Listen("tcp", netip.AddrPortFrom(machineAddr.Addr(), p.port).String())
 		return err
 	}); err != nil {
 		return nil, err
@@ -314,7 +464,8 @@ func forward(machine *rdpkit.Netns) (stop func() error, err error) {
 				defer outside.Close()
 				var inside net.Conn
 				if err := machine.Do(func() (err error) {
-					inside, err = net.Dial("tcp", rdpkit.RDPAddr.String())
+					dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(p.from)}}
+					inside, err = dialer.Dial("tcp", rdpkit.RDPAddr.String())
 					return err
 				}); err != nil {
 					return

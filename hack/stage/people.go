@@ -117,7 +117,7 @@ type Desktop struct {
 
 var activityLine = regexp.MustCompile(`(?i)activity[ :]+([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})`)
 
-// Connect starts `rdv connect` with FreeRDP, which logs in to the desktop as demo, with certificate checks on.
+// Connect starts `rdv connect` with FreeRDP, with certificate checks on. Who is logged in follows from who signed in.
 func (u *User) Connect(ctx context.Context, resource, mode string, freerdp ...string) (*Desktop, error) {
 	return u.ConnectWith(ctx, []string{resource, "--mode", mode}, freerdp...)
 }
@@ -125,7 +125,7 @@ func (u *User) Connect(ctx context.Context, resource, mode string, freerdp ...st
 // ConnectWith is Connect with arguments of one's own for `rdv connect`.
 func (u *User) ConnectWith(ctx context.Context, rdv []string, freerdp ...string) (*Desktop, error) {
 	args := slices.Concat([]string{"rdv", "connect"}, rdv, []string{"--rdp-client", "/usr/bin/xfreerdp3", "--"})
-	args = append(args, rdpkit.FreeRDP(append([]string{"/u:demo", "/p:demo"}, freerdp...)...)[1:]...)
+	args = append(args, rdpkit.FreeRDP(freerdp...)[1:]...)
 	p, err := u.Start(args...)
 	if err != nil {
 		return nil, err
@@ -227,7 +227,8 @@ func (m *Machine) Enrol(token, name string) (err error) {
 		return err
 	}
 	m.Agent, err = m.Start("rdv-agent", "run", "--broker", WorkspaceURL, "--token-file", "/etc/rendezvous/token", "--host", name, "--ca-file", companyCAFile,
-		"--state-dir", "/var/lib/rendezvous-agent", "--rdp-addr", rdpkit.RDPAddr.String(), "--rdp-cert-dir", rdpkit.CertDir)
+		"--state-dir", "/var/lib/rendezvous-agent", "--rdp-addr", rdpkit.RDPAddr.String(), "--rdp-cert-dir", rdpkit.CertDir,
+		"--login-dir", rdpkit.LoginDir, "--login-shared")
 	return err
 }
 

@@ -60,7 +60,9 @@ type Resource struct {
 	DisplayName string `json:"displayName"`
 	Type        string `json:"type"` // Desktop or RemoteApp
 	HostPool    string `json:"hostPool"`
-	RDPFile     string `json:"rdpFile"` // path of the signed file
+	// Account is what the user is logged in to on the host, without a password; empty where the host asks for credentials.
+	Account string `json:"account,omitempty"`
+	RDPFile string `json:"rdpFile"` // path of the signed file
 }
 
 // Gateway is one gateway to measure and choose from (step 7).

@@ -269,6 +269,8 @@ type HostReport struct {
 	// CertificateFingerprint is the SHA-256 of the RDP certificate that the host serves, in hex.
 	CertificateFingerprint string `json:"certificateFingerprint,omitempty"`
 	CertificateNotAfter    string `json:"certificateNotAfter,omitempty"`
+	// LoginsRefused counts the logins by connection that the host refused since its agent's start, by reason.
+	LoginsRefused map[string]uint64 `json:"loginsRefused,omitempty"`
 	// Leaving says that the agent stops now: the host leaves placement at once.
 	Leaving bool `json:"leaving,omitempty"`
 }

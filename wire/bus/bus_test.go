@@ -65,6 +65,13 @@ func TestPermissions(t *testing.T) {
 		{gateway, false, GatewayEndSubject("gw", "10-0-0-1"), true},
 		{gateway, false, GatewayEndSubject("other", "10-0-0-1"), false},
 		{gateway, false, HostConnectSubject("pool", "a"), false},
+		{agent, true, "rdv.standing", false},
+		{agent, false, "rdv.standing", false},
+		{gateway, true, "rdv.standing", false},
+		{gateway, false, "rdv.standing", false},
+		{gateway, true, GatewayEndSubject("gw", "10-0-0-1"), false},
+		{identity.Broker("ns", "ws"), true, "rdv.standing", true},
+		{identity.Broker("ns", "ws"), false, "rdv.standing", true},
 		{identity.Broker("ns", "ws"), true, HostConnectSubject("pool", "a"), true},
 		{identity.Broker("ns", "ws"), false, AllReports, true},
 	} {

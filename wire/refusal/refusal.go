@@ -25,6 +25,7 @@ const (
 	// What the user may use.
 	NotGranted      Code = "not-granted"
 	UnknownResource Code = "unknown-resource"
+	Revoked         Code = "revoked" // the user or the ticket, by the Workspace's revocations
 
 	// Tickets, at the gateway.
 	TicketMissing Code = "ticket-missing"
@@ -39,6 +40,8 @@ const (
 	HostFull     Code = "host-full"
 	HostDraining Code = "host-draining"
 	HostNotReady Code = "host-not-ready" // the RDP server on the host does not answer
+	// AccountRefused is a person who can't have the account that the pool's rule gives.
+	AccountRefused Code = "account-refused"
 
 	// Gateways and brokers.
 	GatewayFull     Code = "gateway-full"
@@ -112,9 +115,9 @@ func (e *Error) With(activityID string) *Error {
 // codes is the set of Codes. A test holds it to the constants above.
 var codes = map[Code]bool{
 	TokenMissing: true, TokenInvalid: true, TokenExpired: true, TokenWrongAudience: true, IdentityAway: true,
-	NotGranted: true, UnknownResource: true,
+	NotGranted: true, UnknownResource: true, Revoked: true,
 	TicketMissing: true, TicketInvalid: true, TicketExpired: true, WrongTarget: true,
-	NoHost: true, HostTimeout: true, HostRefused: true, HostFull: true, HostDraining: true, HostNotReady: true,
+	NoHost: true, HostTimeout: true, HostRefused: true, HostFull: true, HostDraining: true, HostNotReady: true, AccountRefused: true,
 	GatewayFull: true, GatewayDraining: true, AdmissionAway: true, BrokerAway: true, JoinUnknown: true, UnknownInstance: true,
 	Protocol: true, IdleTimeout: true, DrainDeadline: true, EndedByAdmin: true,
 	RegistrationInvalid: true, RegistrationExpired: true, RegistrationSpent: true, BadRequest: true, WrongRole: true, IssuerAway: true,

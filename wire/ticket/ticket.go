@@ -5,6 +5,7 @@ package ticket
 
 import (
 	"crypto/ed25519"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
@@ -19,8 +20,14 @@ import (
 // Audience is who a ticket is for.
 const Audience = "rendezvous-gateway"
 
-// MaxLength bounds a ticket in bytes, before anything parses it. A PAA cookie could hold 32,767 characters.
-const MaxLength = 8 << 10
+const (
+	// MaxLength bounds a ticket in bytes, when it is made and before anything parses it. A PAA cookie could hold 32,767
+	// characters; a relay reads request heads of 16 KiB.
+	MaxLength = 12 << 10
+	// maxGroups bounds the groups in a ticket, in bytes of JSON: some 25 GUIDs. One group that grants is enough, so a ticket
+	// that leaves others out is as good, and a host's report carries as much again for each of its sessions.
+	maxGroups = 1 << 10
+)
 
 // leeway forgives clocks that differ between broker and gateway pods.
 const leeway = 5 * time.Second
@@ -32,40 +39,78 @@ type Claims struct {
 	Namespace string
 	Workspace string
 	User      string
-	// Groups are those of the user's groups that the Workspace's grants named when the ticket was made.
+	// Groups are those of the user's groups that the resource named when the ticket was made, as many as FitGroups takes.
 	Groups   []string
 	Resource string
 	// Target is the name that the client must ask for.
 	Target string
+	// Account holds the claims of the sign-in that the account on the host follows from: those that the HostPool named.
+	Account map[string]string
 	// ActivityID is set where the ticket was made for one connect.
 	ActivityID string
 	// RedirectFlags goes into TUNNEL_AUTH_RESP.
 	RedirectFlags uint32
-	IssuedAt      time.Time
-	Expires       time.Time
+	// SignedIn is when the token was issued that the ticket rests on; zero in tickets of brokers that didn't say.
+	SignedIn time.Time
+	IssuedAt time.Time
+	Expires  time.Time
+}
+
+// Since is what the ticket's user and groups are as of.
+func (c *Claims) Since() time.Time {
+	if c.SignedIn.IsZero() {
+		return c.IssuedAt
+	}
+	return c.SignedIn
+}
+
+// FitGroups gives as many of the groups as a ticket may name, the first of them in any case.
+func FitGroups(groups []string) []string {
+	size := 0
+	for i, g := range groups {
+		text, _ := json.Marshal(g) // a string always can be
+		if size += len(text) + len(","); size > maxGroups && i > 0 {
+			return groups[:i]
+		}
+	}
+	return groups
 }
 
 type private struct {
-	Groups        []string `json:"grp,omitempty"`
-	Resource      string   `json:"res"`
-	Target        string   `json:"tgt"`
-	ActivityID    string   `json:"act,omitempty"`
-	RedirectFlags uint32   `json:"rdf,omitempty"`
+	Groups        []string          `json:"grp,omitempty"`
+	Resource      string            `json:"res"`
+	Target        string            `json:"tgt"`
+	ActivityID    string            `json:"act,omitempty"`
+	Account       map[string]string `json:"acc,omitempty"`
+	RedirectFlags uint32            `json:"rdf,omitempty"`
+	// SignedIn is in seconds since 1970.
+	SignedIn int64 `json:"sgn,omitempty"`
 }
 
 // Issuer names the workspace that signed a ticket.
 func Issuer(namespace, workspace string) string { return "rendezvous:" + namespace + "/" + workspace }
 
-// Sign makes the ticket with the workspace's key.
+// Sign makes the ticket with the workspace's key. One that no gateway would read is an error.
 func Sign(c Claims, key ed25519.PrivateKey) (string, error) {
 	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.EdDSA, Key: key}, (&jose.SignerOptions{}).WithType("JWT"))
 	if err != nil {
 		return "", fmt.Errorf("ticket: %w", err)
 	}
-	return jwt.Signed(signer).Claims(jwt.Claims{
+	priv := private{Groups: c.Groups, Resource: c.Resource, Target: c.Target, ActivityID: c.ActivityID, RedirectFlags: c.RedirectFlags, Account: c.Account}
+	if !c.SignedIn.IsZero() {
+		priv.SignedIn = c.SignedIn.Unix()
+	}
+	raw, err := jwt.Signed(signer).Claims(jwt.Claims{
 		Issuer: Issuer(c.Namespace, c.Workspace), Audience: jwt.Audience{Audience}, Subject: c.User, ID: c.ID,
 		IssuedAt: jwt.NewNumericDate(c.IssuedAt), Expiry: jwt.NewNumericDate(c.Expires),
-	}).Claims(private{Groups: c.Groups, Resource: c.Resource, Target: c.Target, ActivityID: c.ActivityID, RedirectFlags: c.RedirectFlags}).Serialize()
+	}).Claims(priv).Serialize()
+	if err != nil {
+		return "", fmt.Errorf("ticket: %w", err)
+	}
+	if len(raw) > MaxLength {
+		return "", fmt.Errorf("ticket: it is %d bytes long, more than the %d that gateways read: it names %d groups", len(raw), MaxLength, len(c.Groups))
+	}
+	return raw, nil
 }
 
 // Ticket is a ticket whose signature nobody has checked yet.
@@ -114,11 +159,15 @@ func (t *Ticket) Verify(key ed25519.PublicKey, now time.Time) (Claims, error) {
 	case std.Expiry == nil || std.IssuedAt == nil || std.Subject == "" || priv.Resource == "":
 		return Claims{}, invalid("it lacks a claim")
 	}
-	return Claims{
+	c := Claims{
 		ID: std.ID, Namespace: t.Namespace, Workspace: t.Workspace, User: std.Subject, Groups: priv.Groups, Resource: priv.Resource,
-		Target: priv.Target, ActivityID: priv.ActivityID, RedirectFlags: priv.RedirectFlags,
+		Target: priv.Target, ActivityID: priv.ActivityID, RedirectFlags: priv.RedirectFlags, Account: priv.Account,
 		IssuedAt: std.IssuedAt.Time(), Expires: std.Expiry.Time(),
-	}, nil
+	}
+	if priv.SignedIn != 0 {
+		c.SignedIn = time.Unix(priv.SignedIn, 0)
+	}
+	return c, nil
 }
 
 // Verify parses a ticket that must be of one workspace, and checks it as Ticket.Verify does.

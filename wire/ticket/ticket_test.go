@@ -4,6 +4,7 @@ import (
 	"crypto/ed25519"
 	"encoding/base64"
 	"errors"
+	"fmt"
 	"reflect"
 	"strings"
 	"testing"
@@ -47,6 +48,49 @@ func TestRoundTrip(t *testing.T) {
 	got.IssuedAt, got.Expires = got.IssuedAt.UTC(), got.Expires.UTC()
 	if want := claims(); !reflect.DeepEqual(got, want) {
 		t.Errorf("Verify = %+v, want %+v", got, want)
+	}
+}
+
+func guids(n int) (groups []string) {
+	for i := range n {
+		groups = append(groups, fmt.Sprintf("%08x-1111-2222-3333-%012x", i, i))
+	}
+	return groups
+}
+
+// What is signed can be read, however many groups there are; what can't be read isn't signed.
+func TestManyGroups(t *testing.T) {
+	pub, key := newKey(t)
+	for name, tc := range map[string]struct {
+		groups []string
+		signed bool
+	}{
+		"none":                       {nil, true},
+		"one of 256 letters":         {FitGroups([]string{strings.Repeat("x", 256)}), true},
+		"one of 256 letters of four": {FitGroups([]string{strings.Repeat("\U0001f512", 256)}), true},
+		"10 GUIDs":                   {FitGroups(guids(10)), true},
+		"500 GUIDs":                  {FitGroups(guids(500)), true},
+		"200 GUIDs, as signed by a broker of before": {guids(200), true},
+		"500 GUIDs, all of them":                     {guids(500), false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := claims()
+			c.Groups, c.SignedIn = tc.groups, now.Add(-time.Minute)
+			raw, err := Sign(c, key)
+			if (err == nil) != tc.signed {
+				t.Fatalf("signed: %v, want %v", err, tc.signed)
+			}
+			if !tc.signed {
+				return
+			}
+			got, err := Verify(raw, pub, "ns", "ws", now)
+			if err != nil || !reflect.DeepEqual(got.Groups, tc.groups) || !got.Since().Equal(c.SignedIn) {
+				t.Errorf("%d bytes: %v, %d groups, since %v", len(raw), err, len(got.Groups), got.Since())
+			}
+		})
+	}
+	if n := len(FitGroups(guids(500))); n < 10 || n > 30 {
+		t.Errorf("%d of 500 groups fit", n)
 	}
 }
 

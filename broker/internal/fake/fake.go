@@ -27,7 +27,8 @@ type World struct {
 	version  map[string]int
 	agents   []AgentWrite
 	gateways map[string]int32
-	madeBy   map[string]string // host to token hash
+	madeBy   map[string]string            // host to token hash
+	accounts map[string]map[string]string // by pool
 	signed   int
 	onChange []func()
 	made     int
@@ -44,6 +45,13 @@ func New(s *model.Snapshot) *World {
 	w := &World{snap: clone(s), version: map[string]int{}, gateways: map[string]int32{}, madeBy: map[string]string{}}
 	for name := range w.snap.Hosts {
 		w.editHost(w.snap, name, func(*model.Host) {})
+	}
+	for name, p := range w.snap.Pools {
+		if p.MaxHosts == 0 {
+			c := *p
+			c.MaxHosts = 100 // the API's default
+			w.snap.Pools[name] = &c
+		}
 	}
 	return w
 }
@@ -204,6 +212,34 @@ func (w *World) Assign(_ context.Context, host, user string) (owner string, err 
 		}
 	})
 	return owner, err
+}
+
+func (w *World) ReadAccounts(_ context.Context, pool string) (map[string]string, string, error) {
+	if w.Away != nil {
+		return nil, "", w.Away
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return maps.Clone(w.accounts[pool]), strconv.Itoa(len(w.accounts[pool])), nil
+}
+
+func (w *World) AddAccount(_ context.Context, pool, version, name, value string) error {
+	if w.Away != nil {
+		return w.Away
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if version != strconv.Itoa(len(w.accounts[pool])) {
+		return model.ErrConflict
+	}
+	if w.accounts == nil {
+		w.accounts = map[string]map[string]string{}
+	}
+	if w.accounts[pool] == nil {
+		w.accounts[pool] = map[string]string{}
+	}
+	w.accounts[pool][name] = value
+	return nil
 }
 
 func (w *World) WriteGateway(_ context.Context, gateway string, sessions int32, mine []model.GatewayInstance) error {

@@ -95,13 +95,16 @@ func (c *Client) WaitForColor(ctx context.Context, want color.RGBA, fraction flo
 	return last, err
 }
 
-// Where the terminal of the desktop's session surely is. There is no window manager: keys go to the window under the pointer.
-const terminalX, terminalY = 300, 200
+// LogOut is what to Type to end a session. (`exit` ends only the terminal.)
+const LogOut = "xfce4-session-logout --logout\n"
 
-// Type types text into the terminal of the session on the screen; \n is Return.
+// Where the session's first terminal surely is, in an empty place of it.
+const terminalX, terminalY = 600, 330
+
+// Type types text into the first terminal of the session on the screen, which it clicks on; \n is Return.
 func (c *Client) Type(ctx context.Context, text string) error {
 	steps := [][]string{{"mousemove", "--sync", strconv.Itoa(terminalX + 5), strconv.Itoa(terminalY),
-		"mousemove", "--sync", strconv.Itoa(terminalX), strconv.Itoa(terminalY), "sleep", "0.3"}}
+		"mousemove", "--sync", strconv.Itoa(terminalX), strconv.Itoa(terminalY), "click", "1", "sleep", "0.3"}}
 	for i, line := range strings.Split(text, "\n") {
 		if i > 0 {
 			steps = append(steps, []string{"key", "Return"})

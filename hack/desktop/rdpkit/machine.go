@@ -16,16 +16,24 @@ import (
 // CertDir is where, in a machine as in a pod, the desktop waits for tls.crt and tls.key.
 const CertDir = "/run/rdp-cert"
 
+// LoginDir is where, in a machine as in a pod, the desktop looks for what decides who logs in: the program login, which PAM
+// runs, and the folder accounts with passwd and group, from which the accounts come that the machine does not have itself.
+const LoginDir = "/run/rendezvous-login"
+
 // RDPAddr is where the desktop serves RDP, reachable from its own machine or pod only.
 var RDPAddr = netip.MustParseAddrPort("127.0.0.1:3389")
 
 // MachineOptions describe a session host outside any cluster.
 type MachineOptions struct {
 	BoxOptions
-	// User and Password may log in; both "demo" when empty. User may be several names with blanks between. One user has
-	// one session on a machine: a second connection takes it over from the first.
-	User, Password string
-	// Color of the session's root window, #rrggbb.
+	// TestLogin is "user:password", or several with blanks between: accounts that log in with a password. For tests that
+	// have no agent; empty: only the helper in the login folder decides. One user has one session on a machine: a second
+	// connection takes it over from the first.
+	TestLogin string
+	// LoginDir is a folder of the host that appears, read-only, as the machine's LoginDir, as a pod's agent shares it with
+	// the desktop: login, agent.sock, accounts. Empty: an agent in the machine makes that folder.
+	LoginDir string
+	// Color of the session's background, #rrggbb.
 	Color string
 }
 
@@ -39,10 +47,8 @@ type Machine struct {
 
 // NewMachine starts a session host. It does not wait for a certificate; see WaitServing.
 func NewMachine(ctx context.Context, roots Roots, opts MachineOptions) (*Machine, error) {
-	for key, value := range map[string]string{"USER": opts.User, "PASSWORD": opts.Password, "COLOR": opts.Color} {
-		if value != "" {
-			opts.Env = append(opts.Env, "RDV_DESKTOP_"+key+"="+value)
-		}
+	if opts.LoginDir != "" {
+		opts.Binds = append(slices.Clip(opts.Binds), Bind{Host: opts.LoginDir, Box: LoginDir, ReadOnly: true})
 	}
 	box, err := NewBox(ctx, roots.Desktop, opts.BoxOptions)
 	if err != nil {
@@ -50,7 +56,8 @@ func NewMachine(ctx context.Context, roots Roots, opts MachineOptions) (*Machine
 	}
 	m := &Machine{Box: box}
 	if err = os.MkdirAll(m.Path(CertDir), 0o755); err == nil {
-		m.Desktop, err = box.Start("desktop-entrypoint")
+		// Not in the box's environment: other programs need no passwords.
+		m.Desktop, err = box.Start("env", "RDV_DESKTOP_TEST_LOGIN="+opts.TestLogin, "RDV_DESKTOP_COLOR="+opts.Color, "desktop-entrypoint")
 	}
 	if err != nil {
 		m.Close()

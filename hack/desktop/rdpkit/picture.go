@@ -71,7 +71,7 @@ func RandomColor() color.RGBA {
 		v := []uint8{uint8(120 + rand.N(60)), uint8(60 + rand.N(50)), uint8(10 + rand.N(40))}
 		rand.Shuffle(3, func(i, j int) { v[i], v[j] = v[j], v[i] })
 		if near(v[0], 0x1f) && near(v[1], 0x4e) && near(v[2], 0x79) {
-			continue // as in recipe/desktop/startwm.sh
+			continue // as in desktop-welcome
 		}
 		return color.RGBA{R: v[0], G: v[1], B: v[2], A: 255}
 	}

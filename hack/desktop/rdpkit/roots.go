@@ -1,5 +1,5 @@
 // Package rdpkit has a real RDP server and a real RDP client at hand for the demo and the end-to-end tests: xrdp with
-// Xvnc, and FreeRDP 3 under Xvfb, both from Debian 13, in root file systems that are built once and cached.
+// Xorg and Xfce, and FreeRDP 3 under Xvfb, both from Debian 13, in root file systems that are built once and cached.
 //
 // [Ensure] builds or finds the roots. [NewMachine] starts a session host outside any cluster, and [NewClient] a user's
 // machine; each is a [Box]: an overlay of a root in namespaces of its own, gone without a trace at Close or when the
@@ -32,7 +32,7 @@ var recipe embed.FS
 
 // Roots are the paths of the cached root file systems. They are read-only for users of this package: work on overlays.
 type Roots struct {
-	// Desktop is a session host: xrdp, Xvnc, xterm and /usr/local/bin/desktop-entrypoint.
+	// Desktop is a session host: xrdp, Xorg, Xfce and /usr/local/bin/desktop-entrypoint.
 	Desktop string
 	// Client is a user's machine: xfreerdp3, Xvfb, xdotool, ImageMagick, openssl.
 	Client string

@@ -34,15 +34,16 @@ base)
 	;;
 desktop)
 	cp -a "$base/." "$target"
-	install_packages xrdp tigervnc-standalone-server xterm x11-xserver-utils fonts-dejavu-mono
+	install_packages $(sed 's/#.*//' "$here/desktop/packages")
 	slim
 	# What the package made for this one machine must not be shared by all: the RSA key of "classic" RDP security
 	# (which the configuration refuses) and a self-signed certificate.
 	rm -f "$target"/etc/xrdp/cert.pem "$target"/etc/xrdp/key.pem "$target"/etc/xrdp/rsakeys.ini
 	rm -f "$target"/etc/ssl/private/ssl-cert-snakeoil.key "$target"/etc/ssl/certs/ssl-cert-snakeoil.pem
-	cp "$here/desktop/xrdp.ini" "$here/desktop/sesman.ini" "$target/etc/xrdp/"
-	install -m 0755 "$here/desktop/startwm.sh" "$target/etc/xrdp/startwm.sh"
-	install -m 0755 "$here/desktop/entrypoint.sh" "$target/usr/local/bin/desktop-entrypoint"
+	cp -r "$here/desktop/root/." "$target"
+	rm -r "$target/var/lib/extrausers"
+	ln -s /run/rendezvous-login/accounts "$target/var/lib/extrausers"
+	chmod 0755 "$target"/etc/xrdp/*.sh "$target"/usr/local/bin/*
 	;;
 client)
 	cp -a "$base/." "$target"
