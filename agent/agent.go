@@ -82,6 +82,8 @@ type timing struct {
 	refusedMax   time.Duration // longest delay after a final refusal
 	closeGrace   time.Duration // from one direction's end to the forced end of the other
 	joinMin      time.Duration // what a session gets for its join at least, whatever the clocks say
+	displaced    time.Duration // before coming back after another machine took this one's place, up to twice that
+	unrenewed    time.Duration // for how long brokers may refuse a renewed key before the one before is taken up again
 }
 
 func (t timing) withDefaults() timing {
@@ -98,6 +100,8 @@ func (t timing) withDefaults() timing {
 	def(&t.refusedMax, time.Minute)
 	def(&t.closeGrace, 10*time.Second)
 	def(&t.joinMin, 5*time.Second)
+	def(&t.displaced, 30*time.Second)
+	def(&t.unrenewed, 30*time.Second)
 	return t
 }
 
@@ -148,9 +152,17 @@ type Agent struct {
 	changed chan struct{} // one waiting signal: report at once
 	redial  chan struct{} // one waiting signal: make another control channel in place of this one
 	early   chan struct{} // one waiting signal: renew before the time has come
+	// displaced is one waiting signal: another machine came as this host, and took the channel's place.
+	displaced chan struct{}
+
+	enrolling enrolling // owned by whoever enrols: one at a time
+	// Owned by keepChannel.
+	refused    string // token that the broker refused when the bus refused this host's key
+	renewAgain bool   // once there is a channel
 
 	mu       sync.Mutex
 	member   *member    // guarded by mu; nil before enrolment
+	previous *renewed   // guarded by mu; what member replaced, until a channel is made with member
 	conn     *nats.Conn // guarded by mu; nil while there is no control channel
 	probed   probeResult
 	sequence uint64
@@ -170,7 +182,7 @@ func New(o Options) (*Agent, error) {
 	return &Agent{
 		opts: o, log: o.Log.With("host", o.Host), store: store{dir: o.StateDir}, ledger: newLedger(),
 		install: newInstaller(o.RDPCertDir), boot: hex.EncodeToString(boot), tlsSessions: tls.NewLRUClientSessionCache(maxInstances),
-		changed: make(chan struct{}, 1), redial: make(chan struct{}, 1), early: make(chan struct{}, 1),
+		changed: make(chan struct{}, 1), redial: make(chan struct{}, 1), early: make(chan struct{}, 1), displaced: make(chan struct{}, 1),
 	}, nil
 }
 

@@ -62,7 +62,9 @@ type world struct {
 	mu        sync.Mutex
 	answer    func(w http.ResponseWriter, token string) bool // refuses an enrolment where it returns true
 	enrolled  []brokerapi.EnrollRequest
-	config    *bus.HostConfig // what this host must hold to
+	lose      bool                         // the answers of enrolments
+	admit     func(*x509.Certificate) bool // whom the bus lets in, nil for all
+	config    *bus.HostConfig              // what this host must hold to
 	renewals  int
 	reports   []bus.HostReport
 	traces    []trace.Event
@@ -165,6 +167,9 @@ func (w *world) startBroker() {
 		w.mu.Lock()
 		defer w.mu.Unlock()
 		w.enrolled = append(w.enrolled, req)
+		if w.lose {
+			panic(http.ErrAbortHandler)
+		}
 		json.NewEncoder(rw).Encode(brokerapi.EnrollResponse{
 			Namespace: namespace, Workspace: workspace, Pool: pool, Host: req.Host,
 			Certificates: w.certificates(brokerapi.RenewRequest{ClientCSR: req.ClientCSR, RDPCSR: req.RDPCSR}),
@@ -229,6 +234,12 @@ func (w *world) Check(c server.ClientAuthentication) bool {
 		return false
 	}
 	if id.Role == identity.RoleAgent {
+		w.mu.Lock()
+		admitted := w.admit == nil || w.admit(cs.PeerCertificates[0])
+		w.mu.Unlock()
+		if !admitted {
+			return false
+		}
 		w.mu.Lock()
 		w.busAgents = append(w.busAgents, cs.PeerCertificates[0].SerialNumber.String())
 		w.mu.Unlock()

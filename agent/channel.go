@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/url"
 	"slices"
@@ -60,6 +61,10 @@ func (a *Agent) keepChannel(ctx context.Context) {
 		began := time.Now()
 		a.log.Info("control channel", "url", conn.ConnectedUrl())
 		signal(a.changed)
+		if a.renewAgain {
+			a.renewAgain = false
+			signal(a.early)
+		}
 		select {
 		case <-ctx.Done():
 			return
@@ -72,7 +77,13 @@ func (a *Agent) keepChannel(ctx context.Context) {
 			if time.Since(began) > busStable {
 				retry.reset()
 			}
-			sleep(ctx, retry.delay())
+			wait := retry.delay()
+			select {
+			case <-a.displaced: // two machines that come back at once would take turns by the second
+				wait = a.opts.timing.displaced + rand.N(a.opts.timing.displaced)
+			default:
+			}
+			sleep(ctx, wait)
 		}
 	}
 }
@@ -93,6 +104,24 @@ func (a *Agent) dialBus(ctx context.Context) (conn *nats.Conn, closed chan struc
 		}
 		a.adopt(m)
 	}
+	if conn, closed, err = a.dialAs(ctx, m); err == nil {
+		a.settled()
+		return conn, closed, nil
+	}
+	if !errors.Is(err, nats.ErrAuthorization) {
+		return nil, nil, err
+	}
+	// The brokers know this host by another key.
+	next, otherwise := a.wayBack(ctx, m)
+	if otherwise != nil {
+		return nil, nil, fmt.Errorf("%w: the brokers don't take this machine's key: %w", err, otherwise)
+	}
+	a.adopt(next)
+	return a.dialAs(ctx, next)
+}
+
+// dialAs connects with a membership.
+func (a *Agent) dialAs(ctx context.Context, m *member) (conn *nats.Conn, closed chan struct{}, err error) {
 	creds, err := mtls.NewReloader(m.dir, a.log)
 	if err != nil {
 		return nil, nil, err
@@ -148,6 +177,9 @@ func (a *Agent) dialBusURL(raw string, m *member, creds *mtls.Reloader) (*nats.C
 	_, err = conn.Subscribe(bus.HostConnectSubject(m.Pool, m.Host), a.onConnect)
 	if err == nil {
 		_, err = conn.Subscribe(bus.HostConfigSubject(m.Pool, m.Host), a.onConfig)
+	}
+	if err == nil {
+		_, err = conn.Subscribe(bus.HostDisplacedSubject(m.Pool, m.Host), func(msg *nats.Msg) { a.onDisplaced(conn, msg) })
 	}
 	if err == nil {
 		err = conn.FlushTimeout(busDialTimeout) // the subscriptions stand before the first report says so

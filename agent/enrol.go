@@ -3,8 +3,10 @@ package agent
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -149,8 +151,7 @@ func (a *Agent) enrolOnce(ctx context.Context, token string) (*member, error) {
 		host = pre.Host
 	}
 	id := identity.Agent(pre.Namespace, pre.Workspace, pre.Pool, host)
-	m := &member{Namespace: id.Namespace, Workspace: id.Workspace, Pool: id.Pool, Host: id.Host}
-	req, err := certificateRequest(id, m, pre.RDPCertificate && a.install != nil)
+	m, req, err := a.enrolling.request(id, token, pre.RDPCertificate && a.install != nil)
 	if err != nil {
 		return nil, err
 	}
@@ -173,8 +174,32 @@ func (a *Agent) enrolOnce(ctx context.Context, token string) (*member, error) {
 	if err := a.store.save(m); err != nil {
 		return nil, fmt.Errorf("--state-dir: %w", err)
 	}
+	a.enrolling = enrolling{}
 	a.log.Info("enrolled", "pool", m.Pool, "workspace", m.Workspace, "notAfter", m.client.NotAfter)
 	return m, nil
+}
+
+// enrolling is an enrolment under way, whose keys stay the same until there is an answer: a broker whose answer was lost
+// knows the machine by its key when it asks again.
+type enrolling struct {
+	id    identity.ID
+	token string
+	m     *member
+	req   brokerapi.RenewRequest
+}
+
+// request gives the membership to be, with its keys, and the CSRs for it.
+func (e *enrolling) request(id identity.ID, token string, rdp bool) (*member, brokerapi.RenewRequest, error) {
+	if e.m == nil || e.id != id || e.token != token || (e.req.RDPCSR != "") != rdp {
+		sum := sha256.Sum256([]byte(token))
+		m := &member{Namespace: id.Namespace, Workspace: id.Workspace, Pool: id.Pool, Host: id.Host, TokenHash: hex.EncodeToString(sum[:])}
+		req, err := certificateRequest(id, m, rdp)
+		if err != nil {
+			return nil, req, err
+		}
+		*e = enrolling{id, token, m, req}
+	}
+	return e.m, e.req, nil
 }
 
 // certificateRequest makes the CSRs for id over new keys, which go into m.

@@ -44,6 +44,9 @@ func (a *Agent) keepRenewing(ctx context.Context) {
 			continue
 		}
 		a.log.Info("certificates renewed", "notAfter", next.notAfter())
+		a.mu.Lock()
+		a.previous = &renewed{m, time.Now()}
+		a.mu.Unlock()
 		a.adopt(next)
 		signal(a.redial)
 	}
@@ -77,7 +80,7 @@ func (a *Agent) renew(ctx context.Context, m *member) (*member, error) {
 	if conn == nil {
 		return nil, errors.New("no control channel to a broker")
 	}
-	next := &member{Namespace: m.Namespace, Workspace: m.Workspace, Pool: m.Pool, Host: m.Host, BusURLs: m.BusURLs, BusCA: m.BusCA}
+	next := &member{Namespace: m.Namespace, Workspace: m.Workspace, Pool: m.Pool, Host: m.Host, BusURLs: m.BusURLs, BusCA: m.BusCA, TokenHash: m.TokenHash}
 	req, err := certificateRequest(m.id(), next, m.rdp != nil)
 	if err != nil {
 		return nil, err

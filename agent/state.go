@@ -34,6 +34,8 @@ type member struct {
 	Pool      string   `json:"pool"`
 	Host      string   `json:"host"`
 	BusURLs   []string `json:"busUrls"`
+	// TokenHash is the SHA-256, in hex, of the registration token that it came with; empty where an older release saved it.
+	TokenHash string `json:"tokenHash,omitempty"`
 
 	ClientCertificate, ClientKey, BusCA string `json:"-"` // PEM
 	RDPCertificate, RDPKey              string `json:"-"` // PEM, empty where the host keeps its own

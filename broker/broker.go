@@ -39,6 +39,7 @@ const (
 	// shutdownTimeout bounds a graceful stop: connects in work, then clients that move to other replicas.
 	shutdownTimeout = 25 * time.Second
 	oidcCAFile      = "oidc-ca.crt"
+	recheckEvery    = time.Minute
 )
 
 // Inventory is the declared world, live; broker/inventory has one over Kubernetes.
@@ -132,6 +133,7 @@ func Run(ctx context.Context, o Options) error {
 	orch := orchestrate.New(orchestrate.Options{
 		Namespace: o.Config.Namespace, Workspace: o.Config.Workspace, Name: o.Name, Source: o.Inventory, Writer: o.Inventory, Conn: nc,
 		TicketKey: ticketPublicKey(reloaders[o.TicketsDir]), ProofKey: ticketPrivateKey(reloaders[o.TicketsDir]), Log: log, Metrics: m,
+		Displace: b.DisplaceOlder,
 	})
 	store := traces.New()
 	validator := oidc.New(oidc.Options{
@@ -146,6 +148,7 @@ func Run(ctx context.Context, o Options) error {
 	})
 	o.Inventory.OnChange(orch.Changed)
 	o.Inventory.OnChange(b.Recheck)
+	o.Inventory.OnChange(enrolment.Changed)
 	if err := errors.Join(orch.Start(life), store.Subscribe(nc), enrolment.ServeRenewals(life, nc)); err != nil {
 		return err
 	}
@@ -189,6 +192,8 @@ func Run(ctx context.Context, o Options) error {
 	work.Go(func() error { return served(monitor.Serve(monitorListener)) })
 	work.Go(func() error { return o.Inventory.Run(workCtx) })
 	work.Go(func() error { validator.Run(workCtx); return nil })
+	work.Go(func() error { enrolment.Follow(workCtx); return nil })
+	work.Go(func() error { recheck(workCtx, b); return nil })
 	work.Go(func() error {
 		select {
 		case <-ctx.Done():
@@ -215,6 +220,21 @@ func Run(ctx context.Context, o Options) error {
 	err = work.Wait()
 	orch.Wait()
 	return err
+}
+
+// recheck asks again and again who may be on the bus. What changes that is acted on at once; this is for what could not be
+// recorded then.
+func recheck(ctx context.Context, b *bus.Server) {
+	tick := time.NewTicker(recheckEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			b.Recheck()
+		}
+	}
 }
 
 func peers(o Options) func(context.Context) ([]string, error) {

@@ -13,6 +13,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"io"
 	"log/slog"
 	"net/http"
@@ -220,6 +221,7 @@ func TestAllTheWay(t *testing.T) {
 	case <-time.After(patience):
 		t.Fatal("the agent was not configured")
 	}
+	world.EditHost("h1", func(h *model.Host) { h.Enrolment.At = h.Enrolment.At.Add(-time.Minute) }) // for it must not be so soon after
 	renewal, _ := json.Marshal(brokerapi.RenewRequest{ClientCSR: csr()})
 	m, err := agent.Request(bus.RenewSubject("pool", "h1"), renewal, patience)
 	var renewed brokerapi.RenewResponse
@@ -287,10 +289,37 @@ func TestAllTheWay(t *testing.T) {
 		t.Fatalf("%+v", reply)
 	}
 
-	// The host is deleted: its agent is not let in any more, whatever its certificate says.
-	other := dial(ca.Reloader(id), id)
+	// The host is one key: a good certificate of its name over another is not let in, and its own is not once the enrolment
+	// is revoked, the host is deleted, or made again.
+	mine := ca.Dir([]byte(enrolled.ClientCertificate), keyPEM)
+	refused := func(what string, r *mtls.Reloader) {
+		t.Helper()
+		nc, err := nats.Connect("tls://"+a.Bus.String(), nats.Secure(r.ClientConfig("127.0.0.1", mtls.AllowRole(ns, ws, identity.RoleBroker))),
+			nats.CustomInboxPrefix(bus.InboxPrefix(id)), nats.NoReconnect(), nats.Timeout(patience))
+		if err == nil {
+			nc.Close()
+			t.Errorf("%s: let in", what)
+		} else if !errors.Is(err, nats.ErrAuthorization) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	refused("another key", ca.Reloader(id))
+	if err := agent.Flush(); err != nil {
+		t.Fatalf("the host itself: %v", err)
+	}
+	world.EditHost("h1", func(h *model.Host) { h.Revoke = "stolen" })
+	eventually("the revoked host's agent is dropped", agent.IsClosed)
+	refused("revoked", testca.NewReloader(t, mine))
+	eventually("the revocation is recorded", func() bool {
+		e := world.Snapshot().Hosts["h1"].Enrolment
+		return e.Key == "" && e.RevokedFor == "stolen"
+	})
+	world.EditHost("h1", func(h *model.Host) { h.Revoke = "" })
+	refused("the annotation was taken back", testca.NewReloader(t, mine))
 	world.Edit(func(s *model.Snapshot) { delete(s.Hosts, "h1") })
-	eventually("the deleted host's agents are dropped", func() bool { return agent.IsClosed() && other.IsClosed() })
+	refused("deleted", testca.NewReloader(t, mine))
+	world.EditHost("h1", func(h *model.Host) { h.Pool = "pool" })
+	refused("made again", testca.NewReloader(t, mine))
 
 	// A stop sends clients away and ends without an error.
 	stop()

@@ -26,6 +26,9 @@ func (r *hostPoolReconciler) writeStatus(ctx context.Context, s *hostPoolScope) 
 	}
 	for i := range s.hosts {
 		host := &s.hosts[i]
+		if by := host.Labels[rdv.LabelMadeByToken]; by != "" && by == rdv.MadeByToken(s.registration.Hash) {
+			status.RegisteredHosts++
+		}
 		status.Sessions += sessionsOf(host)
 		if takesSessions(host) {
 			status.ReadyHosts++
@@ -49,8 +52,9 @@ func (r *hostPoolReconciler) writeStatus(ctx context.Context, s *hostPoolScope) 
 	}
 	ready := fmt.Sprintf("%d of %d hosts take sessions", status.ReadyHosts, status.Hosts)
 	deciding := []metav1.Condition{s.refs.condition(rdv.ConditionReferencesResolved, "all references resolve")}
-	if registration := r.registrationCondition(s); s.expired {
-		// Whoever chose Manual meant this to happen, and hosts that are members go on: Ready does not suffer.
+	if registration := r.registrationCondition(s, status.RegisteredHosts); registration.Status != metav1.ConditionTrue && s.registration.Hash != "" {
+		// The token has expired, as whoever chose Manual meant it to, or has made its hosts. Those that are members go on:
+		// Ready does not suffer.
 		others = append(others, registration)
 	} else {
 		deciding = append(deciding, registration)
@@ -96,7 +100,7 @@ func takesSessions(host *rdv.SessionHost) bool {
 		!meta.IsStatusConditionTrue(host.Status.Conditions, rdv.ConditionDraining)
 }
 
-func (r *hostPoolReconciler) registrationCondition(s *hostPoolScope) metav1.Condition {
+func (r *hostPoolReconciler) registrationCondition(s *hostPoolScope, made int32) metav1.Condition {
 	const condition = rdv.ConditionRegistrationReady
 	secret := render.RegistrationSecretName(s.pool.Name)
 	switch {
@@ -104,6 +108,8 @@ func (r *hostPoolReconciler) registrationCondition(s *hostPoolScope) metav1.Cond
 		return isFalse(condition, rdv.ReasonTokenExpired, fmt.Sprintf("the token in Secret %q has expired, as rotation is Manual: change the annotation %s to get another", secret, rdv.AnnotationRotate))
 	case s.registration.Hash == "":
 		return isFalse(condition, rdv.ReasonPending, "no registration token is made yet")
+	case made >= s.pool.Spec.Registration.MaxHosts():
+		return isFalse(condition, rdv.ReasonTokenUsedUp, fmt.Sprintf("the token in Secret %q has made %d hosts, as many as spec.registration.maxHostsPerToken allows, and enrols no further machine: raise that, or change the annotation %s to get another token", secret, made, rdv.AnnotationRotate))
 	}
 	return isTrue(condition, rdv.ReasonReady, fmt.Sprintf("machines enrol with the token in Secret %q", secret))
 }

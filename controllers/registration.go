@@ -24,7 +24,7 @@ func tokenPolicy(pool *rdv.HostPool, obj metav1.Object) plan.TokenPolicy {
 	policy := plan.TokenPolicy{
 		Lifetime:  defaultTokenLifetime,
 		Automatic: pool.Spec.Registration.Rotation != rdv.RotateManual,
-		RotateFor: obj.GetAnnotations()[rdv.AnnotationRotate],
+		RotateFor: rdv.RotateFor(obj.GetAnnotations()),
 	}
 	if seconds := pool.Spec.Registration.TokenLifetimeSeconds; seconds != nil {
 		policy.Lifetime = time.Duration(*seconds) * time.Second

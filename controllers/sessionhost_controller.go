@@ -180,10 +180,11 @@ func (r *sessionHostReconciler) decide(ctx context.Context, s *sessionHostScope)
 			Finished:    pod.Status.Phase == corev1.PodFailed || pod.Status.Phase == corev1.PodSucceeded,
 			Created:     pod.CreationTimestamp.Time,
 			Hash:        pod.Annotations[render.AnnotationPodHash],
+			Revoked:     revoked(s.host),
 		}
 	}
 	s.podDecision = plan.DecidePod(seen, s.wantPod.Annotations[render.AnnotationPodHash], sessionsOf(s.host), r.now())
-	if s.podDecision.Action == plan.PodDelete && !seen.Finished {
+	if s.podDecision.Action == plan.PodDelete && !seen.Finished && !seen.Revoked {
 		turn, err := r.rollout.turn(ctx, r.Client, s.host, r.now())
 		if err != nil {
 			return err
@@ -218,6 +219,12 @@ func (r *sessionHostReconciler) applyRegistration(ctx context.Context, s *sessio
 		return r.dropRegistration(ctx, s, seen, spent)
 	}
 	decision := plan.TokenDecision{}
+	if s.wantPod != nil && s.pod != nil && revoked(host) && s.podDecision.Action != plan.PodKeep {
+		// The pod that is about to go mounts the Secret, and must not read the token of the one that follows. Brokers take
+		// no token that the annotation has revoked.
+		s.registration, s.hasSecret = seen, seen.Text != ""
+		return nil
+	}
 	if !spent || seen.Text == "" || seen.MadeFor != policy.RotateFor || s.podDecision.Action == plan.PodCreate {
 		decision = plan.DecideToken(seen, prefix, policy, now)
 		if spent {

@@ -38,6 +38,7 @@ func (r *sessionHostReconciler) writeStatus(ctx context.Context, s *sessionHostS
 	status.Conditions = summarise(r.now(), host.Status.Conditions, host.Generation, "takes sessions", []metav1.Condition{
 		s.refs.condition(rdv.ConditionReferencesResolved, "all references resolve"),
 		enrolledCondition(s),
+		r.oneMachineCondition(s),
 		connected,
 		healthyCondition(s, connected),
 	}, others)
@@ -49,6 +50,14 @@ func enrolledCondition(s *sessionHostScope) metav1.Condition {
 	const condition = rdv.ConditionEnrolled
 	host := s.host
 	switch {
+	case revoked(host) && s.wantPod != nil:
+		return isFalse(condition, rdv.ReasonRevoked, fmt.Sprintf("the enrolment was revoked (annotation %s): the pod is being replaced, and its agent enrols with a new key", rdv.AnnotationRevoke))
+	case revoked(host) && s.hasSecret:
+		return isFalse(condition, rdv.ReasonRevoked, fmt.Sprintf("the enrolment was revoked (annotation %s): enrol the machine with the token in Secret %q", rdv.AnnotationRevoke, render.RegistrationSecretName(host.Name)))
+	case revoked(host):
+		return isFalse(condition, rdv.ReasonRevoked, fmt.Sprintf("the enrolment was revoked (annotation %s): a new registration token is on its way", rdv.AnnotationRevoke))
+	case host.Status.Enrolment != nil && host.Status.Enrolment.HostUID != "" && host.Status.Enrolment.HostUID != string(host.UID):
+		return isFalse(condition, rdv.ReasonNotEnrolled, "status.enrolment is of a SessionHost that had this name before: delete this SessionHost, and enrol the machine again")
 	case host.Status.Enrolment != nil:
 		return isTrue(condition, rdv.ReasonReady, "the agent holds a certificate")
 	case s.wantPod == nil && s.hasSecret:
@@ -59,6 +68,35 @@ func enrolledCondition(s *sessionHostScope) metav1.Condition {
 		return isFalse(condition, rdv.ReasonPending, fmt.Sprintf("the pod is made once Workspace %q has its certificate (Secret %q)", s.ws.Name, render.WorkspaceTLS(s.ws.Name)))
 	}
 	return isFalse(condition, rdv.ReasonNotEnrolled, podTrouble(s.pod, "the pod's agent has not enrolled yet"))
+}
+
+// revoked says that the host's enrolment was revoked, or that the brokers are about to, and that it has not enrolled since.
+func revoked(host *rdv.SessionHost) bool {
+	e := host.Status.Enrolment
+	if e == nil {
+		return false
+	}
+	want := rdv.RevokeFor(host.Annotations)
+	return e.KeyFingerprint == "" && e.RevokedFor != "" || want != "" && want != e.RevokedFor
+}
+
+// secondMachineFor is how long the sight of a second machine is shown: brokers note it every five minutes while it lasts.
+const secondMachineFor = 15 * time.Minute
+
+func (r *sessionHostReconciler) oneMachineCondition(s *sessionHostScope) metav1.Condition {
+	const condition = rdv.ConditionOneMachine
+	agent, enrolment := s.host.Status.Agent, s.host.Status.Enrolment
+	if agent == nil {
+		return isUnknown(condition, rdv.ReasonNotConnected, "no broker has heard of the agent yet")
+	}
+	if seen := agent.SecondMachineSeen; seen != nil && (enrolment == nil || enrolment.Time.Before(seen)) {
+		if left := secondMachineFor - r.now().Sub(seen.Time); left > 0 {
+			s.wakeAfter(left)
+			return isFalse(condition, rdv.ReasonSecondMachine, fmt.Sprintf("two machines connect as this host by turns: one is a clone, or has its key. On a clone, remove the agent's state folder and enrol it under a name of its own. "+
+				"If you don't know the other machine, set the annotation %s to a new value, and enrol the right one with the new token", rdv.AnnotationRevoke))
+		}
+	}
+	return isTrue(condition, rdv.ReasonReady, "one machine connects as this host")
 }
 
 // podTrouble says which container of a pod waits, and for what; else it says otherwise. The kubelet's own messages are left

@@ -25,6 +25,8 @@ const (
 	ConditionScaled = "Scaled"
 	// ConditionEnrolled says that the SessionHost's agent holds a certificate.
 	ConditionEnrolled = "Enrolled"
+	// ConditionOneMachine says that one machine alone connects with the SessionHost's key.
+	ConditionOneMachine = "OneMachine"
 	// ConditionConnected says that the SessionHost's agent is on the control channel.
 	ConditionConnected = "Connected"
 	// ConditionHealthy says that the RDP server on the SessionHost answers its agent.
@@ -64,6 +66,9 @@ const (
 	ReasonTooFewPlaces      = "TooFewPlaces"
 	ReasonTooManyPlaces     = "TooManyPlaces"
 	ReasonAtMaximum         = "AtMaximum"
+	ReasonRevoked           = "Revoked"
+	ReasonSecondMachine     = "SecondMachine"
+	ReasonTokenUsedUp       = "TokenUsedUp"
 )
 
 // Labels and annotations on what the operator makes.
@@ -83,6 +88,12 @@ const (
 	// AnnotationRotate on a HostPool or a SessionHost, with a new value, has its registration token replaced; the old one
 	// is revoked.
 	AnnotationRotate = "rendezvous.dev/rotate-registration"
+	// AnnotationRevoke on a SessionHost, with a new value, ends its enrolment: the machine's key is refused at once, its
+	// registration token is replaced, and it has to enrol again. A pod is replaced.
+	AnnotationRevoke = "rendezvous.dev/revoke-enrolment"
+	// LabelMadeByToken on a SessionHost says that a machine made it with its pool's registration token: the first 32 hex
+	// digits of the token's SHA-256. Such a token enrols no other SessionHost that exists.
+	LabelMadeByToken = "rendezvous.dev/made-by-token"
 )
 
 // IssuerReference names a cert-manager issuer.

@@ -255,7 +255,27 @@ type Registration struct {
 	// refused at once. Defaults to Automatic.
 	// +optional
 	Rotation RotationPolicy `json:"rotation,omitempty"`
+	// maxHostsPerToken bounds the SessionHosts that exist because machines enrolled with one and the same token of the
+	// pool, 1 to 10000. Once there are as many, further machines are refused until the token is replaced, some are deleted,
+	// or this is raised. SessionHosts that you declare, or that template makes, don't count. Defaults to 100.
+	// +optional
+	// +kubebuilder:validation:Minimum=1
+	// +kubebuilder:validation:Maximum=10000
+	MaxHostsPerToken *int32 `json:"maxHostsPerToken,omitempty"`
 }
+
+const defaultMaxHostsPerToken = 100
+
+// MaxHosts is maxHostsPerToken, or its default.
+func (r *Registration) MaxHosts() int32 {
+	if r.MaxHostsPerToken != nil {
+		return *r.MaxHostsPerToken
+	}
+	return defaultMaxHostsPerToken
+}
+
+// MadeByToken is the value of LabelMadeByToken for a token with this hash (SHA-256 in hex).
+func MadeByToken(hash string) string { return hash[:min(len(hash), 32)] }
 
 // Health says when a host is no longer counted on.
 type Health struct {
@@ -313,6 +333,10 @@ type HostPoolStatus struct {
 	// registration tells of the current token, not the token.
 	// +optional
 	Registration RegistrationStatus `json:"registration,omitempty,omitzero"`
+	// registeredHosts counts the SessionHosts that machines made with the current token; spec.registration.maxHostsPerToken
+	// bounds it.
+	// +optional
+	RegisteredHosts int32 `json:"registeredHosts"`
 }
 
 // HostPoolScaling tells what autoscaling decided. The condition Scaled says why.
@@ -328,6 +352,16 @@ type HostPoolScaling struct {
 	EnoughHosts int32 `json:"enoughHosts,omitempty"`
 }
 
+// RotateFor is what the annotations of a HostPool or SessionHost ask a registration token to be made for. A token whose
+// RegistrationStatus.RotatedFor says otherwise enrols nobody.
+func RotateFor(annotations map[string]string) string {
+	rotate, revoke := annotations[AnnotationRotate], annotations[AnnotationRevoke]
+	if revoke == "" {
+		return rotate
+	}
+	return rotate + "/" + revoke
+}
+
 // RegistrationStatus tells of the current registration token.
 type RegistrationStatus struct {
 	// secretName of the Secret that holds it, key token.
@@ -340,7 +374,8 @@ type RegistrationStatus struct {
 	// +optional
 	// +kubebuilder:validation:MaxLength=64
 	TokenHash string `json:"tokenHash,omitempty"`
-	// rotatedFor is the value of the annotation rendezvous.dev/rotate-registration that it was made for.
+	// rotatedFor is the value of the annotation rendezvous.dev/rotate-registration that it was made for. On a SessionHost
+	// with the annotation rendezvous.dev/revoke-enrolment, "/" and that one's value follow.
 	// +optional
 	RotatedFor string `json:"rotatedFor,omitempty"`
 }

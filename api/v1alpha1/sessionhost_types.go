@@ -1,6 +1,11 @@
 package v1alpha1
 
-import metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+import (
+	"crypto/sha256"
+	"encoding/hex"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
 
 // SessionHostSpec is one machine that desktops run on.
 // +kubebuilder:validation:XValidation:rule="self.hostPoolRef.name == oldSelf.hostPoolRef.name",message="hostPoolRef can't be changed, because the host's certificate names its pool; enrol the host in the other pool"
@@ -45,7 +50,7 @@ type Drain struct {
 
 // SessionHostStatus is how the host stands. It is coarse on purpose: nothing is written per heartbeat.
 type SessionHostStatus struct {
-	// conditions: Ready, ReferencesResolved, Enrolled, Connected, Healthy, Draining, Reconciling, Stalled.
+	// conditions: Ready, ReferencesResolved, Enrolled, OneMachine, Connected, Healthy, Draining, Reconciling, Stalled.
 	// +optional
 	// +listType=map
 	// +listMapKey=type
@@ -64,7 +69,8 @@ type SessionHostStatus struct {
 	Agent *AgentStatus `json:"agent,omitempty"`
 }
 
-// Enrolment tells how a host became a member.
+// Enrolment tells how a host became a member, and which key it is. The host is the machine that holds that key: a
+// certificate over another one, or of a SessionHost of this name from before, is refused.
 type Enrolment struct {
 	// time of the enrolment.
 	// +required
@@ -77,6 +83,43 @@ type Enrolment struct {
 	// +optional
 	// +kubebuilder:validation:MaxLength=64
 	CertificateSerial string `json:"certificateSerial,omitempty"`
+	// hostUID is the metadata.uid of the SessionHost that was enrolled. One that is restored or copied under another UID
+	// is not.
+	// +optional
+	// +kubebuilder:validation:MaxLength=64
+	HostUID string `json:"hostUID,omitempty"`
+	// keyFingerprint is the SHA-256, in hex, of the enrolled key (its SubjectPublicKeyInfo). It is unset where the
+	// enrolment was revoked, and where a release before this field made it: then the first machine that connects with a
+	// certificate issued since becomes the host.
+	// +optional
+	// +kubebuilder:validation:MaxLength=64
+	KeyFingerprint string `json:"keyFingerprint,omitempty"`
+	// nextKeyFingerprint is that of a renewal whose key the agent has yet to connect with. Until then both count; from
+	// then on it is keyFingerprint, and the old key is refused.
+	// +optional
+	// +kubebuilder:validation:MaxLength=64
+	NextKeyFingerprint string `json:"nextKeyFingerprint,omitempty"`
+	// renewed is when certificates were last issued to the agent, other than by the enrolment.
+	// +optional
+	Renewed *metav1.Time `json:"renewed,omitempty"`
+	// revokedFor is the value of the annotation rendezvous.dev/revoke-enrolment that was last carried out.
+	// +optional
+	// +kubebuilder:validation:MaxLength=256
+	RevokedFor string `json:"revokedFor,omitempty"`
+}
+
+// maxRevokedFor bounds Enrolment.RevokedFor, in bytes.
+const maxRevokedFor = 256
+
+// RevokeFor is what is kept of the value of the annotation rendezvous.dev/revoke-enrolment: the value, or its SHA-256 in
+// hex where it is longer than 256 bytes. Empty asks for nothing.
+func RevokeFor(annotations map[string]string) string {
+	value := annotations[AnnotationRevoke]
+	if len(value) <= maxRevokedFor {
+		return value
+	}
+	sum := sha256.Sum256([]byte(value))
+	return hex.EncodeToString(sum[:])
 }
 
 // AgentStatus is what a host's agent reported, to the precision that is worth a write.
@@ -118,6 +161,10 @@ type AgentStatus struct {
 	// certificateExpires is when that certificate does.
 	// +optional
 	CertificateExpires *metav1.Time `json:"certificateExpires,omitempty"`
+	// secondMachineSeen is when two machines were last seen to connect as this host by turns: a clone, or a stolen key.
+	// The condition OneMachine says what to do. Written at most once in five minutes.
+	// +optional
+	SecondMachineSeen *metav1.Time `json:"secondMachineSeen,omitempty"`
 }
 
 // SessionHost is one machine, or pod, that desktops run on.

@@ -213,6 +213,10 @@ func TestValidation(t *testing.T) {
 			h.Spec.Replicas = new(int32(0))
 			h.Spec.Template = &runtime.RawExtension{Raw: []byte(`{"spec":{"containers":[{"name":"desktop"}]}}`)}
 		}), ""},
+		{"pool: a token for no host", hp(func(h *rdv.HostPool) { h.Spec.Registration.MaxHostsPerToken = new(int32(0)) }), "should be greater than or equal to 1"},
+		{"pool: a token for one host", hp(func(h *rdv.HostPool) { h.Spec.Registration.MaxHostsPerToken = new(int32(1)) }), ""},
+		{"pool: a token for 10000 hosts", hp(func(h *rdv.HostPool) { h.Spec.Registration.MaxHostsPerToken = new(int32(10000)) }), ""},
+		{"pool: a token for too many hosts", hp(func(h *rdv.HostPool) { h.Spec.Registration.MaxHostsPerToken = new(int32(10001)) }), "should be less than or equal to 10000"},
 		{"pool: token life too short", hp(func(h *rdv.HostPool) { h.Spec.Registration.TokenLifetimeSeconds = new(int32(60)) }), "should be greater than or equal to 3600"},
 		{"pool: properties", properties("audiocapturemode:i:1", "use multimon:i:0", "Camera:s:*"), ""},
 		{"pool: property without a type", properties("audiocapturemode=1"), badProperty},

@@ -4,6 +4,7 @@ import (
 	"crypto/subtle"
 	"fmt"
 	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -20,18 +21,24 @@ type authenticator struct {
 	ownToken, watchToken string
 	system               *server.Account
 
+	// displace closes connections that newer ones of their identity have replaced. It does not block.
+	displace func(identity.ID, []uint64)
+
 	mu    sync.Mutex
-	conns map[uint64]client // by the server's connection id
+	conns map[uint64]client        // by the server's connection id
+	byID  map[identity.ID][]uint64 // the same, the oldest first
 }
 
 // client is one agent or gateway on this replica.
 type client struct {
 	id     identity.ID
+	key    string    // its certificate's, as identity.KeyFingerprint
 	issued time.Time // its certificate
+	since  time.Time
 }
 
 func newAuthenticator(o Options) *authenticator {
-	return &authenticator{o: o, ownToken: randomToken(), watchToken: randomToken(), conns: map[uint64]client{}}
+	return &authenticator{o: o, ownToken: randomToken(), watchToken: randomToken(), conns: map[uint64]client{}, byID: map[identity.ID][]uint64{}}
 }
 
 // admit is asked in the TLS handshake, once the certificate's chain is verified. Brokers have routes, and no business
@@ -60,8 +67,9 @@ func (a *authenticator) Check(c server.ClientAuthentication) bool {
 	if err == nil {
 		err = a.admit(id)
 	}
+	key := identity.KeyFingerprint(leaf.RawSubjectPublicKeyInfo)
 	if err == nil {
-		err = a.o.Admit(id, leaf.NotBefore)
+		err = a.o.Admit(id, key, leaf.NotBefore)
 	}
 	var p wirebus.Permissions
 	if err == nil {
@@ -80,7 +88,16 @@ func (a *authenticator) Check(c server.ClientAuthentication) bool {
 		// A connection lives no longer than the certificate that opened it; its owner comes back with a renewed one.
 		ConnectionDeadline: leaf.NotAfter,
 	})
-	a.came(c.GetID(), client{id, leaf.NotBefore})
+	if !a.came(c.GetID(), client{id, key, leaf.NotBefore, time.Now()}) {
+		a.o.Log.Warn("connection refused", "remote", c.RemoteAddress(), "error", fmt.Errorf("%s has %d connections already", id, maxPerGateway))
+		return false
+	}
+	// Who was put out since Admit was asked above may have been missed by a Recheck meanwhile.
+	if err := a.o.Admit(id, key, leaf.NotBefore); err != nil {
+		a.o.Log.Warn("connection refused", "remote", c.RemoteAddress(), "error", err)
+		a.gone(c.GetID())
+		return false
+	}
 	return true
 }
 
@@ -99,22 +116,68 @@ func (a *authenticator) checkInProcess(c server.ClientAuthentication) bool {
 
 func same(a, b string) bool { return subtle.ConstantTimeCompare([]byte(a), []byte(b)) == 1 }
 
-func (a *authenticator) came(conn uint64, c client) {
+// came notes a connection, unless its identity has too many. An agent has one connection, and for a moment two while it
+// changes from one to the next: the newer wins. Of a gateway's identity each pod has one.
+func (a *authenticator) came(conn uint64, c client) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if _, known := a.conns[conn]; !known {
-		a.conns[conn] = c
-		a.o.Presence(c.id, conn, true)
+	if _, known := a.conns[conn]; known {
+		return true
+	}
+	older := a.byID[c.id]
+	if c.id.Role == identity.RoleAgent {
+		if n := len(older) + 1 - maxPerAgent; n > 0 {
+			a.displace(c.id, slices.Clone(older[:n]))
+		}
+		if len(older) > 0 {
+			time.AfterFunc(displaceAfter, func() { a.displaceBefore(c.id, conn) })
+		}
+	} else if len(older) >= maxPerGateway {
+		return false
+	}
+	a.conns[conn] = c
+	a.byID[c.id] = append(older, conn)
+	a.o.Presence(c.id, conn, true)
+	return true
+}
+
+// displaceBefore closes the connections of an identity that came before conn, if conn is still there.
+func (a *authenticator) displaceBefore(id identity.ID, conn uint64) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if i := slices.Index(a.byID[id], conn); i > 0 {
+		a.displace(id, slices.Clone(a.byID[id][:i]))
+	}
+}
+
+// displaceOlder closes the connections of an identity that came before at.
+func (a *authenticator) displaceOlder(id identity.ID, at time.Time) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var older []uint64
+	for _, conn := range a.byID[id] {
+		if a.conns[conn].since.Before(at) {
+			older = append(older, conn)
+		}
+	}
+	if len(older) > 0 {
+		a.displace(id, older)
 	}
 }
 
 func (a *authenticator) gone(conn uint64) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if c, known := a.conns[conn]; known {
-		delete(a.conns, conn)
-		a.o.Presence(c.id, conn, false)
+	c, known := a.conns[conn]
+	if !known {
+		return
 	}
+	delete(a.conns, conn)
+	rest := slices.DeleteFunc(slices.Clone(a.byID[c.id]), func(other uint64) bool { return other == conn })
+	if a.byID[c.id] = rest; len(rest) == 0 {
+		delete(a.byID, c.id)
+	}
+	a.o.Presence(c.id, conn, false)
 }
 
 func (a *authenticator) present() map[uint64]client {

@@ -44,6 +44,14 @@ const (
 	startTimeout  = 10 * time.Second
 	// reportEvery is after how many attempts at an unreachable peer, about a second apart, it is logged again.
 	reportEvery = 60
+	// displaceAfter is how long an agent's connection lasts beside a newer one of its identity, by when that one has
+	// subscribed, so that no request is lost in between.
+	displaceAfter = 3 * time.Second
+	// toldBefore is how long before its end it is told of it.
+	toldBefore = 250 * time.Millisecond
+	// maxPerAgent bounds the connections of one agent's identity at once, of which the older go; maxPerGateway those of a
+	// gateway's, one per pod, of which the newer are refused.
+	maxPerAgent, maxPerGateway = 4, 512
 	// replyTTL is how long a receiver may take to answer a request.
 	replyTTL = 2 * time.Minute
 )
@@ -66,8 +74,9 @@ type Options struct {
 	// Presence is told when an agent or gateway connects to or leaves this replica. conn is unique in its life. It is
 	// called in order and must not block.
 	Presence func(id identity.ID, conn uint64, connected bool)
-	// Admit has a further say on who may connect, with a certificate issued when. See Recheck. Nil admits all.
-	Admit func(id identity.ID, issued time.Time) error
+	// Admit has a further say on who may connect, by a certificate over the key with this fingerprint
+	// (identity.KeyFingerprint), issued when. See Recheck. It must not block. Nil admits all.
+	Admit func(id identity.ID, key string, issued time.Time) error
 	Log   *slog.Logger
 }
 
@@ -76,6 +85,8 @@ type Server struct {
 	o    Options
 	auth *authenticator
 	nats *server.Server
+	tell *nats.Conn     // to say so to connections that are about to be closed
+	told chan displaced // those
 	stop context.CancelFunc
 	wg   sync.WaitGroup
 
@@ -94,7 +105,7 @@ func Start(ctx context.Context, o Options) (*Server, error) {
 		o.Presence = func(identity.ID, uint64, bool) {}
 	}
 	if o.Admit == nil {
-		o.Admit = func(identity.ID, time.Time) error { return nil }
+		o.Admit = func(identity.ID, string, time.Time) error { return nil }
 	}
 	if o.Host == "" {
 		o.Host = "0.0.0.0"
@@ -102,7 +113,13 @@ func Start(ctx context.Context, o Options) (*Server, error) {
 	if o.PeersEvery == 0 {
 		o.PeersEvery = 5 * time.Second
 	}
-	s := &Server{o: o, auth: newAuthenticator(o)}
+	s := &Server{o: o, auth: newAuthenticator(o), told: make(chan displaced, 1024)}
+	s.auth.displace = func(id identity.ID, conns []uint64) {
+		select {
+		case s.told <- displaced{id, conns}:
+		default: // each further connection of theirs asks again
+		}
+	}
 	s.opts = s.options()
 	var err error
 	if s.nats, err = server.NewServer(s.opts); err != nil {
@@ -120,6 +137,11 @@ func Start(ctx context.Context, o Options) (*Server, error) {
 		s.Close()
 		return nil, err
 	}
+	if s.tell, err = s.Connect(); err != nil {
+		s.Close()
+		return nil, err
+	}
+	s.wg.Go(func() { s.closeDisplaced(ctx) })
 	if o.Peers != nil {
 		s.wg.Go(func() { s.followPeers(ctx) })
 	}
@@ -297,13 +319,47 @@ func (s *Server) Present() map[uint64]identity.ID {
 	return ids
 }
 
+// displaced are connections of an identity that newer ones have replaced.
+type displaced struct {
+	id    identity.ID
+	conns []uint64
+}
+
+// closeDisplaced tells such connections, and closes them.
+func (s *Server) closeDisplaced(ctx context.Context) {
+	for {
+		var d displaced
+		select {
+		case <-ctx.Done():
+			return
+		case d = <-s.told:
+		}
+		for _, conn := range d.conns {
+			data, err := json.Marshal(wirebus.HostDisplaced{Broker: s.o.Name, Conn: conn})
+			if err == nil {
+				err = s.tell.Publish(wirebus.HostDisplacedSubject(d.id.Pool, d.id.Host), data)
+			}
+			if err == nil {
+				err = s.tell.FlushTimeout(time.Second)
+			}
+			s.o.Log.Info("connection ended: a newer one of the same identity came", "identity", d.id.String(), "conn", conn, "told", err == nil)
+			// It reads no more once it is closed. An error says that it has ended meanwhile.
+			time.AfterFunc(toldBefore, func() { _ = s.nats.DisconnectClientByID(conn) })
+		}
+	}
+}
+
+// DisplaceOlder closes the connections of an agent's identity to this replica that came before at: another replica has a
+// newer one.
+func (s *Server) DisplaceOlder(id identity.ID, at time.Time) { s.auth.displaceOlder(id, at) }
+
 // Recheck asks Admit about everybody again, and ends the connections of those whom it does not admit any more.
 func (s *Server) Recheck() {
 	for conn, c := range s.auth.present() {
-		if err := s.o.Admit(c.id, c.issued); err != nil {
+		if err := s.o.Admit(c.id, c.key, c.issued); err != nil {
 			s.o.Log.Info("connection ended", "identity", c.id.String(), "error", err)
-			// An error says that the connection has ended meanwhile.
-			_ = s.nats.DisconnectClientByID(conn)
+			// It reads no more once it is closed. An error says that it has ended meanwhile.
+			time.AfterFunc(toldBefore, func() { _ = s.nats.DisconnectClientByID(conn) })
 		}
 	}
 }

@@ -419,8 +419,8 @@ func TestPresence(t *testing.T) {
 func TestAdmit(t *testing.T) {
 	ca := testca.New(t, "ca")
 	var revoked atomic.Bool
-	s := start(t, ca, Options{Admit: func(id identity.ID, issued time.Time) error {
-		if id.Host == "b" || id.Host == "a" && revoked.Load() || issued.IsZero() {
+	s := start(t, ca, Options{Admit: func(id identity.ID, key string, issued time.Time) error {
+		if id.Host == "b" || id.Host == "a" && revoked.Load() || len(key) != 64 || issued.IsZero() {
 			return errors.New("not a member")
 		}
 		return nil

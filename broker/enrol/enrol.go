@@ -18,6 +18,7 @@ import (
 	"fmt"
 	"log/slog"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -41,9 +42,17 @@ const (
 	secretLength     = 32
 	// Refused tokens that are told why; more are told to come back.
 	unknownPerSecond, unknownBurst = 50, 200
-	// maxWorking bounds enrolments and renewals that wait for an issuer.
-	maxWorking = 64
-	markTries  = 5
+	// maxEnrolling and maxRenewing bound those that wait for an issuer, apart from each other: however many members renew,
+	// machines enrol. Of one host there is one at a time.
+	maxEnrolling, maxRenewing = 32, 64
+	markTries                 = 5
+	// A pool's token makes so many hosts at once, and so many a second later, at each broker.
+	makesPerSecond, makesBurst = 2, 20
+	// renewEvery is the shortest time between two renewals of a host; renewAfter that from its enrolment to the first, in
+	// which every broker hears of it, so that a key that it put out asks for nothing more.
+	renewEvery, renewAfter = time.Minute, 10 * time.Second
+	// maxRenewal bounds a renewal's message, in bytes.
+	maxRenewal = 4 * maxCSR
 	// issueTime is the longest from an identity's NotBefore until its enrolment is recorded. Some issuers date
 	// certificates back by an hour, for clients whose clocks are behind.
 	issueTime = 65 * time.Minute
@@ -52,6 +61,8 @@ const (
 	// renewTimeout bounds one renewal.
 	renewTimeout = time.Minute
 )
+
+var errTooLong = errors.New("it is too long")
 
 // Options of a Service. All but Now, Log and Metrics are required.
 type Options struct {
@@ -70,9 +81,16 @@ type Options struct {
 
 // Service enrols and renews. Safe for concurrent use.
 type Service struct {
-	o       Options
-	unknown *rate.Limiter
-	working chan struct{}
+	o         Options
+	unknown   *rate.Limiter
+	enrolling chan struct{}
+	renewing  chan struct{}
+	due       chan struct{} // one waiting signal: changes has something
+
+	mu      sync.Mutex
+	busy    map[string]bool          // hosts that an issuer works for
+	makers  map[string]*rate.Limiter // by pool
+	changes map[string]change        // by host
 }
 
 // New makes a Service.
@@ -86,7 +104,11 @@ func New(o Options) *Service {
 	if o.Metrics == nil {
 		o.Metrics = metrics.New(nil)
 	}
-	return &Service{o: o, unknown: rate.NewLimiter(unknownPerSecond, unknownBurst), working: make(chan struct{}, maxWorking)}
+	return &Service{
+		o: o, unknown: rate.NewLimiter(unknownPerSecond, unknownBurst),
+		enrolling: make(chan struct{}, maxEnrolling), renewing: make(chan struct{}, maxRenewing), due: make(chan struct{}, 1),
+		busy: map[string]bool{}, makers: map[string]*rate.Limiter{}, changes: map[string]change{},
+	}
 }
 
 // grant is what a token is good for.
@@ -133,7 +155,7 @@ func (s *Service) lookUp(token string) (grant, error) {
 			return grant{}, unknown
 		}
 		g.host, reg, what = h.Name, h.Registration, "SessionHost "+h.Name
-		if same(g.hash, h.EnrolledWith) {
+		if same(g.hash, h.Enrolment.TokenHash) {
 			return grant{}, spent(h.Name)
 		}
 	}
@@ -189,25 +211,30 @@ func (s *Service) Enroll(ctx context.Context, r brokerapi.EnrollRequest) (res br
 		return res, refusal.New(refusal.BadRequest, "The registration token is SessionHost %s's own, and %q wants to enrol with it: give the machine that name, or a token of its own.", g.host, r.Host)
 	}
 	id := identity.Agent(s.o.Namespace, s.o.Workspace, g.pool.Name, r.Host)
-	requests, err := s.requests(g.pool, id, r.ClientCSR, r.RDPCSR)
+	requests, key, err := s.requests(g.pool, id, r.ClientCSR, r.RDPCSR)
 	if err != nil {
 		return res, err
 	}
 	if requests[0] == nil {
 		return res, refusal.New(refusal.BadRequest, "clientCSR is missing.")
 	}
-	if err := s.admit(ctx, g, r.Host); err != nil {
+	end, err := s.begin(r.Host)
+	if err != nil {
 		return res, err
 	}
-	certs, err := s.sign(ctx, requests)
+	defer end()
+	if err := s.admit(ctx, g, r.Host, key); err != nil {
+		return res, err
+	}
+	certs, err := s.sign(ctx, s.enrolling, requests)
 	if err != nil {
 		return res, err
 	}
 	// Only now, and only for one of those who try at once, does the token count as used; the certificates go to that one.
-	if err := s.mark(ctx, g, r.Host, serial(certs.ClientCertificate)); err != nil {
+	if err := s.mark(ctx, g, r.Host, serial(certs.ClientCertificate), key); err != nil {
 		return res, err
 	}
-	s.awaitSeen(ctx, r.Host, g.hash)
+	s.awaitSeen(ctx, r.Host, key)
 	s.o.Log.Info("host enrolled", "pool", g.pool.Name, "host", r.Host, "token", kind)
 	return brokerapi.EnrollResponse{
 		Namespace: s.o.Namespace, Workspace: s.o.Workspace, Pool: g.pool.Name, Host: r.Host,
@@ -215,33 +242,103 @@ func (s *Service) Enroll(ctx context.Context, r brokerapi.EnrollRequest) (res br
 	}, nil
 }
 
-// admit makes the SessionHost of a machine that comes with its pool's token. The name must be free, or its holder never
-// have been heard of: a token that many machines hold must not let one take another's place.
-func (s *Service) admit(ctx context.Context, g grant, host string) error {
+// begin takes the one place that a host has with the issuers, and gives what ends it.
+func (s *Service) begin(host string) (end func(), err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.busy[host] {
+		return nil, refusal.New(refusal.IssuerAway, "Certificates for SessionHost %s are being issued already: try again in a few seconds.", host)
+	}
+	s.busy[host] = true
+	return func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		delete(s.busy, host)
+	}, nil
+}
+
+// admit sees to the SessionHost of a machine that comes with its pool's token, and with this key. A token that many
+// machines hold must not let one take a place that somebody meant for another: it makes SessionHosts, and enrols those
+// that it made and nobody has enrolled as since.
+func (s *Service) admit(ctx context.Context, g grant, host, key string) error {
 	if g.host != "" {
 		return nil
 	}
-	err := s.o.Writer.CreateHost(ctx, g.pool, host)
-	if err == nil {
-		return nil
-	}
-	if !errors.Is(err, model.ErrExists) {
-		return s.apiAway(err)
+	if s.o.Source.Snapshot().Hosts[host] == nil {
+		if err := s.mayMake(ctx, g); err != nil {
+			return err
+		}
+		err := s.o.Writer.CreateHost(ctx, g.pool, host, g.hash)
+		if err == nil {
+			return nil
+		}
+		if !errors.Is(err, model.ErrExists) {
+			return s.apiAway(err)
+		}
 	}
 	h, _, err := s.o.Writer.GetHost(ctx, host)
+	if err != nil {
+		return s.apiAway(err)
+	}
+	return mayTake(g, h, key)
+}
+
+// mayTake says whether the pool's token enrols a SessionHost that exists.
+func mayTake(g grant, h *model.Host, key string) error {
+	switch {
+	case h.Pool != g.pool.Name:
+		return refusal.New(refusal.BadRequest, "SessionHost %s exists in another pool: give the machine another name.", h.Name)
+	case !h.MadeByToken || h.Pod || h.AssignedUser != "":
+		return refusal.New(refusal.BadRequest, "SessionHost %s was declared, so it enrols with its own token alone: use the one in Secret %s-registration, or give the machine another name.", h.Name, h.Name)
+	case h.Agent == nil && h.Enrolment.TokenHash == "":
+		return nil
+	case h.Agent == nil && same(g.hash, h.Enrolment.TokenHash) && same(key, h.Enrolment.Key) && !h.Revoked():
+		return nil // the answer was lost, and the same machine asks again
+	}
+	return refusal.New(refusal.BadRequest, "SessionHost %s is another machine's, or this one's from before: give the machine another name, delete the SessionHost, or have it made a token of its own with the annotation rendezvous.dev/revoke-enrolment.", h.Name)
+}
+
+// mayMake says whether the pool's token makes a further host.
+func (s *Service) mayMake(ctx context.Context, g grant) error {
+	s.mu.Lock()
+	limiter := s.makers[g.pool.Name]
+	if limiter == nil {
+		limiter = rate.NewLimiter(makesPerSecond, makesBurst)
+		s.makers[g.pool.Name] = limiter
+	}
+	s.mu.Unlock()
+	if !limiter.AllowN(s.o.Now(), 1) {
+		return refusal.New(refusal.IssuerAway, "Too many machines enrol in HostPool %s at once: try again in a few seconds.", g.pool.Name)
+	}
+	made, err := s.o.Writer.CountHosts(ctx, g.hash, g.pool.MaxHosts)
 	switch {
 	case err != nil:
 		return s.apiAway(err)
-	case h.Pool != g.pool.Name:
-		return refusal.New(refusal.BadRequest, "SessionHost %s exists in another pool: give the machine another name.", host)
-	case h.Agent != nil:
-		return refusal.New(refusal.BadRequest, "SessionHost %s is another machine's, or this one's from before: give the machine another name, or delete the SessionHost to enrol it again.", host)
+	case made >= g.pool.MaxHosts:
+		return refusal.New(refusal.RegistrationSpent, "The registration token of HostPool %s has made %d hosts, as many as spec.registration.maxHostsPerToken allows: raise that, have another token made with the annotation rendezvous.dev/rotate-registration, or delete hosts that aren't needed.", g.pool.Name, made)
 	}
 	return nil
 }
 
-// mark records the enrolment. A host's own token is spent by it.
-func (s *Service) mark(ctx context.Context, g grant, host, serial string) error {
+// mark records the enrolment, and with it the key: from then on every other key is refused. A host's own token is spent
+// by it.
+func (s *Service) mark(ctx context.Context, g grant, host, serial, key string) error {
+	return s.record(ctx, host, func(h *model.Host) (model.Enrolment, error) {
+		e := model.Enrolment{TokenHash: g.hash, Serial: serial, At: s.o.Now(), HostUID: h.UID, Key: key, RevokedFor: h.Revoke}
+		switch {
+		case g.host == "":
+			return e, mayTake(g, h, key)
+		case same(g.hash, h.Enrolment.TokenHash):
+			return e, spent(host)
+		case !same(g.hash, h.Registration.TokenHash):
+			return e, refusal.New(refusal.RegistrationInvalid, "The registration token of SessionHost %s was replaced meanwhile: read its Secret again.", host)
+		}
+		return e, nil
+	})
+}
+
+// record changes a host's enrolment, as decide says for the host as it is: again, where somebody else changes it meanwhile.
+func (s *Service) record(ctx context.Context, host string, decide func(*model.Host) (model.Enrolment, error)) error {
 	var err error
 	for range markTries {
 		var h *model.Host
@@ -249,15 +346,11 @@ func (s *Service) mark(ctx context.Context, g grant, host, serial string) error 
 		if h, version, err = s.o.Writer.GetHost(ctx, host); err != nil {
 			return s.apiAway(err)
 		}
-		if g.host != "" {
-			switch {
-			case same(g.hash, h.EnrolledWith):
-				return spent(host)
-			case !same(g.hash, h.Registration.TokenHash):
-				return refusal.New(refusal.RegistrationInvalid, "The registration token of SessionHost %s was replaced meanwhile: read its Secret again.", host)
-			}
+		next, refused := decide(h)
+		if refused != nil {
+			return refused
 		}
-		if err = s.o.Writer.MarkEnrolled(ctx, host, version, model.Enrolment{TokenHash: g.hash, Serial: serial, At: s.o.Now()}); err == nil {
+		if err = s.o.Writer.MarkEnrolled(ctx, host, version, next); err == nil {
 			return nil
 		}
 		if !errors.Is(err, model.ErrConflict) {
@@ -281,11 +374,11 @@ func serial(chain string) string {
 }
 
 // awaitSeen waits until the snapshot shows the enrolment, or has had time enough: the agent comes again if it must.
-func (s *Service) awaitSeen(ctx context.Context, host, hash string) {
+func (s *Service) awaitSeen(ctx context.Context, host, key string) {
 	ctx, cancel := context.WithTimeout(ctx, seenWithin)
 	defer cancel()
 	for {
-		if h := s.o.Source.Snapshot().Hosts[host]; h != nil && h.EnrolledWith == hash {
+		if h := s.o.Source.Snapshot().Hosts[host]; h != nil && (h.Enrolment.Key == key || h.Enrolment.NextKey == key) {
 			return
 		}
 		select {
@@ -296,50 +389,34 @@ func (s *Service) awaitSeen(ctx context.Context, host, hash string) {
 	}
 }
 
-// Member says whether the holder of an agent's identity, issued when, is (still) that host: the SessionHost is there,
-// and no other machine has enrolled as it since. While nothing is known of the declared world, the certificate counts.
-func (s *Service) Member(id identity.ID, issued time.Time) error {
-	snap := s.o.Source.Snapshot()
-	if snap.Workspace == nil || id.Role != identity.RoleAgent {
-		return nil
-	}
-	switch h := snap.Hosts[id.Host]; {
-	case h == nil || h.Pool != id.Pool:
-		return fmt.Errorf("SessionHost %s of pool %s does not exist (any more)", id.Host, id.Pool)
-	case issued.Add(issueTime).Before(h.EnrolledAt):
-		return fmt.Errorf("SessionHost %s was enrolled again at %s, and this certificate is older", id.Host, h.EnrolledAt.UTC().Format(time.RFC3339))
-	}
-	return nil
-}
-
-// requests checks what is to be signed: the identity first, then the RDP certificate. What was not asked for is nil.
-func (s *Service) requests(pool *model.Pool, id identity.ID, clientCSR, rdpCSR string) ([2]*model.CertificateRequest, error) {
-	var rs [2]*model.CertificateRequest
+// requests checks what is to be signed: the identity first, with its key's fingerprint, then the RDP certificate. What was
+// not asked for is nil.
+func (s *Service) requests(pool *model.Pool, id identity.ID, clientCSR, rdpCSR string) (rs [2]*model.CertificateRequest, key string, err error) {
 	if clientCSR != "" {
-		csr, err := checkClientCSR(clientCSR, id)
-		if err != nil {
-			return rs, refusal.New(refusal.BadRequest, "clientCSR of host %s was refused: %v.", id.Host, err)
+		var csr []byte
+		if csr, key, err = checkClientCSR(clientCSR, id); err != nil {
+			return rs, "", refusal.New(refusal.BadRequest, "clientCSR of host %s was refused: %v.", id.Host, err)
 		}
 		rs[0] = &model.CertificateRequest{Host: id.Host, CSR: csr, Issuer: s.o.InternalIssuer, Duration: identityDuration, Client: true}
 	}
 	if rdpCSR != "" {
 		if pool.RDPIssuer == nil {
-			return rs, refusal.New(refusal.BadRequest, "HostPool %s issues no RDP certificates (spec.rdpCertificate is unset), so rdpCSR must be empty.", pool.Name)
+			return rs, "", refusal.New(refusal.BadRequest, "HostPool %s issues no RDP certificates (spec.rdpCertificate is unset), so rdpCSR must be empty.", pool.Name)
 		}
 		csr, err := checkRDPCSR(rdpCSR, id)
 		if err != nil {
-			return rs, refusal.New(refusal.BadRequest, "rdpCSR of host %s was refused: %v.", id.Host, err)
+			return rs, "", refusal.New(refusal.BadRequest, "rdpCSR of host %s was refused: %v.", id.Host, err)
 		}
 		rs[1] = &model.CertificateRequest{Host: id.Host, CSR: csr, Issuer: *pool.RDPIssuer, Duration: pool.RDPDuration, Server: true}
 	}
-	return rs, nil
+	return rs, key, nil
 }
 
-// sign has the issuers sign, both at a time.
-func (s *Service) sign(ctx context.Context, rs [2]*model.CertificateRequest) (brokerapi.Certificates, error) {
+// sign has the issuers sign, both at a time, where working has a place.
+func (s *Service) sign(ctx context.Context, working chan struct{}, rs [2]*model.CertificateRequest) (brokerapi.Certificates, error) {
 	select {
-	case s.working <- struct{}{}:
-		defer func() { <-s.working }()
+	case working <- struct{}{}:
+		defer func() { <-working }()
 	default:
 		return brokerapi.Certificates{}, refusal.New(refusal.IssuerAway, "Too many machines wait for certificates: try again in a few seconds.")
 	}
@@ -393,7 +470,10 @@ func (s *Service) answerRenewal(ctx context.Context, m *nats.Msg) {
 	}
 	var req brokerapi.RenewRequest
 	var res brokerapi.RenewResponse
-	err := json.Unmarshal(m.Data, &req)
+	err := errTooLong
+	if len(m.Data) <= maxRenewal {
+		err = json.Unmarshal(m.Data, &req)
+	}
 	if err != nil {
 		err = refusal.New(refusal.BadRequest, "The renewal request can't be read.")
 	} else {
@@ -410,22 +490,91 @@ func (s *Service) answerRenewal(ctx context.Context, m *nats.Msg) {
 	}
 }
 
-// Renew signs a member's next certificates.
+// Renew signs a member's next certificates. Its new key counts beside the one in force until the agent comes with it.
 func (s *Service) Renew(ctx context.Context, id identity.ID, r brokerapi.RenewRequest) (certs brokerapi.Certificates, err error) {
 	defer func() { s.count("renewal", err) }()
 	snap := s.o.Source.Snapshot()
 	pool, host := snap.Pools[id.Pool], snap.Hosts[id.Host]
-	if pool == nil || host == nil || host.Pool != id.Pool {
-		return certs, refusal.New(refusal.RegistrationInvalid, "SessionHost %s of pool %s does not exist any more: enrol the machine again.", id.Host, id.Pool)
+	if pool == nil || host == nil {
+		return certs, gone(id)
 	}
 	if r.ClientCSR == "" && r.RDPCSR == "" {
 		return certs, refusal.New(refusal.BadRequest, "The renewal asks for no certificate.")
 	}
-	requests, err := s.requests(pool, id, r.ClientCSR, r.RDPCSR)
+	requests, key, err := s.requests(pool, id, r.ClientCSR, r.RDPCSR)
 	if err != nil {
 		return certs, err
 	}
-	return s.sign(ctx, requests)
+	end, err := s.begin(id.Host)
+	if err != nil {
+		return certs, err
+	}
+	defer end()
+	if err := s.mayRenew(id, host); err != nil { // as far as is known here; below it is asked of the API server
+		return certs, err
+	}
+	if host, _, err = s.o.Writer.GetHost(ctx, id.Host); errors.Is(err, model.ErrNotFound) {
+		return certs, gone(id)
+	} else if err != nil {
+		return certs, s.apiAway(err)
+	}
+	if err := s.mayRenew(id, host); err != nil {
+		return certs, err
+	}
+	enrolled := host.Enrolment
+	if certs, err = s.sign(ctx, s.renewing, requests); err != nil {
+		return certs, err
+	}
+	err = s.record(ctx, id.Host, func(h *model.Host) (model.Enrolment, error) {
+		e := h.Enrolment
+		if e.Key != enrolled.Key || !e.At.Equal(enrolled.At) {
+			return e, refusal.New(refusal.RegistrationInvalid, "SessionHost %s was enrolled again, or renewed, meanwhile.", id.Host)
+		}
+		if err := s.mayRenew(id, h); err != nil {
+			return e, err
+		}
+		e.Renewed = s.o.Now()
+		if key != "" {
+			e.NextKey = key
+		}
+		if e.NextKey == e.Key {
+			e.NextKey = ""
+		}
+		return e, nil
+	})
+	if err != nil {
+		return brokerapi.Certificates{}, err
+	}
+	if key != "" {
+		s.awaitSeen(ctx, id.Host, key)
+	}
+	return certs, nil
+}
+
+// mayRenew says whether a host is a member that may renew now.
+func (s *Service) mayRenew(id identity.ID, h *model.Host) error {
+	if h.Pool != id.Pool {
+		return gone(id)
+	}
+	if err := member(h); err != nil {
+		return refusal.New(refusal.RegistrationInvalid, "%v: enrol the machine again.", err)
+	}
+	e, now := &h.Enrolment, s.o.Now()
+	next := e.At.Add(renewAfter)
+	if after := e.Renewed.Add(renewEvery); after.After(next) {
+		next = after
+	}
+	switch {
+	case e.Key == "":
+		return refusal.New(refusal.IssuerAway, "The key of SessionHost %s is yet to be recorded: try again in a few seconds.", h.Name)
+	case now.Before(next):
+		return refusal.New(refusal.IssuerAway, "SessionHost %s enrolled or renewed a moment ago: try again after %s.", h.Name, next.UTC().Format(time.RFC3339))
+	}
+	return nil
+}
+
+func gone(id identity.ID) error {
+	return refusal.New(refusal.RegistrationInvalid, "SessionHost %s of pool %s does not exist any more: enrol the machine again.", id.Host, id.Pool)
 }
 
 func (s *Service) count(kind string, err error) {

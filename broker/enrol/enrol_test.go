@@ -57,14 +57,14 @@ func setUp(t *testing.T) *fixture {
 	f.world = fake.New(&model.Snapshot{
 		Workspace: &model.Workspace{Name: ws},
 		Pools: map[string]*model.Pool{
-			"machines": {Name: "machines", Registration: model.Registration{TokenHash: f.poolHash, Expires: valid}},
+			"machines": {Name: "machines", Registration: model.Registration{TokenHash: f.poolHash, Expires: valid}, MaxHosts: 100},
 			"linux":    {Name: "linux", RDPIssuer: &config.Issuer{Name: "company", Kind: "ClusterIssuer"}, RDPDuration: time.Hour},
 			"bare":     {Name: "bare"},
 		},
 		Hosts: map[string]*model.Host{
 			"linux-1": {Name: "linux-1", Pool: "linux", Registration: model.Registration{TokenHash: f.hostHash, Expires: valid}},
-			"taken":   {Name: "taken", Pool: "machines", EnrolledWith: "old", Agent: &model.AgentStatus{}},
-			"unheard": {Name: "unheard", Pool: "machines", EnrolledWith: "old"},
+			"taken":   {Name: "taken", Pool: "machines", MadeByToken: true, Enrolment: model.Enrolment{TokenHash: "old"}, Agent: &model.AgentStatus{}},
+			"unheard": {Name: "unheard", Pool: "machines", MadeByToken: true},
 		},
 	})
 	ca := testca.New(t, "ca")
@@ -126,13 +126,12 @@ func TestPoolToken(t *testing.T) {
 	if id, err := identity.FromCertificate(cert); err != nil || id != identity.Agent(ns, ws, "machines", "m1") {
 		t.Errorf("identity %v %v", id, err)
 	}
-	if got, want := f.world.Serial("m1"), cert.SerialNumber.Text(16); got != want {
-		t.Errorf("recorded serial %q, want %q", got, want)
-	}
 	if res.BusCA != "CA" || len(res.BusURLs) != 1 || res.RDPCertificate != "" {
 		t.Errorf("%+v", res)
 	}
-	if h := f.world.Snapshot().Hosts["m1"]; h == nil || h.Pool != "machines" || h.EnrolledWith != f.poolHash {
+	if h := f.world.Snapshot().Hosts["m1"]; h == nil || h.Pool != "machines" || !h.MadeByToken || h.Enrolment != (model.Enrolment{
+		TokenHash: f.poolHash, Serial: cert.SerialNumber.Text(16), At: now, HostUID: h.UID, Key: identity.KeyFingerprint(cert.RawSubjectPublicKeyInfo),
+	}) {
 		t.Errorf("host %+v", h)
 	}
 	for host, want := range map[string]refusal.Code{"m2": "", "unheard": "", "taken": refusal.BadRequest, "linux-1": refusal.BadRequest, "Bad.Name": refusal.BadRequest} {
@@ -169,9 +168,9 @@ func TestRacingHostToken(t *testing.T) {
 	gate := sync.OnceFunc(func() { <-both; <-both })
 	f.world.BeforeMark = func() { both <- struct{}{}; gate() }
 	errs := make(chan error, 2)
-	for range 2 {
+	for _, broker := range []*Service{f.Service, New(f.o)} { // one broker would not ask for both at a time
 		go func() {
-			_, err := f.Enroll(t.Context(), brokerapi.EnrollRequest{Token: f.hostToken, Host: "linux-1", ClientCSR: clientCSR(t, "linux", "linux-1")})
+			_, err := broker.Enroll(t.Context(), brokerapi.EnrollRequest{Token: f.hostToken, Host: "linux-1", ClientCSR: clientCSR(t, "linux", "linux-1")})
 			errs <- err
 		}()
 	}
@@ -315,7 +314,7 @@ func TestIssuerAway(t *testing.T) {
 	req := brokerapi.EnrollRequest{Token: f.hostToken, Host: "linux-1", ClientCSR: clientCSR(t, "linux", "linux-1")}
 	_, err := f.Enroll(t.Context(), req)
 	wantCode(t, err, refusal.IssuerAway)
-	if f.world.Snapshot().Hosts["linux-1"].EnrolledWith != "" {
+	if f.world.Snapshot().Hosts["linux-1"].Enrolment.TokenHash != "" {
 		t.Error("the token is spent though no certificate was made")
 	}
 	f.world.Away = errors.New("connection refused")
@@ -337,53 +336,5 @@ func TestUnknownsAreHeldOff(t *testing.T) {
 	}
 	if _, err := f.Pre(f.poolToken); err != nil {
 		t.Errorf("one with a token was held off too: %v", err)
-	}
-}
-
-func TestRenew(t *testing.T) {
-	f := setUp(t)
-	id := identity.Agent(ns, ws, "linux", "linux-1")
-	certs, err := f.Renew(t.Context(), id, brokerapi.RenewRequest{ClientCSR: clientCSR(t, "linux", "linux-1"), RDPCSR: rdpCSR(t, "linux", "linux-1")})
-	if err != nil || certs.ClientCertificate == "" || certs.RDPCertificate == "" {
-		t.Fatalf("%+v %v", certs, err)
-	}
-	certs, err = f.Renew(t.Context(), id, brokerapi.RenewRequest{RDPCSR: rdpCSR(t, "linux", "linux-1")})
-	if err != nil || certs.ClientCertificate != "" || certs.RDPCertificate == "" {
-		t.Fatalf("the RDP certificate alone: %+v %v", certs, err)
-	}
-	_, err = f.Renew(t.Context(), id, brokerapi.RenewRequest{})
-	wantCode(t, err, refusal.BadRequest)
-	_, err = f.Renew(t.Context(), id, brokerapi.RenewRequest{ClientCSR: clientCSR(t, "linux", "linux-2")})
-	wantCode(t, err, refusal.BadRequest)
-	_, err = f.Renew(t.Context(), identity.Agent(ns, ws, "machines", "linux-1"), brokerapi.RenewRequest{ClientCSR: clientCSR(t, "machines", "linux-1")})
-	wantCode(t, err, refusal.RegistrationInvalid)
-	f.world.Edit(func(s *model.Snapshot) { delete(s.Hosts, "linux-1") })
-	_, err = f.Renew(t.Context(), id, brokerapi.RenewRequest{ClientCSR: clientCSR(t, "linux", "linux-1")})
-	wantCode(t, err, refusal.RegistrationInvalid)
-}
-
-func TestMember(t *testing.T) {
-	f := setUp(t)
-	f.world.EditHost("linux-1", func(h *model.Host) { h.EnrolledAt = now })
-	for _, c := range []struct {
-		name   string
-		id     identity.ID
-		issued time.Time
-		ok     bool
-	}{
-		{"of this enrolment", identity.Agent(ns, ws, "linux", "linux-1"), now.Add(-time.Minute), true},
-		{"renewed", identity.Agent(ns, ws, "linux", "linux-1"), now.Add(time.Hour), true},
-		{"of an enrolment before", identity.Agent(ns, ws, "linux", "linux-1"), now.Add(-2 * time.Hour), false},
-		{"in another pool", identity.Agent(ns, ws, "machines", "linux-1"), now, false},
-		{"without a SessionHost", identity.Agent(ns, ws, "linux", "gone"), now, false},
-		{"a gateway", identity.Gateway(ns, ws, "gw"), now.Add(-time.Hour), true},
-	} {
-		if err := f.Member(c.id, c.issued); (err == nil) != c.ok {
-			t.Errorf("%s: %v", c.name, err)
-		}
-	}
-	f.world.Edit(func(s *model.Snapshot) { *s = model.Snapshot{} })
-	if err := f.Member(identity.Agent(ns, ws, "linux", "gone"), now); err != nil {
-		t.Errorf("while nothing is known: %v", err)
 	}
 }

@@ -119,7 +119,8 @@ func pool(p *v1alpha1.HostPool) *model.Pool {
 		HeartbeatTimeout: seconds(p.Spec.Health.HeartbeatTimeoutSeconds, defaultHeartbeat),
 		ConnectTimeout:   seconds(p.Spec.Health.ConnectTimeoutSeconds, defaultConnect),
 		Properties:       slices.Clone(p.Spec.CustomRDPProperties),
-		Registration:     registration(p.Status.Registration),
+		Registration:     registration(p.Status.Registration, p.Annotations),
+		MaxHosts:         int(p.Spec.Registration.MaxHosts()),
 	}
 	if m.Personal {
 		m.Automatic = p.Spec.Assignment != v1alpha1.Direct
@@ -143,7 +144,8 @@ func host(h *v1alpha1.SessionHost) *model.Host {
 	m := &model.Host{
 		Name: h.Name, UID: string(h.UID), Pool: h.Spec.HostPoolRef.Name, Generation: h.Generation, Created: h.CreationTimestamp.Time,
 		Pod: h.Labels[v1alpha1.LabelManagedBy] == v1alpha1.ManagedBy, AssignedUser: h.Spec.AssignedUser,
-		Registration: registration(h.Status.Registration),
+		Registration: registration(h.Status.Registration, h.Annotations), MadeByToken: h.Labels[v1alpha1.LabelMadeByToken] != "",
+		Revoke: v1alpha1.RevokeFor(h.Annotations),
 	}
 	if d := h.Spec.Drain; d != nil {
 		m.Drain = &model.Drain{Reason: d.Reason, Until: moment(d.Until)}
@@ -155,7 +157,10 @@ func host(h *v1alpha1.SessionHost) *model.Host {
 		m.Drain.Until = time.Time{}
 	}
 	if e := h.Status.Enrolment; e != nil {
-		m.EnrolledWith, m.EnrolledAt = e.TokenHash, e.Time.Time
+		m.Enrolment = model.Enrolment{
+			TokenHash: e.TokenHash, Serial: e.CertificateSerial, At: e.Time.Time, HostUID: e.HostUID,
+			Key: e.KeyFingerprint, NextKey: e.NextKeyFingerprint, Renewed: moment(e.Renewed), RevokedFor: e.RevokedFor,
+		}
 	}
 	if a := h.Status.Agent; a != nil {
 		m.Agent = &model.AgentStatus{
@@ -163,6 +168,7 @@ func host(h *v1alpha1.SessionHost) *model.Host {
 			Message: a.Message, Sessions: a.Sessions,
 			DrainAcknowledged: a.DrainAcknowledged, AcknowledgedGeneration: a.AcknowledgedGeneration,
 			CertificateFingerprint: a.CertificateFingerprint, CertificateExpires: moment(a.CertificateExpires),
+			SecondMachine: moment(a.SecondMachineSeen),
 		}
 	}
 	return m
@@ -190,7 +196,11 @@ func gateway(g *v1alpha1.Gateway) *model.Gateway {
 	return m
 }
 
-func registration(r v1alpha1.RegistrationStatus) model.Registration {
+// registration tells of the token, but of one that an annotation has since revoked: the operator is about to replace it.
+func registration(r v1alpha1.RegistrationStatus, annotations map[string]string) model.Registration {
+	if r.RotatedFor != v1alpha1.RotateFor(annotations) {
+		return model.Registration{}
+	}
 	return model.Registration{TokenHash: r.TokenHash, Expires: moment(r.Expires)}
 }
 

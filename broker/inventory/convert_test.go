@@ -3,6 +3,7 @@ package inventory
 import (
 	"reflect"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -51,7 +52,7 @@ func TestDefaults(t *testing.T) {
 				Redirection: model.Redirection{Clipboard: true, Audio: true},
 			}},
 		}},
-		"pool":    {s.Pools["pool"], &model.Pool{Name: "pool", MaxSessions: 16, HeartbeatTimeout: 30 * time.Second, ConnectTimeout: 5 * time.Second}},
+		"pool":    {s.Pools["pool"], &model.Pool{Name: "pool", MaxSessions: 16, HeartbeatTimeout: 30 * time.Second, ConnectTimeout: 5 * time.Second, MaxHosts: 100}},
 		"host":    {s.Hosts["h"], &model.Host{Name: "h", Pool: "pool"}},
 		"gateway": {s.Gateways, []*model.Gateway{{Name: "gw", Hostname: "gw.example.com", Port: 443}}},
 	} {
@@ -75,6 +76,7 @@ func TestEverythingSet(t *testing.T) {
 	p.Spec.Health = v1alpha1.Health{HeartbeatTimeoutSeconds: new(int32(9)), ConnectTimeoutSeconds: new(int32(2))}
 	p.Spec.RDPCertificate = &v1alpha1.RDPCertificate{IssuerRef: v1alpha1.IssuerReference{Name: "ca", Kind: "ClusterIssuer"}, DurationSeconds: new(int32(3600))}
 	p.Spec.CustomRDPProperties = []string{"a:i:1"}
+	p.Spec.Registration.MaxHostsPerToken = new(int32(7))
 	p.Status.Registration = v1alpha1.RegistrationStatus{TokenHash: "hash", Expires: &at}
 	auto := testPool("auto", "ws")
 	auto.Spec.Type = v1alpha1.Personal
@@ -100,7 +102,7 @@ func TestEverythingSet(t *testing.T) {
 	want := &model.Pool{
 		Name: "pool", UID: "uid", Generation: 7, Personal: true, MaxSessions: 1, HeartbeatTimeout: 9 * time.Second, ConnectTimeout: 2 * time.Second,
 		RDPIssuer: &config.Issuer{Name: "ca", Kind: "ClusterIssuer", Group: "cert-manager.io"}, RDPDuration: time.Hour, Properties: []string{"a:i:1"},
-		Registration: model.Registration{TokenHash: "hash", Expires: at.Time},
+		Registration: model.Registration{TokenHash: "hash", Expires: at.Time}, MaxHosts: 7,
 	}
 	if !reflect.DeepEqual(s.Pools["pool"], want) {
 		t.Errorf("pool %+v, want %+v", s.Pools["pool"], want)
@@ -108,7 +110,7 @@ func TestEverythingSet(t *testing.T) {
 	if a := s.Pools["auto"]; !a.Automatic || a.MaxSessions != 3 {
 		t.Errorf("automatic pool %+v", a)
 	}
-	if h := s.Hosts["h"]; h.AssignedUser != "alice" || h.Drain.Reason != "why" || !h.Drain.Until.Equal(at.Time) || h.EnrolledWith != "used" || !h.EnrolledAt.Equal(at.Time) || h.Generation != 4 || h.Agent.Version != "v1" {
+	if h := s.Hosts["h"]; h.AssignedUser != "alice" || h.Drain.Reason != "why" || !h.Drain.Until.Equal(at.Time) || h.Enrolment.TokenHash != "used" || !h.Enrolment.At.Equal(at.Time) || h.Generation != 4 || h.Agent.Version != "v1" {
 		t.Errorf("host %+v", h)
 	}
 	instances := []model.GatewayInstance{{Name: "1", Workspace: "ws", Sessions: 2}, {Name: "1", Workspace: "other", Sessions: 3, Draining: true}}
@@ -160,5 +162,35 @@ func TestRetiring(t *testing.T) {
 				t.Errorf("drain is %+v", got.Drain)
 			}
 		})
+	}
+}
+
+// A token that an annotation has revoked enrols nobody, though the operator has yet to replace it.
+func TestRevokedTokens(t *testing.T) {
+	for _, c := range []struct {
+		name          string
+		annotations   map[string]string
+		rotatedFor    string
+		good          bool
+		revoke, wants string
+	}{
+		{"no annotation", nil, "", true, "", ""},
+		{"to be rotated", map[string]string{v1alpha1.AnnotationRotate: "a"}, "", false, "", ""},
+		{"rotated", map[string]string{v1alpha1.AnnotationRotate: "a"}, "a", true, "", ""},
+		{"to be revoked", map[string]string{v1alpha1.AnnotationRotate: "a", v1alpha1.AnnotationRevoke: "b"}, "a", false, "b", ""},
+		{"revoked", map[string]string{v1alpha1.AnnotationRotate: "a", v1alpha1.AnnotationRevoke: "b"}, "a/b", true, "b", ""},
+		{"revoked for a long reason", map[string]string{v1alpha1.AnnotationRevoke: strings.Repeat("x", 300)}, "", false, "", "64 hex digits"},
+	} {
+		h, p := testHost("h", "pool"), testPool("pool", "ws")
+		h.Annotations, p.Annotations = c.annotations, c.annotations
+		h.Status.Registration = v1alpha1.RegistrationStatus{TokenHash: "hash", RotatedFor: c.rotatedFor}
+		p.Status.Registration = h.Status.Registration
+		got := host(&h)
+		if (got.Registration.TokenHash == "hash") != c.good || (pool(&p).Registration.TokenHash == "hash") != c.good {
+			t.Errorf("%s: token %+v", c.name, got.Registration)
+		}
+		if c.wants == "" && got.Revoke != c.revoke || c.wants != "" && len(got.Revoke) != 64 {
+			t.Errorf("%s: revoke %q", c.name, got.Revoke)
+		}
 	}
 }

@@ -197,12 +197,27 @@ func TestAgainstAPIServer(t *testing.T) {
 	})
 
 	t.Run("enrolment creates a host once", func(t *testing.T) {
-		p := c.Snapshot().Pools["pool"]
-		if err := c.CreateHost(t.Context(), p, "new"); err != nil {
+		p, hash := c.Snapshot().Pools["pool"], strings.Repeat("ab", 32)
+		count := func(hash string, most, want int) {
+			t.Helper()
+			if n, err := c.CountHosts(t.Context(), hash, most); err != nil || n != want {
+				t.Errorf("counted %d %v, want %d", n, err, want)
+			}
+		}
+		count(hash, 10, 0)
+		if err := c.CreateHost(t.Context(), p, "new", hash); err != nil {
 			t.Fatal(err)
 		}
-		if err := c.CreateHost(t.Context(), p, "new"); !errors.Is(err, model.ErrExists) {
+		if err := c.CreateHost(t.Context(), p, "new", hash); !errors.Is(err, model.ErrExists) {
 			t.Errorf("twice: %v", err)
+		}
+		count(hash, 10, 1)
+		count(strings.Repeat("cd", 32), 10, 0)
+		if h, _, err := c.GetHost(t.Context(), "new"); err != nil || !h.MadeByToken {
+			t.Errorf("%+v %v", h, err)
+		}
+		if h, _, err := c.GetHost(t.Context(), "h1"); err != nil || h.MadeByToken {
+			t.Errorf("one that was declared: %+v %v", h, err)
 		}
 		h := c.sessionHost(t, "new")
 		if len(h.OwnerReferences) != 1 || h.OwnerReferences[0].UID != pool.UID || h.OwnerReferences[0].Controller != nil ||
@@ -222,7 +237,7 @@ func TestAgainstAPIServer(t *testing.T) {
 		if err := c.MarkEnrolled(t.Context(), "h1", version, model.Enrolment{TokenHash: "other", Serial: "ab12", At: time.Now()}); !errors.Is(err, model.ErrConflict) {
 			t.Errorf("the loser of a race: %v", err)
 		}
-		if h, _, err := c.GetHost(t.Context(), "h1"); err != nil || h.EnrolledWith != "hash" {
+		if h, _, err := c.GetHost(t.Context(), "h1"); err != nil || h.Enrolment.TokenHash != "hash" {
 			t.Errorf("%+v %v", h, err)
 		}
 		if err := c.MarkEnrolled(t.Context(), "none", "", model.Enrolment{TokenHash: "hash", Serial: "ab12", At: time.Now()}); !errors.Is(err, model.ErrNotFound) {
@@ -230,6 +245,24 @@ func TestAgainstAPIServer(t *testing.T) {
 		}
 		if e := c.sessionHost(t, "h1").Status.Enrolment; e.CertificateSerial != "ab12" {
 			t.Errorf("%+v", e)
+		}
+		whole := model.Enrolment{
+			TokenHash: "hash", Serial: "ab12", At: time.Unix(1000, 0), HostUID: "uid", Key: "k", NextKey: "n", Renewed: time.Unix(2000, 0), RevokedFor: "why",
+		}
+		_, version, _ = c.GetHost(t.Context(), "h1")
+		if err := c.MarkEnrolled(t.Context(), "h1", version, whole); err != nil {
+			t.Fatal(err)
+		}
+		h, version, err := c.GetHost(t.Context(), "h1")
+		if err != nil || h.Enrolment != whole || h.UID != string(c.sessionHost(t, "h1").UID) {
+			t.Errorf("%+v %v, want %+v", h, err, whole)
+		}
+		whole.Key, whole.NextKey, whole.Renewed = "", "", time.Time{} // what is left out goes
+		if err := c.MarkEnrolled(t.Context(), "h1", version, whole); err != nil {
+			t.Fatal(err)
+		}
+		if h, _, err := c.GetHost(t.Context(), "h1"); err != nil || h.Enrolment != whole {
+			t.Errorf("%+v %v, want %+v", h, err, whole)
 		}
 	})
 

@@ -30,11 +30,13 @@ const (
 )
 
 // CreateHost implements model.Writer. The pool owns the host, but doesn't control it: it was made by nobody's template.
-func (i *Inventory) CreateHost(ctx context.Context, pool *model.Pool, name string) error {
+func (i *Inventory) CreateHost(ctx context.Context, pool *model.Pool, name, tokenHash string) error {
 	h := &v1alpha1.SessionHost{
 		ObjectMeta: metav1.ObjectMeta{
 			Namespace: i.namespace, Name: name,
-			Labels: map[string]string{v1alpha1.LabelHostPool: pool.Name, v1alpha1.LabelWorkspace: i.workspace},
+			Labels: map[string]string{
+				v1alpha1.LabelHostPool: pool.Name, v1alpha1.LabelWorkspace: i.workspace, v1alpha1.LabelMadeByToken: v1alpha1.MadeByToken(tokenHash),
+			},
 			OwnerReferences: []metav1.OwnerReference{{
 				APIVersion: v1alpha1.GroupVersion.String(), Kind: "HostPool", Name: pool.Name, UID: types.UID(pool.UID),
 			}},
@@ -42,6 +44,15 @@ func (i *Inventory) CreateHost(ctx context.Context, pool *model.Pool, name strin
 		Spec: v1alpha1.SessionHostSpec{HostPoolRef: v1alpha1.LocalReference{Name: pool.Name}},
 	}
 	return i.failed("create", "SessionHost", name, i.client.Create(ctx, h, client.FieldOwner(fieldManager)))
+}
+
+// CountHosts implements model.Writer. It asks the API server itself: the cache may not know yet of what was just made.
+func (i *Inventory) CountHosts(ctx context.Context, tokenHash string, most int) (int, error) {
+	list := &metav1.PartialObjectMetadataList{}
+	list.SetGroupVersionKind(v1alpha1.GroupVersion.WithKind("SessionHostList"))
+	err := i.client.List(ctx, list, client.InNamespace(i.namespace), client.Limit(int64(most)),
+		client.MatchingLabels{v1alpha1.LabelMadeByToken: v1alpha1.MadeByToken(tokenHash)})
+	return len(list.Items), i.failed("count", "SessionHosts made by token", tokenHash[:min(len(tokenHash), 8)], err)
 }
 
 // GetHost implements model.Writer.
@@ -56,7 +67,10 @@ func (i *Inventory) GetHost(ctx context.Context, name string) (*model.Host, stri
 // MarkEnrolled implements model.Writer.
 func (i *Inventory) MarkEnrolled(ctx context.Context, name, version string, e model.Enrolment) error {
 	return i.applyStatus(ctx, "SessionHost", name, version, fieldManager, map[string]any{
-		"enrolment": v1alpha1.Enrolment{Time: metav1.NewTime(e.At), TokenHash: e.TokenHash, CertificateSerial: e.Serial},
+		"enrolment": v1alpha1.Enrolment{
+			Time: metav1.NewTime(e.At), TokenHash: e.TokenHash, CertificateSerial: e.Serial, HostUID: e.HostUID,
+			KeyFingerprint: e.Key, NextKeyFingerprint: e.NextKey, Renewed: timePointer(e.Renewed), RevokedFor: e.RevokedFor,
+		},
 	})
 }
 
@@ -67,6 +81,7 @@ func (i *Inventory) WriteAgent(ctx context.Context, name string, s model.AgentSt
 		RDPReady: s.RDPReady, Message: clip(s.Message, 1024), Sessions: s.Sessions,
 		DrainAcknowledged: s.DrainAcknowledged, AcknowledgedGeneration: s.AcknowledgedGeneration,
 		CertificateFingerprint: clip(s.CertificateFingerprint, 64), CertificateExpires: timePointer(s.CertificateExpires),
+		SecondMachineSeen: timePointer(s.SecondMachine),
 	}})
 }
 

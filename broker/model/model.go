@@ -161,6 +161,8 @@ type Pool struct {
 	RDPDuration  time.Duration
 	Properties   []string
 	Registration Registration
+	// MaxHosts bounds the hosts that machines make with one token of the pool.
+	MaxHosts int
 	// Accounts is nil where the hosts ask people for credentials themselves.
 	Accounts *Accounts
 }
@@ -202,19 +204,39 @@ type Host struct {
 	AssignedUser string
 	Drain        *Drain
 	Registration Registration
-	// EnrolledWith is the hash of the token that enrolled the host, empty where it isn't enrolled; EnrolledAt is when.
-	EnrolledWith string
-	EnrolledAt   time.Time
+	// MadeByToken says that a machine made it with its pool's token: nobody declared it.
+	MadeByToken bool
+	// Enrolment is zero where the host has never enrolled.
+	Enrolment Enrolment
+	// Revoke is what the object's annotation wants the enrolment revoked for, empty for nothing.
+	Revoke string
 	// Agent is nil where no agent has ever reported.
 	Agent *AgentStatus
 }
 
-// Enrolment is what is kept of one.
+// Enrolment is what is kept of one. A host that has enrolled has a TokenHash.
 type Enrolment struct {
 	TokenHash string // SHA-256 in hex, of the token that was used
 	// Serial of the identity that was issued, in hex.
 	Serial string
 	At     time.Time
+	// HostUID is that of the object that was enrolled.
+	HostUID string
+	// Key is the fingerprint (identity.KeyFingerprint) of the enrolled key; empty where the enrolment was revoked, or where
+	// a release made it that kept none.
+	Key string
+	// NextKey is that of a renewal whose key the agent has yet to come with.
+	NextKey string
+	// Renewed is when certificates were last issued, other than by the enrolment.
+	Renewed time.Time
+	// RevokedFor is what was last carried out of Host.Revoke.
+	RevokedFor string
+}
+
+// Revoked says that the enrolment was revoked, or is to be.
+func (h *Host) Revoked() bool {
+	e := &h.Enrolment
+	return h.Revoke != "" && h.Revoke != e.RevokedFor || e.Key == "" && e.RevokedFor != ""
 }
 
 // Drain keeps new sessions off a host until Until, if that is set.
@@ -241,6 +263,8 @@ type AgentStatus struct {
 	AcknowledgedGeneration int64
 	CertificateFingerprint string
 	CertificateExpires     time.Time
+	// SecondMachine is when two machines were last seen to connect as the host by turns, zero for never.
+	SecondMachine time.Time
 }
 
 // Gateway is one gateway that the workspace uses.
@@ -293,11 +317,14 @@ type CertificateRequest struct {
 
 // Writer carries out the few writes of the broker. A context bounds each.
 type Writer interface {
-	// CreateHost makes the SessionHost of a machine that enrols with its pool's token; ErrExists where there is one.
-	CreateHost(ctx context.Context, pool *Pool, host string) error
+	// CreateHost makes the SessionHost of a machine that enrols with its pool's token, of this hash; ErrExists where there
+	// is one.
+	CreateHost(ctx context.Context, pool *Pool, host, tokenHash string) error
+	// CountHosts counts the hosts that there are because CreateHost made them with the token, up to most.
+	CountHosts(ctx context.Context, tokenHash string, most int) (int, error)
 	// GetHost reads a host from the API server itself, with a version for MarkEnrolled; ErrNotFound where there is none.
 	GetHost(ctx context.Context, host string) (h *Host, version string, err error)
-	// MarkEnrolled records an enrolment, provided that the host is still at version; otherwise ErrConflict.
+	// MarkEnrolled records an enrolment as a whole, or a change of one, provided that the host is still at version; otherwise ErrConflict.
 	MarkEnrolled(ctx context.Context, host, version string, e Enrolment) error
 	// WriteAgent records an agent's state.
 	WriteAgent(ctx context.Context, host string, status AgentStatus) error

@@ -313,7 +313,7 @@ func (c *connect) request(ctx context.Context, k hostKey) (refused *refusal.Erro
 	if err := json.Unmarshal(m.Data, &reply); err != nil {
 		return refusal.New(refusal.HostRefused, "Host %s gave an answer that can't be read; is its agent much older than the broker?", k.host), 0
 	}
-	return reply.Err, reply.Sequence
+	return refusal.Received(reply.Err, refusal.HostRefused), reply.Sequence
 }
 
 // failed sums up why no host took the session: the host's own refusal where the pool has one host, else all of it.

@@ -122,7 +122,7 @@ func (b *Orchestrator) hostOnItsWay(pool string) bool {
 
 // lastSign is when a host was last heard of, by this broker or the one that wrote its status, or declared.
 func lastSign(h *model.Host, heard time.Time) time.Time {
-	signs := []time.Time{h.Created, h.EnrolledAt, heard}
+	signs := []time.Time{h.Created, h.Enrolment.At, heard}
 	if h.Agent != nil {
 		signs = append(signs, h.Agent.LastHeartbeat)
 	}

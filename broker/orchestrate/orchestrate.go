@@ -43,6 +43,8 @@ const (
 	settle, lookAgain = 500 * time.Millisecond, 20 * time.Millisecond
 	// longestPause between two looks.
 	longestPause = 250 * time.Millisecond
+	// displaceAfter is how long an agent's connection here lasts beside a newer one to another broker.
+	displaceAfter = 3 * time.Second
 	// returning is how long an agent whose broker has gone may take to be heard through another.
 	returning = 10 * time.Second
 )
@@ -60,6 +62,8 @@ type Options struct {
 	TicketKey func() (ed25519.PublicKey, error)
 	// ProofKey is its private half, which signs what hosts return with their sessions (broker/proof).
 	ProofKey func() (ed25519.PrivateKey, error)
+	// Displace closes this broker's own connections of an agent's identity that began before at. Nil closes none.
+	Displace func(id identity.ID, at time.Time)
 	// Settle is for how long a connect that finds every place taken looks again before it is refused, so that reports on
 	// their way arrive; 500 ms if 0.
 	Settle  time.Duration
@@ -223,8 +227,18 @@ func (b *Orchestrator) onPresence(_ context.Context, m *nats.Msg) {
 		return
 	}
 	k, local := hostKey{p.Pool, p.Host}, p.Broker == b.o.Name
-	b.live.presence(k, fmt.Sprintf("%s/%d", p.Broker, p.Conn), local, p.Connected)
+	conn := fmt.Sprintf("%s/%d", p.Broker, p.Conn)
+	b.live.presence(k, conn, local, p.Connected)
 	switch {
+	case !local && p.Connected && b.o.Displace != nil:
+		// An agent has one connection: the newest. It has subscribed by the time that the older ones go. What is newer is
+		// told by this broker's clock alone.
+		heard := time.Now()
+		time.AfterFunc(displaceAfter, func() {
+			if b.live.connection(k) == conn {
+				b.o.Displace(identity.Agent(b.o.Namespace, b.o.Workspace, k.pool, k.host), heard)
+			}
+		})
 	case !local:
 	case !p.Connected:
 		b.status.left(k)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -155,8 +156,9 @@ func (r *registry) introduce(k hostKey, s hostSeen) {
 	if h.conn == "" && !left {
 		h.conn, h.local = s.Conn, false
 	}
+	over := slices.Contains(h.oldBoots, s.Report.Boot) // of a life that ended before the one that is known here
 	r.mu.Unlock()
-	if !left {
+	if !left && !over {
 		r.report(k, s.Report)
 	}
 }

@@ -39,7 +39,10 @@ type liveHost struct {
 	sessions []placement.Session
 	madeFor  string
 	at       time.Time // when it came; zero where there is none yet
-	oldBoot  string    // of the agent's life before this one: what still comes of it is late
+	oldBoots []string  // of the agent's lives before this one, the latest last: what still comes of them is late
+	booted   time.Time // when this life was first heard of
+	// second is when two lives of the agent were last heard by turns, which one machine doesn't have.
+	second time.Time
 	// conn names the agent's newest connection, empty where this broker did not see it begin. The brokers tell each other.
 	conn  string
 	local bool // conn is on this broker
@@ -64,6 +67,12 @@ type pushedConfig struct {
 	generation int64
 	at         time.Time
 }
+
+// outlived is how long after an agent's restart the last reports of its life before may still come.
+const outlived = 10 * time.Second
+
+// maxBoots bounds the lives of an agent that are remembered.
+const maxBoots = 16
 
 // overtaken is how long the news of a connection's end may be ahead of the last report on it: they take different ways.
 const overtaken = time.Second
@@ -91,10 +100,16 @@ func (r *registry) report(k hostKey, rep bus.HostReport) bool {
 	h := r.host(k)
 	if !h.at.IsZero() {
 		switch {
-		case rep.Boot == h.oldBoot:
+		case slices.Contains(h.oldBoots, rep.Boot) && r.now().Sub(h.booted) < outlived:
 			return false
+		case slices.Contains(h.oldBoots, rep.Boot):
+			// It is not late, but lives: another machine has this one's key. Each is heard in its turn.
+			h.second = r.now()
+			fallthrough
 		case rep.Boot != h.report.Boot:
-			h.oldBoot = h.report.Boot
+			h.oldBoots = append(h.oldBoots[max(0, len(h.oldBoots)-maxBoots+1):], h.report.Boot)
+			h.oldBoots = slices.DeleteFunc(h.oldBoots, func(b string) bool { return b == rep.Boot })
+			h.booted = r.now()
 			maps.DeleteFunc(h.promises, func(_ string, p promise) bool { return p.accepted }) // by one who is no more
 		case rep.Sequence <= h.report.Sequence:
 			return false
@@ -122,6 +137,16 @@ func (r *registry) presence(k hostKey, conn string, local, connected bool) {
 	case h.conn == conn || h.conn == "":
 		h.conn, h.local, h.gone, h.lost = "", false, true, r.now()
 	}
+}
+
+// connection names a host's newest connection, empty where none is known.
+func (r *registry) connection(k hostKey) string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if h := r.hosts[k]; h != nil {
+		return h.conn
+	}
+	return ""
 }
 
 // known says whether the report of that sequence tells all there is of an accepted session, even that it has ended.

@@ -128,6 +128,10 @@ func (w *statusWriter) writeHost(ctx context.Context, snap *model.Snapshot, k ho
 	if want.RDPReady && live.report.Logins != (pool.Accounts != nil) {
 		want.RDPReady, want.Message = false, otherLogin(pool)
 	}
+	want.SecondMachine = last.SecondMachine
+	if live.second.Sub(last.SecondMachine) >= heartbeatEvery {
+		want.SecondMachine = live.second.Truncate(time.Second)
+	}
 	if want.DrainAcknowledged && connected {
 		want.AcknowledgedGeneration = host.Generation
 	}
@@ -178,10 +182,10 @@ func worthWriting(last, want model.AgentStatus) bool {
 	if want.LastHeartbeat.Sub(last.LastHeartbeat) >= heartbeatEvery {
 		return true
 	}
-	if !last.CertificateExpires.Equal(want.CertificateExpires) {
+	if !last.CertificateExpires.Equal(want.CertificateExpires) || !last.SecondMachine.Equal(want.SecondMachine) {
 		return true
 	}
-	last.LastHeartbeat, last.CertificateExpires = want.LastHeartbeat, want.CertificateExpires
+	last.LastHeartbeat, last.CertificateExpires, last.SecondMachine = want.LastHeartbeat, want.CertificateExpires, want.SecondMachine
 	return last != want
 }
 

@@ -11,6 +11,8 @@ type Pod struct {
 	Created  time.Time
 	// Hash is what it was rendered from.
 	Hash string
+	// Revoked says that the enrolment of the agent in it was revoked.
+	Revoked bool
 }
 
 // PodAction is what to do about a session-host pod.
@@ -51,6 +53,8 @@ func DecidePod(seen Pod, wantHash string, sessions int32, now time.Time) PodDeci
 		return PodDecision{Action: PodDelete}
 	case seen.Hash == wantHash:
 		return PodDecision{Action: PodKeep}
+	case seen.Revoked: // whoever has its key may have the pod, so its sessions are no reason to wait
+		return PodDecision{Action: PodDelete}
 	case sessions > 0:
 		return PodDecision{Action: PodWait}
 	}

@@ -165,6 +165,12 @@ func (o Options) Pod(host *rdv.SessionHost, pool *rdv.HostPool, template *corev1
 	maps.Copy(pod.Labels, labels(rdv.LabelHostPool, pool.Name, componentSessionHost))
 	pod.Labels[rdv.LabelSessionHost] = host.Name
 	pod.Annotations = maps.Clone(template.Annotations)
+	if revoke := host.Annotations[rdv.AnnotationRevoke]; revoke != "" { // another value asks for another pod
+		if pod.Annotations == nil {
+			pod.Annotations = map[string]string{}
+		}
+		pod.Annotations[rdv.AnnotationRevoke] = revoke
+	}
 
 	spec := &pod.Spec
 	spec.RestartPolicy = corev1.RestartPolicyAlways

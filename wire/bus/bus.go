@@ -7,6 +7,7 @@
 //	rdv.gateways                         gateway -> a broker  GatewaysRequest -> GatewaysReply
 //	rdv.host.POOL.HOST.connect           broker -> agent      HostConnect -> HostReply
 //	rdv.host.POOL.HOST.config            broker -> agent      HostConfig
+//	rdv.host.POOL.HOST.displaced         broker -> agent      HostDisplaced
 //	rdv.report.POOL.HOST                 agent -> brokers     HostReport
 //	rdv.renew.POOL.HOST                  agent -> a broker    brokerapi.RenewRequest -> brokerapi.RenewResponse
 //	rdv.gateway.GATEWAY.INSTANCE.report  gateway -> brokers   GatewayReport
@@ -47,6 +48,11 @@ func HostConnectSubject(pool, host string) string {
 // HostConfigSubject is where one host's agent takes its limits and drain state.
 func HostConfigSubject(pool, host string) string {
 	return fmt.Sprintf("rdv.host.%s.%s.config", pool, host)
+}
+
+// HostDisplacedSubject is where one host's agent is told that a newer connection took the place of its own.
+func HostDisplacedSubject(pool, host string) string {
+	return fmt.Sprintf("rdv.host.%s.%s.displaced", pool, host)
 }
 
 // ReportSubject is where one host's agent reports.
@@ -107,7 +113,7 @@ func PermissionsFor(id identity.ID) (Permissions, error) {
 	case identity.RoleAgent:
 		return Permissions{
 			Publish:   []string{ReportSubject(id.Pool, id.Host), RenewSubject(id.Pool, id.Host), TraceSubject(id)},
-			Subscribe: []string{HostConnectSubject(id.Pool, id.Host), HostConfigSubject(id.Pool, id.Host), inbox},
+			Subscribe: []string{HostConnectSubject(id.Pool, id.Host), HostConfigSubject(id.Pool, id.Host), HostDisplacedSubject(id.Pool, id.Host), inbox},
 		}, nil
 	}
 	return Permissions{}, fmt.Errorf("bus: a certificate of role %q has no place on the bus", id.Role)
@@ -232,6 +238,14 @@ type HostConfig struct {
 	DrainReason string `json:"drainReason,omitempty"`
 	// ReportEvery is how often the agent reports when nothing changes, in seconds.
 	ReportEvery int32 `json:"reportEvery"`
+}
+
+// HostDisplaced tells the connections of one agent's identity that one of them is about to be closed, because a newer one
+// came. Where the newer is not the agent's own, another machine has its key.
+type HostDisplaced struct {
+	// Broker is the server's name, Conn the connection's id there.
+	Broker string `json:"broker"`
+	Conn   uint64 `json:"conn"`
 }
 
 // HostReport is an agent's presence: sent at start, every HostConfig.ReportEvery seconds, and at once after a change.

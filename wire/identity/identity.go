@@ -10,7 +10,9 @@
 package identity
 
 import (
+	"crypto/sha256"
 	"crypto/x509"
+	"encoding/hex"
 	"fmt"
 	"net/url"
 	"regexp"
@@ -107,6 +109,13 @@ func Parse(u *url.URL) (ID, error) {
 		return ID{}, fmt.Errorf("identity: %q is not in canonical form", u)
 	}
 	return id, nil
+}
+
+// KeyFingerprint is the SHA-256, in lower-case hex, of a public key in DER: the RawSubjectPublicKeyInfo of a certificate or
+// of a certificate request.
+func KeyFingerprint(subjectPublicKeyInfo []byte) string {
+	sum := sha256.Sum256(subjectPublicKeyInfo)
+	return hex.EncodeToString(sum[:])
 }
 
 // FromCertificate reads the identity of a certificate. A certificate with none or several is an error.

@@ -6,6 +6,8 @@ package refusal
 import (
 	"errors"
 	"fmt"
+	"strings"
+	"unicode"
 )
 
 // Code is the stable, lower-case name of a reason. It appears in JSON answers, metrics labels, logs and traces.
@@ -108,4 +110,41 @@ func (e *Error) With(activityID string) *Error {
 	c := *e
 	c.ActivityID = activityID
 	return &c
+}
+
+// codes is the set of Codes. A test holds it to the constants above.
+var codes = map[Code]bool{
+	TokenMissing: true, TokenInvalid: true, TokenExpired: true, TokenWrongAudience: true, IdentityAway: true,
+	NotGranted: true, UnknownResource: true, Revoked: true,
+	TicketMissing: true, TicketInvalid: true, TicketExpired: true, WrongTarget: true,
+	NoHost: true, HostTimeout: true, HostRefused: true, HostFull: true, HostDraining: true, HostNotReady: true, AccountRefused: true,
+	GatewayFull: true, GatewayDraining: true, AdmissionAway: true, BrokerAway: true, JoinUnknown: true, UnknownInstance: true,
+	Protocol: true, IdleTimeout: true, DrainDeadline: true, EndedByAdmin: true,
+	RegistrationInvalid: true, RegistrationExpired: true, RegistrationSpent: true, BadRequest: true, WrongRole: true, IssuerAway: true,
+	Internal: true,
+}
+
+// MaxMessage bounds the message of a refusal that came from another process, in bytes.
+const MaxMessage = 1 << 10
+
+// Received is a refusal that another process sent, as it may be shown, counted and passed on: with a code of this set,
+// or else instead, and a message of at most MaxMessage bytes on one line. The activity id is the receiver's to fill in.
+// It gives nil for nil.
+func Received(e *Error, instead Code) *Error {
+	if e == nil {
+		return nil
+	}
+	code := e.Code
+	if !codes[code] {
+		code = instead
+	}
+	// Cut first, so that a long message costs no more than a short one.
+	message := strings.ToValidUTF8(e.Message[:min(len(e.Message), MaxMessage)], "")
+	message = strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return ' '
+	}, message)
+	return &Error{Code: code, Message: message}
 }

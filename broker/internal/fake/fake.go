@@ -27,7 +27,7 @@ type World struct {
 	version  map[string]int
 	agents   []AgentWrite
 	gateways map[string]int32
-	serials  map[string]string
+	madeBy   map[string]string            // host to token hash
 	accounts map[string]map[string]string // by pool
 	signed   int
 	onChange []func()
@@ -42,9 +42,16 @@ type AgentWrite struct {
 
 // New makes a world. The snapshot's maps are copied, so that a change makes a new one.
 func New(s *model.Snapshot) *World {
-	w := &World{snap: clone(s), version: map[string]int{}, gateways: map[string]int32{}, serials: map[string]string{}}
+	w := &World{snap: clone(s), version: map[string]int{}, gateways: map[string]int32{}, madeBy: map[string]string{}}
 	for name := range w.snap.Hosts {
 		w.editHost(w.snap, name, func(*model.Host) {})
+	}
+	for name, p := range w.snap.Pools {
+		if p.MaxHosts == 0 {
+			c := *p
+			c.MaxHosts = 100 // the API's default
+			w.snap.Pools[name] = &c
+		}
 	}
 	return w
 }
@@ -109,15 +116,32 @@ func (w *World) Run(ctx context.Context) error { <-ctx.Done(); return nil }
 func (w *World) Synced() bool                  { return true }
 func (w *World) Heard() (time.Time, error)     { return time.Now(), w.Away }
 
-func (w *World) CreateHost(_ context.Context, pool *model.Pool, host string) error {
+func (w *World) CreateHost(_ context.Context, pool *model.Pool, host, tokenHash string) error {
 	if w.Away != nil {
 		return w.Away
 	}
 	if w.Snapshot().Hosts[host] != nil {
 		return model.ErrExists
 	}
-	w.EditHost(host, func(h *model.Host) { h.Pool = pool.Name })
+	w.EditHost(host, func(h *model.Host) { h.Pool, h.MadeByToken = pool.Name, true })
+	w.mu.Lock()
+	w.madeBy[host] = tokenHash
+	w.mu.Unlock()
 	return nil
+}
+
+func (w *World) CountHosts(_ context.Context, tokenHash string, most int) (n int, err error) {
+	if w.Away != nil {
+		return 0, w.Away
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for host, hash := range w.madeBy {
+		if hash == tokenHash && w.snap.Hosts[host] != nil {
+			n++
+		}
+	}
+	return min(n, most), nil
 }
 
 func (w *World) GetHost(_ context.Context, host string) (*model.Host, string, error) {
@@ -141,10 +165,12 @@ func (w *World) MarkEnrolled(_ context.Context, host, version string, e model.En
 		w.BeforeMark()
 	}
 	conflict := false
+	if w.Snapshot().Hosts[host] == nil {
+		return model.ErrNotFound
+	}
 	w.Edit(func(s *model.Snapshot) {
 		if conflict = strconv.Itoa(w.version[host]) != version; !conflict {
-			w.serials[host] = e.Serial
-			w.editHost(s, host, func(h *model.Host) { h.EnrolledWith, h.EnrolledAt = e.TokenHash, e.At })
+			w.editHost(s, host, func(h *model.Host) { h.Enrolment = e })
 		}
 	})
 	if conflict {
@@ -253,11 +279,4 @@ func (w *World) Signed() int {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.signed
-}
-
-// Serial gives the serial number of the identity that a host enrolled with.
-func (w *World) Serial(host string) string {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.serials[host]
 }
