@@ -263,14 +263,26 @@ func (r *Relay) admissionFailed(activity string, err error) *refusal.Error {
 	return refusal.New(refusal.AdmissionAway, "The gateway container beside this relay does not answer: try again in a few seconds; sessions that run go on.")
 }
 
-// upgradeWebSocket checks the request's WebSocket headers and makes the 101.
+// upgradeWebSocket checks the request's WebSocket headers and makes the 101. A key may be anything: clients in use send
+// such that RFC 6455 would not have them send, and nothing rests on it.
 func upgradeWebSocket(req *request, activity string) (*answer, *refusal.Error) {
-	accept, err := wsframe.AcceptKey(req.get("Sec-WebSocket-Key"))
-	if !req.has("Upgrade", "websocket") || !req.has("Connection", "Upgrade") || req.get("Sec-WebSocket-Version") != "13" || err != nil {
-		return nil, refusal.New(refusal.Protocol, "The request is no WebSocket upgrade of version 13 (RFC 6455): a proxy on the way may have taken its headers off; let it pass WebSocket through.").With(activity)
+	key := req.get("Sec-WebSocket-Key")
+	lacks := ""
+	switch {
+	case !req.has("Upgrade", "websocket"):
+		lacks = "Upgrade: websocket"
+	case !req.has("Connection", "Upgrade"):
+		lacks = "Connection: Upgrade"
+	case req.get("Sec-WebSocket-Version") != "13":
+		lacks = "Sec-WebSocket-Version: 13"
+	case key == "":
+		lacks = "Sec-WebSocket-Key"
+	}
+	if lacks != "" {
+		return nil, refusal.New(refusal.Protocol, "The WebSocket upgrade has no header %q (RFC 6455): a proxy on the way may have removed it; let it pass WebSocket through, or update the client.", lacks).With(activity)
 	}
 	ok := &answer{status: http.StatusSwitchingProtocols, activity: activity, header: []headerField{
-		{"Upgrade", "websocket"}, {"Connection", "Upgrade"}, {"Sec-WebSocket-Accept", accept}}}
+		{"Upgrade", "websocket"}, {"Connection", "Upgrade"}, {"Sec-WebSocket-Accept", wsframe.AcceptKey(key)}}}
 	if req.has("Sec-WebSocket-Protocol", "binary") {
 		ok.header = append(ok.header, headerField{"Sec-WebSocket-Protocol", "binary"})
 	}
