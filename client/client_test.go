@@ -58,6 +58,7 @@ type world struct {
 	polls      int                   // of the device flow
 	refreshes  int
 	posted     []trace.Event
+	recent     []trace.Summary
 	downloads  []url.Values
 	userAgents map[string]bool
 }
@@ -276,6 +277,11 @@ func (w *world) brokerMux() http.Handler {
 		w.posted = append(w.posted, events...)
 		w.mu.Unlock()
 		rw.WriteHeader(204)
+	}))
+	mux.HandleFunc("GET "+brokerapi.PathActivities+"{$}", signedIn(func(rw http.ResponseWriter, _ *http.Request) {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		answer(rw, 200, w.recent)
 	}))
 	mux.HandleFunc("GET "+brokerapi.PathActivities+"{id}", signedIn(func(rw http.ResponseWriter, _ *http.Request) {
 		w.mu.Lock()
@@ -694,6 +700,41 @@ func TestGatewaysAndExplain(t *testing.T) {
 	}
 	if err := c.Explain(t.Context(), newActivity(), false); err == nil || !strings.Contains(err.Error(), "knows nothing of activity") {
 		t.Errorf("explain unknown: %v", err)
+	}
+}
+
+// A user whose client showed a failure and no id finds the refusal: rdv tells it, and lists the latest ones.
+func TestRefusalsAreFound(t *testing.T) {
+	w := newWorld(t)
+	w.gateway("a", 0, 204)
+	c, out, errs := w.login()
+	at := time.Now().Add(time.Minute)
+	w.recent = []trace.Summary{
+		{ActivityID: "a3", At: at, Step: 7, Error: "protocol-error", Detail: "no header\x1b[2J", Anonymous: true},
+		{ActivityID: "a2", At: at.Add(-time.Hour), Step: 8, Error: "ticket-expired", Detail: "long ago"},
+		{ActivityID: "a1", At: at.Add(-2 * time.Hour), Step: trace.StepRDP, Detail: "fine"},
+	}
+	program, _ := fakeClient(t, "some-client", "exit 131")
+	err := c.Connect(t.Context(), ConnectOptions{Resource: "linux-desktop", RDPClient: program})
+	if err == nil || !strings.Contains(errs.String(), "refused: no header [2J (protocol-error, activity a3)\n") || strings.Contains(errs.String(), "long ago") {
+		t.Errorf("%v; told: %q", err, errs)
+	}
+	if err := c.Recent(t.Context(), false); err != nil {
+		t.Fatal(err)
+	}
+	lines := strings.Split(strings.TrimSpace(out.String()), "\n")
+	if len(lines) != 4 || !strings.Contains(lines[1], "ERROR protocol-error") || !strings.Contains(lines[1], "at your address") ||
+		!strings.Contains(lines[2], "a2") || !strings.Contains(lines[3], "ok") || strings.Contains(out.String(), "\x1b") {
+		t.Errorf("listed:\n%s", out)
+	}
+	out.Reset()
+	w.recent[1].ActivityID = newActivity()
+	if err := c.ExplainLast(t.Context(), false); err != nil || !strings.Contains(out.String(), "activity "+w.recent[1].ActivityID) {
+		t.Errorf("--last: %v\n%s", err, out)
+	}
+	w.recent = nil
+	if err := c.ExplainLast(t.Context(), false); err == nil {
+		t.Error("--last of nothing")
 	}
 }
 

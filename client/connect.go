@@ -80,6 +80,7 @@ func (c *Client) Connect(ctx context.Context, o ConnectOptions) error {
 		return err
 	}
 	fmt.Fprintf(c.Err, "activity %s\n", f.activity)
+	began := time.Now()
 	cn := &connect{feed: f}
 	dir, err := runtimeDir()
 	if err != nil {
@@ -112,6 +113,7 @@ func (c *Client) Connect(ctx context.Context, o ConnectOptions) error {
 	<-posted
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
+		c.refusals(ctx, f, began)
 		return &ExitError{Client: filepath.Base(program.path), Code: exit.ExitCode(), Activity: f.activity}
 	}
 	return err

@@ -73,7 +73,7 @@ func (r *Relay) newAttempt(v *visitor, transport, activity string) *attempt {
 func (r *Relay) newWebSocket(v *visitor, req *request, transport, activity string) (a *attempt, ok *answer) {
 	ok, e := upgradeWebSocket(req, activity)
 	if e != nil {
-		v.refuse(http.StatusBadRequest, e)
+		v.refuseClient(http.StatusBadRequest, e)
 		return nil, nil
 	}
 	req.forget()
@@ -91,8 +91,22 @@ func (a *attempt) close() {
 	}
 }
 
-// refused stamps, counts and logs a refusal.
+// refused stamps, counts, logs and reports a refusal.
 func (a *attempt) refused(e *refusal.Error) *refusal.Error {
+	if !a.checked {
+		a.r.reportStranger(a.v, a.activity, e)
+		return a.count(e)
+	}
+	return a.refusedAt(trace.StepAdmit, a.requested, time.Since(a.requested), e)
+}
+
+// refusedAt is refused in a step of a client whose ticket was looked at.
+func (a *attempt) refusedAt(n int, at time.Time, d time.Duration, e *refusal.Error) *refusal.Error {
+	a.step(n, at, d, e.Message, e.Code)
+	return a.count(e)
+}
+
+func (a *attempt) count(e *refusal.Error) *refusal.Error {
 	a.r.metrics.Admissions.WithLabelValues(a.transport, string(e.Code)).Inc()
 	a.r.log.Info("client refused", "activity", a.activity, "peer", a.v.tcp.RemoteAddr().String(), "transport", a.transport,
 		"workspace", a.workspace, "user", a.user, "code", e.Code, "error", e.Message)
@@ -117,10 +131,8 @@ func (a *attempt) authenticate(ticket string) *refusal.Error {
 	}
 	a.told(resp)
 	a.target, a.redirectFlags = resp.Target, resp.RedirectFlags
-	if resp.Error != nil {
-		e := &refusal.Error{Code: refusal.Code(resp.Error.Code), Message: resp.Error.Message}
-		a.step(trace.StepAdmit, a.asked, a.asking, e.Message, e.Code)
-		return a.refused(e)
+	if e := received(resp.Error); e != nil {
+		return a.refusedTicket(e)
 	}
 	a.v.vouch()
 	a.ticket = ticket
@@ -206,13 +218,28 @@ func (a *attempt) orchestrate(ctx context.Context, target string, wait time.Dura
 	if err != nil {
 		e = a.r.admissionFailed(a.activity, err)
 	} else {
-		e = &refusal.Error{Code: refusal.Code(resp.Error.Code), Message: resp.Error.Message}
+		e = received(resp.Error)
 	}
 	if a.user == "" {
 		a.v.doubt()
 	}
-	a.step(trace.StepAdmit, a.asked, a.asking, e.Message, e.Code)
-	return a.refused(e)
+	return a.refusedTicket(e)
+}
+
+// refusedTicket is refused with what the gateway container says, which may be that nobody knows whose the ticket is.
+func (a *attempt) refusedTicket(e *refusal.Error) *refusal.Error {
+	if a.user == "" {
+		a.r.reportStranger(a.v, a.activity, e)
+	}
+	return a.refusedAt(trace.StepAdmit, a.asked, a.asking, e)
+}
+
+// received is a refusal of the gateway container.
+func received(e *admission.Error) *refusal.Error {
+	if e == nil {
+		return nil
+	}
+	return refusal.Received(&refusal.Error{Code: refusal.Code(e.Code), Message: e.Message}, refusal.Internal)
 }
 
 // awaitAgent waits for the leg that the host has promised. The agent may have been quicker than the promise.
@@ -233,8 +260,7 @@ func (a *attempt) awaitAgent(ctx context.Context, w *joinWait, promised time.Tim
 		e = refusal.New(refusal.HostTimeout, "Host %s accepted the session, but its agent did not dial this gateway within %s: check the host's way out to %s, then connect again.",
 			a.host, wait, a.r.config.Load().Hostname)
 	}
-	a.step(trace.StepReverse, promised, time.Since(promised), e.Message, e.Code)
-	return a.refused(e)
+	return a.refusedAt(trace.StepReverse, promised, time.Since(promised), e)
 }
 
 // begin makes the session of the attempt.

@@ -147,7 +147,7 @@ func (v *visitor) addr() netip.Addr {
 func (r *Relay) serveOut(v *visitor, req *request, activity string) {
 	id := connectionID(req)
 	if id == "" || req.body() {
-		v.refuse(http.StatusBadRequest, refusal.New(refusal.Protocol, "RDG_OUT_DATA needs a header %s with a GUID, and no body: update the client.", headerConnection).With(activity))
+		v.refuseClient(http.StatusBadRequest, refusal.New(refusal.Protocol, "RDG_OUT_DATA needs a header %s with a GUID, and no body: update the client.", headerConnection).With(activity))
 		return
 	}
 	req.forget()
@@ -238,7 +238,7 @@ func (in *inbound) close() {
 // serveIn takes one of an IN channel's requests; done says that the connection was used up.
 func (r *Relay) serveIn(v *visitor, req *request, activity string) (done bool) {
 	no := func(status int, e *refusal.Error) bool {
-		v.refuse(status, e.With(activity))
+		v.refuseClient(status, e.With(activity))
 		return true
 	}
 	id := connectionID(req)

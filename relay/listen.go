@@ -192,7 +192,7 @@ func (r *Relay) route(v *visitor, req *request) (done bool) {
 	path := strings.ToLower(strings.TrimSuffix(req.path, "/"))
 	activity := activityOf(req)
 	no := func(status int, code refusal.Code, format string, args ...any) bool {
-		v.refuse(status, refusal.New(code, format, args...).With(activity))
+		v.refuseClient(status, refusal.New(code, format, args...).With(activity))
 		return true
 	}
 	switch {
@@ -252,6 +252,12 @@ func bearer(req *request) string {
 func (v *visitor) refuse(status int, e *refusal.Error) {
 	v.r.log.Info("request refused", "activity", e.ActivityID, "peer", v.tcp.RemoteAddr().String(), "status", status, "code", e.Code, "error", e.Message)
 	v.sayNo(status, e)
+}
+
+// refuseClient is refuse for a client that nobody knows yet, and reports it.
+func (v *visitor) refuseClient(status int, e *refusal.Error) {
+	v.r.reportStranger(v, e.ActivityID, e)
+	v.refuse(status, e)
 }
 
 // sayNo answers with a refusal that is logged already, and closes without losing the answer.

@@ -434,6 +434,7 @@ func TestHTTPAnswers(t *testing.T) {
 		{"the same length twice", "GET /rendezvous/v1/ping HTTP/1.1\nHost: x\nContent-Length: 0\ncontent-length: 0", 400, "Content-Length is repeated"},
 		{"no length, then one", "GET /rendezvous/v1/ping HTTP/1.1\nHost: x\nContent-Length:\nContent-Length: 54", 400, "not a number"},
 		{"a list of lengths", "GET /rendezvous/v1/ping HTTP/1.1\nHost: x\nContent-Length: 0, 54", 400, "not a number"},
+		{"a negative length", "GET /rendezvous/v1/ping HTTP/1.1\nHost: x\nContent-Length: -1", 400, "not a number"},
 		{"a signed length", "GET /rendezvous/v1/ping HTTP/1.1\nHost: x\nContent-Length: +0", 400, "not a number"},
 		{"no transfer encoding, then one", "GET /rendezvous/v1/ping HTTP/1.1\nHost: x\nTransfer-Encoding:\nTransfer-Encoding: chunked", 400, "chunked"},
 		{"another transfer encoding", "GET /rendezvous/v1/ping HTTP/1.1\nHost: x\nTransfer-Encoding: gzip, chunked", 400, "chunked"},

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"mime"
 	"net/http"
+	"net/netip"
 	"slices"
 	"strings"
 
@@ -236,6 +237,18 @@ func (a *api) activity(w http.ResponseWriter, r *request) error {
 		return refusal.New(refusal.UnknownResource, "There is no activity %s of yours here. Brokers remember the latest few thousand since they started.", cmp.Or(id, "?"))
 	}
 	return writeJSON(w, http.StatusOK, events)
+}
+
+// maxListed bounds a list of activities.
+const maxListed = 50
+
+// activities lists the user's latest connects, and what gateways refused at the user's address without knowing whose it is.
+func (a *api) activities(w http.ResponseWriter, r *request) error {
+	addr := ""
+	if from, err := netip.ParseAddrPort(r.RemoteAddr); err == nil {
+		addr = from.Addr().Unmap().String()
+	}
+	return writeJSON(w, http.StatusOK, a.o.Traces.List(r.user.Name, addr, maxListed))
 }
 
 // addToActivity takes a client's own steps. They are its word: whose they are and that rdv says so is ours.

@@ -116,6 +116,7 @@ func Handler(o Options) http.Handler {
 		"GET " + brokerapi.PathResources + "/{file}": a.signedIn(a.file),
 		"GET " + brokerapi.PathWebFeed:               a.signedIn(a.webFeed),
 		"GET " + brokerapi.PathActivities + "{id}":   a.signedIn(a.activity),
+		"GET " + brokerapi.PathActivities + "{$}":    a.signedIn(a.activities),
 		"POST " + brokerapi.PathActivities + "{id}":  a.signedIn(a.addToActivity),
 		"GET /{tenant}" + brokerapi.PathDiscovery:    a.discovery,
 		"GET " + brokerapi.PathEnroll:                a.preEnroll,

@@ -467,6 +467,32 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
+// A user finds what was refused without knowing its id: the user's own, and what a gateway refused at the user's address.
+func TestActivities(t *testing.T) {
+	f := setUp(t)
+	hear := func(id int, e trace.Event) {
+		e.ActivityID = fmt.Sprintf("00000000-0000-4000-8000-%012d", id)
+		e.At, e.Step, e.Component = now.Add(time.Duration(id)*time.Second), trace.StepAdmit, "relay/x"
+		f.traces.Hear("rdv.trace.gateway.a", e)
+	}
+	hear(1, trace.Event{User: "alice", Error: "ticket-expired", Detail: "expired"})
+	hear(2, trace.Event{User: "bob", Error: "ticket-expired"})
+	hear(3, trace.Event{Error: "protocol-error", ClientAddr: "192.0.2.1"}) // httptest's
+	hear(4, trace.Event{Error: "protocol-error", ClientAddr: "192.0.2.2"})
+	var list []trace.Summary
+	f.get(brokerapi.PathActivities, "alice", &list)
+	want := []trace.Summary{
+		{ActivityID: "00000000-0000-4000-8000-000000000003", At: now.Add(3 * time.Second), Step: trace.StepAdmit, Error: "protocol-error", Anonymous: true},
+		{ActivityID: activity, At: now.Add(time.Second), Step: trace.StepAdmit, Error: "ticket-expired", Detail: "expired"},
+	}
+	if !slices.Equal(list, want) {
+		t.Errorf("got %+v, want %+v", list, want)
+	}
+	if w := f.do("GET", brokerapi.PathActivities, "", ""); w.Code != http.StatusUnauthorized {
+		t.Errorf("without a token: %d", w.Code)
+	}
+}
+
 func TestOwnSteps(t *testing.T) {
 	f := setUp(t)
 	body := `[{"step":7,"component":"broker/forged","user":"bob","activityId":"x","detail":"gateway a: 12 ms"},{"step":12,"component":"rdv/laptop"}]`

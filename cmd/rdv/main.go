@@ -128,16 +128,25 @@ func connectCommand(c *client.Client) *cobra.Command {
 
 func explainCommand(c *client.Client) *cobra.Command {
 	var output string
+	var last bool
 	cmd := &cobra.Command{
-		Use: "explain ACTIVITY-ID", Short: "Show what happened in a connect, step by step", Args: cobra.ExactArgs(1),
+		Use: "explain [ACTIVITY-ID]", Short: "Show what happened in a connect, step by step; without an id, list the latest ones", Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			asJSON, err := isJSON(output)
-			if err != nil {
+			switch {
+			case err != nil:
 				return err
+			case last && len(args) > 0:
+				return fmt.Errorf("%q: an activity id or --last, not both", args[0])
+			case last:
+				return c.ExplainLast(cmd.Context(), asJSON)
+			case len(args) == 0:
+				return c.Recent(cmd.Context(), asJSON)
 			}
 			return c.Explain(cmd.Context(), args[0], asJSON)
 		},
 	}
+	cmd.Flags().BoolVar(&last, "last", false, "the latest connect")
 	addOutput(cmd, &output)
 	return cmd
 }

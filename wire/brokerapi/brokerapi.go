@@ -5,6 +5,7 @@
 //	GET  /api/v1/resources/NAME.rdp           a signed .rdp file; bearer token; ?gateway=NAME ?activity=GUID ?form=arm
 //	GET  /RDWeb/Feed/webfeed.aspx             the same list as MS-TSWP XML; bearer token
 //	GET  /api/v1/activities/ID                []trace.Event; bearer token of the activity's user
+//	GET  /api/v1/activities/                  []trace.Summary, the latest first; bearer token
 //	POST /api/v1/activities/ID                []trace.Event from rdv, for its own steps; bearer token
 //	GET  /TENANT/v2.0/.well-known/openid-configuration   the identity provider's discovery document, for FreeRDP's type:arm
 //	POST /api/v1/enroll                       EnrollRequest -> EnrollResponse; the registration token is the credential
