@@ -609,6 +609,47 @@ func TestConnectRaw(t *testing.T) {
 	}
 }
 
+// What raw and ARM mode pass by /args-from only FreeRDP 3 understands, whoever names the client.
+func TestModesNeedFreeRDP3(t *testing.T) {
+	w := newWorld(t)
+	w.gateway("a", 0, 204)
+	c, _, _ := w.login()
+	for _, tt := range []struct {
+		name, version string
+		ok            bool
+	}{
+		{"xfreerdp", "2.11.7", false},
+		{"xfreerdp-2.3", "2.3.0", false}, // a digit in the name says nothing
+		{"remmina", "1.4.39", false},
+		{"xfreerdp", "3.15.0", true},
+	} {
+		for _, mode := range []string{ModeRaw, ModeARM} {
+			program, saw := fakeClient(t, tt.name, `[ "$1" = --version ] && { echo "This is FreeRDP version `+tt.version+`"; exit 255; }; echo "$@" >$saw`)
+			err := c.Connect(t.Context(), ConnectOptions{Resource: "linux-desktop", Mode: mode, RDPClient: program})
+			_, started := os.Stat(saw)
+			if tt.ok && err != nil || !tt.ok && (err == nil || !strings.Contains(err.Error(), "is not FreeRDP 3") || started == nil) {
+				t.Errorf("%s %s in mode %s: %v, started: %t", tt.name, tt.version, mode, err, started == nil)
+			}
+		}
+	}
+	program, _ := fakeClient(t, "xfreerdp", "exit 0")
+	if err := c.Connect(t.Context(), ConnectOptions{Resource: "linux-desktop", RDPClient: program}); err != nil {
+		t.Errorf("any version is good otherwise: %v", err)
+	}
+}
+
+func TestClientEndedBySignal(t *testing.T) {
+	w := newWorld(t)
+	w.gateway("a", 0, 204)
+	c, _, _ := w.login()
+	program, _ := fakeClient(t, "xfreerdp", "kill -SEGV $$")
+	err := c.Connect(t.Context(), ConnectOptions{Resource: "linux-desktop", RDPClient: program})
+	var exit *ExitError
+	if !errors.As(err, &exit) || exit.Code != 128+11 || !strings.Contains(err.Error(), "xfreerdp was ended by a signal (segmentation fault)") {
+		t.Errorf("got %v", err)
+	}
+}
+
 // In ARM mode the file stays as it was signed, and FreeRDP is told the ticket and where to look for a sign-in beside it.
 func TestConnectARM(t *testing.T) {
 	w := newWorld(t)

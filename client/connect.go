@@ -114,7 +114,7 @@ func (c *Client) Connect(ctx context.Context, o ConnectOptions) error {
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
 		c.refusals(ctx, f, began)
-		return &ExitError{Client: filepath.Base(program.path), Code: exit.ExitCode(), Activity: f.activity}
+		return exitError(filepath.Base(program.path), f.activity, exit)
 	}
 	return err
 }
