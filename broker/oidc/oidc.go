@@ -13,7 +13,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net/http"
 	"os"
@@ -26,6 +25,7 @@ import (
 
 	"rendezvous.dev/rendezvous/broker/model"
 	"rendezvous.dev/rendezvous/wire/idpurl"
+	"rendezvous.dev/rendezvous/wire/jwks"
 	"rendezvous.dev/rendezvous/wire/refusal"
 )
 
@@ -39,7 +39,6 @@ const (
 	// retryAfter holds off the next attempt, also where a token names a key that the provider doesn't have.
 	retryAfter   = 5 * time.Second
 	fetchTimeout = 10 * time.Second
-	maxDocument  = 1 << 20
 	// maxToken bounds a token before anything parses it: one of 1,000 groups by GUID has 52 KiB.
 	maxToken    = 64 << 10
 	maxUsername = 256
@@ -112,10 +111,12 @@ type keyring struct {
 	issuer string
 	ca     string
 	keys   []jose.JSONWebKey
-	doc    []byte    // the discovery document
-	heard  time.Time // when the keys were read
-	tried  time.Time // when they were last asked for
-	err    error     // of that attempt
+	// skipped are those that were told of.
+	skipped []string
+	doc     []byte    // the discovery document
+	heard   time.Time // when the keys were read
+	tried   time.Time // when they were last asked for
+	err     error     // of that attempt
 }
 
 // New makes a Validator. It asks nobody yet.
@@ -326,12 +327,15 @@ func (v *Validator) refresh(ctx context.Context, issuer string) keyring {
 	// Others wait for this answer too, so it does not end with the request that happened to ask.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), fetchTimeout)
 	defer cancel()
-	doc, keys, err := fetch(ctx, issuer, k.ca)
+	doc, set, err := fetch(ctx, issuer, k.ca)
 	k.tried, k.err = v.o.Now(), err
 	if err != nil {
 		v.o.Log.Warn("the identity provider does not answer", "issuer", issuer, "error", err, "lastHeard", k.heard)
 	} else {
-		k.doc, k.keys, k.heard = doc, keys, k.tried
+		if !slices.Equal(k.skipped, set.Skipped) && len(set.Skipped) > 0 {
+			v.o.Log.Info("the identity provider publishes keys that verify no signature here: they are skipped", "issuer", issuer, "keys", set.Skipped)
+		}
+		k.doc, k.keys, k.skipped, k.heard = doc, set.Keys, set.Skipped, k.tried
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -342,12 +346,12 @@ func (v *Validator) refresh(ctx context.Context, issuer string) keyring {
 }
 
 // fetch reads the provider's discovery document and the keys that it names.
-func fetch(ctx context.Context, issuer, ca string) (doc json.RawMessage, keys []jose.JSONWebKey, err error) {
+func fetch(ctx context.Context, issuer, ca string) (doc json.RawMessage, set jwks.Set, err error) {
 	tc := &tls.Config{MinVersion: tls.VersionTLS12}
 	if ca != "" {
 		tc.RootCAs = x509.NewCertPool()
 		if !tc.RootCAs.AppendCertsFromPEM([]byte(ca)) {
-			return nil, nil, errors.New("the CA bundle for the identity provider holds no certificate")
+			return nil, jwks.Set{}, errors.New("the CA bundle for the identity provider holds no certificate")
 		}
 	}
 	// One connection per look, minutes apart: none is worth keeping.
@@ -356,49 +360,20 @@ func fetch(ctx context.Context, issuer, ca string) (doc json.RawMessage, keys []
 	}}
 	p, err := gooidc.NewProvider(gooidc.ClientContext(ctx, client), issuer)
 	if err != nil {
-		return nil, nil, err
+		return nil, jwks.Set{}, err
 	}
 	var where idpurl.Endpoints
 	if err := errors.Join(p.Claims(&doc), p.Claims(&where)); err != nil {
-		return nil, nil, err
+		return nil, jwks.Set{}, err
 	}
 	if err := where.Check(issuer); err != nil {
-		return nil, nil, fmt.Errorf("the discovery document of %s is refused: %w", issuer, err)
+		return nil, jwks.Set{}, fmt.Errorf("the discovery document of %s is refused: %w", issuer, err)
 	}
 	if where.JWKS == "" {
-		return nil, nil, fmt.Errorf("the discovery document of %s names no keys (jwks_uri)", issuer)
+		return nil, jwks.Set{}, fmt.Errorf("the discovery document of %s names no keys (jwks_uri)", issuer)
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, where.JWKS, nil)
-	if err != nil {
-		return nil, nil, err
-	}
-	res, err := client.Do(req)
-	if err != nil {
-		return nil, nil, err
-	}
-	defer res.Body.Close()
-	if res.StatusCode != http.StatusOK {
-		return nil, nil, fmt.Errorf("%s answers %s", where.JWKS, res.Status)
-	}
-	var set struct {
-		Keys []json.RawMessage `json:"keys"`
-	}
-	if err := json.NewDecoder(io.LimitReader(res.Body, maxDocument)).Decode(&set); err != nil {
-		return nil, nil, fmt.Errorf("%s: %w", where.JWKS, err)
-	}
-	for _, raw := range set.Keys {
-		var k jose.JSONWebKey
-		if json.Unmarshal(raw, &k) != nil { // of a kind that isn't known here, beside those that sign
-			continue
-		}
-		if k.Use != "enc" && k.IsPublic() && k.Valid() {
-			keys = append(keys, k)
-		}
-	}
-	if len(keys) == 0 {
-		return nil, nil, fmt.Errorf("%s lists no key to verify signatures with", where.JWKS)
-	}
-	return doc, keys, nil
+	set, err = jwks.Fetch(ctx, client, where.JWKS)
+	return doc, set, err
 }
 
 func invalid(cfg model.OIDC, why string, args ...any) error {
