@@ -9,6 +9,7 @@
 //	rdpfile.go   reading .rdp files
 //	launch.go    finding and starting the RDP client
 //	explain.go   the timeline
+//	whoami.go    the token as the workspace reads it
 package client
 
 import (

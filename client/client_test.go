@@ -278,6 +278,10 @@ func (w *world) brokerMux() http.Handler {
 		w.mu.Unlock()
 		rw.WriteHeader(204)
 	}))
+	mux.HandleFunc("GET "+brokerapi.PathWhoAmI, signedIn(func(rw http.ResponseWriter, _ *http.Request) {
+		answer(rw, 200, brokerapi.Identity{User: "alice", UserClaim: "email", GroupsClaim: "groups", GroupsNotice: "you have no groups\x1b[2J", Claims: []string{"aud", "realm_access.roles"},
+			Resources: []brokerapi.IdentityResource{{Name: "desk", HostPool: "linux", Account: "ali"}, {Name: "own", HostPool: "mine"}, {Name: "no", HostPool: "x", Problem: "no account"}}})
+	}))
 	mux.HandleFunc("GET "+brokerapi.PathActivities+"{$}", signedIn(func(rw http.ResponseWriter, _ *http.Request) {
 		w.mu.Lock()
 		defer w.mu.Unlock()
@@ -741,6 +745,22 @@ func TestGatewaysAndExplain(t *testing.T) {
 	}
 	if err := c.Explain(t.Context(), newActivity(), false); err == nil || !strings.Contains(err.Error(), "knows nothing of activity") {
 		t.Errorf("explain unknown: %v", err)
+	}
+}
+
+func TestWhoAmI(t *testing.T) {
+	w := newWorld(t)
+	c, out, errs := w.login()
+	if err := c.WhoAmI(t.Context(), false); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"alice", "from claim email", "none", "aud, realm_access.roles", "ali", "(the host asks)", "none: no account"} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("no %q in:\n%s", want, out)
+		}
+	}
+	if !strings.Contains(errs.String(), "you have no groups") || strings.Contains(errs.String(), "\x1b") {
+		t.Errorf("told: %q", errs)
 	}
 }
 

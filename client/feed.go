@@ -150,6 +150,9 @@ func (c *Client) List(ctx context.Context, asJSON bool) error {
 	if asJSON {
 		return c.printJSON(r)
 	}
+	if r.Notice != "" {
+		fmt.Fprintln(c.Err, oneLine(r.Notice))
+	}
 	if len(r.Resources) == 0 {
 		fmt.Fprintf(c.Err, "Workspace %s grants %s nothing yet: ask its administrator for a resource that names you or one of your groups.\n", f.account.Workspace.Name, r.User)
 		return nil

@@ -17,6 +17,7 @@ import (
 	"net/http"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -51,11 +52,13 @@ var algorithms = []jose.SignatureAlgorithm{
 
 // User is whom a token names.
 type User struct {
+	// Name in the spelling that everything compares (model.OIDC.User).
 	Name   string
 	Groups []string
-	// GroupsElsewhere says that the token leaves the groups out because they are too many, and points elsewhere for them:
-	// that a group isn't in Groups says nothing.
-	GroupsElsewhere bool
+	// GroupsProblem is why Groups are none, or not all: GroupsAbsent and so on, empty where they are read.
+	GroupsProblem string
+	// Expires is when the token does.
+	Expires time.Time
 	// SignedIn is when the token was issued, as far as it isn't in the future; zero where it doesn't say. User and groups
 	// are as of then.
 	SignedIn time.Time
@@ -66,18 +69,19 @@ type User struct {
 // maxClaim bounds a claim's value that Claims gives, in bytes.
 const maxClaim = 256
 
+// GroupsComplete says that a group that isn't in Groups is one that the user is not in.
+func (u User) GroupsComplete() bool {
+	return u.GroupsProblem == "" || u.GroupsProblem == GroupsAbsent
+}
+
 // Claims gives those of the token's claims that are texts or whole numbers, of the named ones.
 func (u User) Claims(names []string) map[string]string {
 	values := map[string]string{}
 	for _, name := range names {
+		raw := find(u.claims, name)
 		var text string
-		var number json.Number
-		switch raw := u.claims[name]; {
-		case raw == nil:
-			continue
-		case json.Unmarshal(raw, &text) == nil:
-		case json.Unmarshal(raw, &number) == nil:
-			text = number.String()
+		if json.Unmarshal(raw, &text) != nil {
+			text = wholeNumber(raw)
 		}
 		if text != "" && len(text) <= maxClaim {
 			values[name] = text
@@ -218,42 +222,22 @@ func user(t *gooidc.IDToken, cfg model.OIDC, now time.Time) (User, error) {
 	if raw, ok := claims["nbf"]; ok && json.Unmarshal(raw, &notBefore) == nil && now.Add(time.Minute).Before(time.Unix(int64(notBefore), 0)) {
 		return User{}, invalid(cfg, "it is not valid yet; compare the clocks")
 	}
-	u := User{claims: claims}
-	if json.Unmarshal(claims[cfg.UsernameClaim], &u.Name) != nil || u.Name == "" || len(u.Name) > maxUsername {
-		return User{}, invalid(cfg, "it has no claim %q, which names the user", cfg.UsernameClaim)
+	u := User{claims: claims, Expires: t.Expiry}
+	var name string
+	if json.Unmarshal(find(claims, cfg.UsernameClaim), &name) != nil || name == "" || len(name) > maxUsername {
+		return User{}, invalid(cfg, "it has no claim %q, which names the user; its claims are: %s", cfg.UsernameClaim, strings.Join(u.ClaimNames(), ", "))
 	}
-	// An address that the provider did not verify could be anybody's.
-	if raw, ok := claims["email_verified"]; ok && cfg.UsernameClaim == "email" {
-		var verified bool
-		if json.Unmarshal(raw, &verified) != nil || !verified {
-			return User{}, invalid(cfg, "the provider has not verified the address %q", u.Name)
-		}
+	u.Name = cfg.User(name)
+	// An address that the provider did not verify could be anybody's. Many providers (Entra ID, AD FS) never say: there an
+	// administrator gives out the addresses.
+	if raw, ok := claims["email_verified"]; ok && cfg.UsernameClaim == "email" && !isTrue(raw) {
+		return User{}, invalid(cfg, "the provider has not verified the address %q", u.Name)
 	}
-	if raw, ok := claims[cfg.GroupsClaim]; ok {
-		var one string
-		if json.Unmarshal(raw, &u.Groups) != nil && json.Unmarshal(raw, &one) == nil && one != "" {
-			u.Groups = []string{one}
-		}
-	} else {
-		u.GroupsElsewhere = elsewhere(claims, cfg.GroupsClaim)
-	}
+	u.Groups, u.GroupsProblem = readGroups(claims, cfg.GroupsClaim)
 	if u.SignedIn = t.IssuedAt; u.SignedIn.After(now) {
 		u.SignedIn = now.Truncate(time.Second)
 	}
 	return u, nil
-}
-
-// elsewhere says whether a token points elsewhere for a claim (OpenID Connect Core 1.0, section 5.6.2), or, as one of the
-// implicit flow of Entra ID, that there are groups too many for it.
-func elsewhere(claims map[string]json.RawMessage, claim string) bool {
-	var names map[string]json.RawMessage
-	if json.Unmarshal(claims["_claim_names"], &names) == nil {
-		if _, ok := names[claim]; ok {
-			return true
-		}
-	}
-	var many bool
-	return json.Unmarshal(claims["hasgroups"], &many) == nil && many
 }
 
 // keySet verifies signatures with the current keys of one issuer.

@@ -321,8 +321,8 @@ func TestSignedIn(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			u, err := f.Validate(t.Context(), f.idp.token(f.claims(c.edit)))
-			if err != nil || !u.SignedIn.Equal(c.at) || u.GroupsElsewhere != c.elsewhere {
-				t.Errorf("got %v, %v, %v; want %v, %v", u.SignedIn, u.GroupsElsewhere, err, c.at, c.elsewhere)
+			if err != nil || !u.SignedIn.Equal(c.at) || !u.GroupsComplete() != c.elsewhere {
+				t.Errorf("got %v, %v, %v; want %v, %v", u.SignedIn, u.GroupsProblem, err, c.at, c.elsewhere)
 			}
 		})
 	}

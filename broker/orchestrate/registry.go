@@ -20,6 +20,8 @@ import (
 type registry struct {
 	now    func() time.Time
 	proofs proofSource
+	// spelling gives the spelling of a user's name by which everything compares it.
+	spelling func(string) string
 
 	mu       sync.Mutex
 	hosts    map[hostKey]*liveHost
@@ -78,7 +80,7 @@ const maxBoots = 16
 const overtaken = time.Second
 
 func newRegistry(now func() time.Time) *registry {
-	return &registry{now: now, hosts: map[hostKey]*liveHost{}, gateways: map[gatewayKey]liveGateway{}, onTheWay: map[string]journey{}}
+	return &registry{now: now, spelling: func(name string) string { return name }, hosts: map[hostKey]*liveHost{}, gateways: map[gatewayKey]liveGateway{}, onTheWay: map[string]journey{}}
 }
 
 // host gives the entry of a host. mu is held.
@@ -265,7 +267,7 @@ func (r *registry) placementHosts(pool *model.Pool, hosts []poolHost) iter.Seq[p
 				if p.Ready && h.report.Logins != (pool.Accounts != nil) {
 					p.Ready, p.Message = false, otherLogin(pool)
 				}
-				p.Sessions, p.Reserved = h.taken(d.UID, now)
+				p.Sessions, p.Reserved = h.taken(d.UID, now, r.spelling)
 			}
 			if !yield(p) {
 				return
@@ -284,8 +286,8 @@ func otherLogin(pool *model.Pool) string {
 
 // taken gives the sessions that a host, whose SessionHost has this UID, reports or has accepted since, and those that it
 // is only being asked for.
-func (h *liveHost) taken(uid string, now time.Time) (sessions, reserved []placement.Session) {
-	sessions = slices.Clip(h.placementSessions(uid, now))
+func (h *liveHost) taken(uid string, now time.Time, spelling func(string) string) (sessions, reserved []placement.Session) {
+	sessions = slices.Clip(h.placementSessions(uid, now, spelling))
 	for id, p := range h.promises {
 		switch {
 		case now.After(p.until):

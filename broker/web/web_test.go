@@ -26,8 +26,11 @@ import (
 	"time"
 	"unicode/utf16"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"rendezvous.dev/rendezvous/broker/enrol"
 	"rendezvous.dev/rendezvous/broker/internal/fake"
+	"rendezvous.dev/rendezvous/broker/metrics"
 	"rendezvous.dev/rendezvous/broker/model"
 	"rendezvous.dev/rendezvous/broker/oidc"
 	"rendezvous.dev/rendezvous/broker/traces"
@@ -50,7 +53,11 @@ type people map[string][]string
 func (p people) Validate(_ context.Context, token string) (oidc.User, error) {
 	switch groups, ok := p[token]; {
 	case ok:
-		return oidc.User{Name: token, Groups: groups, SignedIn: now.Add(-time.Minute)}, nil
+		u := oidc.User{Name: token, Groups: groups, SignedIn: now.Add(-time.Minute)}
+		if token == "carol" {
+			u.GroupsProblem = oidc.GroupsAbsent
+		}
+		return u, nil
 	case token == "":
 		return oidc.User{}, refusal.New(refusal.TokenMissing, "sign in")
 	case token == "panic":
@@ -86,10 +93,11 @@ type fixture struct {
 	token   string
 	people  people
 	log     bytes.Buffer
+	metrics *prometheus.Registry
 }
 
 func setUp(t *testing.T) *fixture {
-	f := &fixture{t: t, lapsed: lapsed{}, traces: traces.New(), load: map[string]int32{"a": 5, "b": 2, "c": 0}, people: people{"alice": {"engineers", "x"}, "bob": nil, "carol": nil}}
+	f := &fixture{t: t, metrics: prometheus.NewRegistry(), lapsed: lapsed{}, traces: traces.New(), load: map[string]int32{"a": 5, "b": 2, "c": 0}, people: people{"alice": {"engineers", "x"}, "bob": nil, "carol": nil}}
 	f.token = "rdvreg.ns.linux.-." + base64.RawURLEncoding.EncodeToString(make([]byte, 32))
 	hash := sha256.Sum256([]byte(f.token))
 	f.world = fake.New(&model.Snapshot{
@@ -132,7 +140,7 @@ func setUp(t *testing.T) *fixture {
 		Gateways:  loads{f},
 		Access:    f.lapsed,
 		TicketKey: func() (ed25519.PrivateKey, error) { return f.key, nil },
-		Signer:    func() *tls.Certificate { return signer }, Now: clock, Log: slog.New(slog.NewTextHandler(&f.log, nil)),
+		Signer:    func() *tls.Certificate { return signer }, Now: clock, Log: slog.New(slog.NewTextHandler(&f.log, nil)), Metrics: metrics.New(f.metrics),
 	})
 	return f
 }
@@ -464,6 +472,79 @@ func TestRefusals(t *testing.T) {
 				t.Error("no WWW-Authenticate")
 			}
 		})
+	}
+}
+
+// The token as the workspace reads it.
+func TestWhoAmI(t *testing.T) {
+	f := setUp(t)
+	f.world.Edit(func(s *model.Snapshot) {
+		ws, pool := *s.Workspace, *s.Pools["linux"]
+		ws.OIDC.UsernameClaim, ws.OIDC.GroupsClaim = "email", "realm_access.roles"
+		pool.Accounts = &model.Accounts{Create: true}
+		s.Workspace, s.Pools = &ws, map[string]*model.Pool{"linux": &pool}
+	})
+	var alice, bob, carol brokerapi.Identity
+	f.get(brokerapi.PathWhoAmI, "alice", &alice)
+	if alice.User != "alice" || alice.UserClaim != "email" || alice.GroupsClaim != "realm_access.roles" || !slices.Equal(alice.Groups, []string{"engineers", "x"}) ||
+		alice.GroupsNotice != "" || !alice.SignedIn.Equal(now.Add(-time.Minute)) || !slices.Equal(alice.Resources, []brokerapi.IdentityResource{{Name: "desk", HostPool: "linux", Account: "alice"}}) {
+		t.Errorf("alice: %+v", alice)
+	}
+	f.get(brokerapi.PathWhoAmI, "bob", &bob)
+	if len(bob.Resources) != 2 || bob.Resources[0].Account != "bob" || !strings.Contains(bob.Resources[1].Problem, "HostPool none does not exist") {
+		t.Errorf("bob: %+v", bob)
+	}
+	f.get(brokerapi.PathWhoAmI, "carol", &carol)
+	if !strings.Contains(carol.GroupsNotice, `no claim "realm_access.roles"`) {
+		t.Errorf("carol: %+v", carol)
+	}
+	if w := f.do("GET", brokerapi.PathWhoAmI, "", ""); w.Code != http.StatusUnauthorized {
+		t.Errorf("nobody: %d", w.Code)
+	}
+}
+
+// Where groups can't be read, refusal, list, log and metric say so, and which claims there are.
+func TestGroupsThatCannotBeRead(t *testing.T) {
+	f := setUp(t)
+	f.world.Edit(func(s *model.Snapshot) {
+		ws := *s.Workspace
+		ws.OIDC.GroupsClaim = "groups"
+		s.Workspace = &ws
+	})
+	const says = `your token has no claim \"groups\"`
+	if w := f.do("GET", brokerapi.PathResources, "carol", ""); !strings.Contains(w.Body.String(), says) {
+		t.Errorf("the list says %s", w.Body)
+	}
+	if w := f.do("GET", brokerapi.PathResources+"/desk.rdp", "carol", ""); w.Code != http.StatusForbidden || !strings.Contains(w.Body.String(), says) {
+		t.Errorf("the refusal says %s", w.Body)
+	}
+	if w := f.do("GET", brokerapi.PathResources+"/own.rdp", "carol", ""); strings.Contains(w.Body.String(), says) {
+		t.Errorf("no group grants this one, and the refusal says %s", w.Body)
+	}
+	if w := f.do("GET", brokerapi.PathResources, "alice", ""); strings.Contains(w.Body.String(), "notice") {
+		t.Errorf("alice is told %s", w.Body)
+	}
+	if n := strings.Count(f.log.String(), "a user's groups can't be read from the token"); n != 1 {
+		t.Errorf("logged %d times in a minute: %s", n, &f.log)
+	}
+	counted := 0.
+	families, _ := f.metrics.Gather()
+	for _, family := range families {
+		if family.GetName() == "rendezvous_broker_groups_unread_total" {
+			counted = family.Metric[0].Counter.GetValue()
+		}
+	}
+	if counted != 3 {
+		t.Errorf("counted %v, want 3", counted)
+	}
+	f.world.Edit(func(s *model.Snapshot) {
+		ws := *s.Workspace
+		ws.Resources = slices.Clone(ws.Resources)
+		ws.Resources[0].Groups = nil
+		s.Workspace = &ws
+	})
+	if w := f.do("GET", brokerapi.PathResources, "carol", ""); strings.Contains(w.Body.String(), "notice") {
+		t.Errorf("nothing goes by groups, and the list says %s", w.Body)
 	}
 }
 

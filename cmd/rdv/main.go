@@ -47,7 +47,7 @@ func command() *cobra.Command {
 		},
 	}
 	root.PersistentFlags().StringVarP(&c.Workspace, "workspace", "w", "", "workspace to use, by name, host or URL (default: the one signed in to last)")
-	root.AddCommand(loginCommand(c), logoutCommand(c), listCommand(c), gatewaysCommand(c), connectCommand(c), explainCommand(c), versionCommand())
+	root.AddCommand(loginCommand(c), logoutCommand(c), listCommand(c), whoAmICommand(c), gatewaysCommand(c), connectCommand(c), explainCommand(c), versionCommand())
 	return root
 }
 
@@ -84,6 +84,22 @@ func listCommand(c *client.Client) *cobra.Command {
 				return err
 			}
 			return c.List(cmd.Context(), asJSON)
+		},
+	}
+	addOutput(cmd, &output)
+	return cmd
+}
+
+func whoAmICommand(c *client.Client) *cobra.Command {
+	var output string
+	cmd := &cobra.Command{
+		Use: "whoami", Short: "Show who you are to the workspace: user, groups, accounts, and the claims they are read from", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			asJSON, err := isJSON(output)
+			if err != nil {
+				return err
+			}
+			return c.WhoAmI(cmd.Context(), asJSON)
 		},
 	}
 	addOutput(cmd, &output)
