@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -31,6 +32,11 @@ type LoginOptions struct {
 	CAFile    string
 	Device    bool // device flow: sign in on another device
 	NoBrowser bool // print the URL and open nothing
+	// RedirectPort is the loopback port to be sent back to, for providers that know one redirect URI. 0 is a free one, or
+	// the port of the login before.
+	RedirectPort int
+	// SecretFile has the client's secret, for providers that know no public clients.
+	SecretFile string
 }
 
 // Login signs in to a workspace and makes it the current one.
@@ -61,6 +67,16 @@ func (c *Client) Login(ctx context.Context, o LoginOptions) error {
 	if old != nil {
 		if changes := old.TokensOf.changes(a.Workspace); len(changes) > 0 {
 			fmt.Fprintf(c.Err, "workspace %s has changed since you last signed in: %s\n", a.Workspace.Name, strings.Join(changes, "; "))
+		} else {
+			a.ClientSecret, a.RedirectPort = old.ClientSecret, old.RedirectPort // another provider gets no secret of this one
+		}
+	}
+	if o.RedirectPort != 0 {
+		a.RedirectPort = o.RedirectPort
+	}
+	if o.SecretFile != "" {
+		if a.ClientSecret, err = readSecret(o.SecretFile); err != nil {
+			return err
 		}
 	}
 	p, err := c.provider(ctx, a)
@@ -136,8 +152,47 @@ func (c *Client) provider(ctx context.Context, a *Account) (*provider, error) {
 	if len(scopes) == 0 {
 		scopes = []string{oidc.ScopeOpenID, "profile", "email", oidc.ScopeOfflineAccess}
 	}
+	endpoint := p.Endpoint()
+	if endpoint.AuthStyle, err = authStyle(p, a.ClientSecret); err != nil {
+		return nil, fmt.Errorf("identity provider %s of workspace %s: %w", a.Workspace.IssuerURL, a.Workspace.Name, err)
+	}
 	return &provider{ctx: ctx, account: a, verifier: p.Verifier(&oidc.Config{ClientID: a.Workspace.ClientID}),
-		conf: oauth2.Config{ClientID: a.Workspace.ClientID, Endpoint: p.Endpoint(), Scopes: scopes}}, nil
+		conf: oauth2.Config{ClientID: a.Workspace.ClientID, ClientSecret: a.ClientSecret, Endpoint: endpoint, Scopes: scopes}}, nil
+}
+
+// authStyle is how the client names itself at the token endpoint: without a secret in the request's body alone, as public
+// clients do; with one as the provider says (OpenID Connect Discovery 1.0, section 3: in a header unless it says otherwise).
+// Trying both would show some providers one code twice.
+func authStyle(p *oidc.Provider, secret string) (oauth2.AuthStyle, error) {
+	if secret == "" {
+		return oauth2.AuthStyleInParams, nil
+	}
+	var says struct {
+		Methods []string `json:"token_endpoint_auth_methods_supported"`
+	}
+	if err := p.Claims(&says); err != nil {
+		return 0, err
+	}
+	switch {
+	case len(says.Methods) == 0 || slices.Contains(says.Methods, "client_secret_basic"):
+		return oauth2.AuthStyleInHeader, nil
+	case slices.Contains(says.Methods, "client_secret_post"):
+		return oauth2.AuthStyleInParams, nil
+	}
+	return 0, fmt.Errorf("it takes a client's secret in no way that rdv knows: it names %s", oneLine(strings.Join(says.Methods, ", ")))
+}
+
+// readSecret reads --client-secret-file.
+func readSecret(path string) (string, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return "", fmt.Errorf("--client-secret-file: %w", err)
+	}
+	secret := strings.TrimSpace(string(data))
+	if secret == "" || strings.ContainsAny(secret, "\r\n") {
+		return "", fmt.Errorf("--client-secret-file: %s must hold the secret alone, on one line", path)
+	}
+	return secret, nil
 }
 
 // accept verifies the ID token of an answer and puts it into the account.
@@ -241,8 +296,11 @@ func (c *Client) deviceFlow(p *provider) (*oauth2.Token, error) {
 
 // browserFlow is the authorization code flow with PKCE and a redirect to the loopback address (RFC 8252).
 func (c *Client) browserFlow(p *provider, nonce string, noBrowser bool) (*oauth2.Token, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
+	l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", p.account.RedirectPort))
+	switch {
+	case err != nil && p.account.RedirectPort != 0:
+		return nil, fmt.Errorf("port %d, which the identity provider is to send the answer to, can't be had: %w: end the program that has it, or name another with --redirect-port that the provider knows", p.account.RedirectPort, err)
+	case err != nil:
 		return nil, fmt.Errorf("no loopback port for the answer: %w: try --device", err)
 	}
 	// By name, because some providers take only "localhost" for a public client. Where the name means ::1 first, we

@@ -58,11 +58,16 @@ func loginCommand(c *client.Client) *cobra.Command {
 		Long: "Sign in at the workspace's identity provider, in a browser. The page to open is printed alone on one line of\nstandard output.",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			o.URL = args[0]
+			if o.RedirectPort < 0 || o.RedirectPort > 65535 {
+				return fmt.Errorf("--redirect-port %d: it is a port, 1 to 65535", o.RedirectPort)
+			}
 			return c.Login(cmd.Context(), o)
 		},
 	}
 	cmd.Flags().StringVar(&o.CAFile, "ca-file", "", "PEM file of a CA to trust for this workspace, its gateways and desktops, besides the machine's own")
 	cmd.Flags().BoolVar(&o.Device, "device", false, "sign in on another device")
+	cmd.Flags().IntVar(&o.RedirectPort, "redirect-port", 0, "loopback port that the provider knows the redirect URI by, http://localhost:PORT/callback (default: any free one, or that of the last login)")
+	cmd.Flags().StringVar(&o.SecretFile, "client-secret-file", "", "file with the client's secret, for providers that know no public clients; kept with the sign-in")
 	cmd.Flags().BoolVar(&o.NoBrowser, "no-browser", false, "print the page's address and open nothing")
 	return cmd
 }
