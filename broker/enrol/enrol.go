@@ -58,6 +58,8 @@ const (
 	issueTime = 65 * time.Minute
 	// seenWithin is how long an enrolment waits to be seen here, so that its agent is known when it comes.
 	seenWithin, seenEvery = 3 * time.Second, 20 * time.Millisecond
+	// seenElsewhere is how much later the other brokers, to any of which the agent may come, have seen it as good as surely.
+	seenElsewhere = 250 * time.Millisecond
 	// renewTimeout bounds one renewal.
 	renewTimeout = time.Minute
 )
@@ -86,6 +88,7 @@ type Service struct {
 	enrolling chan struct{}
 	renewing  chan struct{}
 	due       chan struct{} // one waiting signal: changes has something
+	elsewhere time.Duration // seenElsewhere, but in tests
 
 	mu      sync.Mutex
 	busy    map[string]bool          // hosts that an issuer works for
@@ -106,7 +109,7 @@ func New(o Options) *Service {
 	}
 	return &Service{
 		o: o, unknown: rate.NewLimiter(unknownPerSecond, unknownBurst),
-		enrolling: make(chan struct{}, maxEnrolling), renewing: make(chan struct{}, maxRenewing), due: make(chan struct{}, 1),
+		enrolling: make(chan struct{}, maxEnrolling), renewing: make(chan struct{}, maxRenewing), due: make(chan struct{}, 1), elsewhere: seenElsewhere,
 		busy: map[string]bool{}, makers: map[string]*rate.Limiter{}, changes: map[string]change{},
 	}
 }
@@ -373,12 +376,17 @@ func serial(chain string) string {
 	return cert.SerialNumber.Text(16)
 }
 
-// awaitSeen waits until the snapshot shows the enrolment, or has had time enough: the agent comes again if it must.
+// awaitSeen waits until the snapshot shows the host's key, and a moment for the other brokers', or has had time enough: the
+// agent comes again if it must.
 func (s *Service) awaitSeen(ctx context.Context, host, key string) {
 	ctx, cancel := context.WithTimeout(ctx, seenWithin)
 	defer cancel()
 	for {
 		if h := s.o.Source.Snapshot().Hosts[host]; h != nil && (h.Enrolment.Key == key || h.Enrolment.NextKey == key) {
+			select {
+			case <-ctx.Done():
+			case <-time.After(s.elsewhere):
+			}
 			return
 		}
 		select {
