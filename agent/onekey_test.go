@@ -145,3 +145,14 @@ func TestEnrolmentKeepsItsKey(t *testing.T) {
 		}
 	}
 }
+
+// An agent serves at brokers of a release before this one, which don't let it hear of displacements.
+func TestAgentAtOlderBrokers(t *testing.T) {
+	w := newWorld(t)
+	w.older = true
+	w.run(w.options())
+	w.ready(bus.HostConfig{Generation: 1, MaxSessions: 1})
+	if n := len(w.agentsOnBus()); n != 1 {
+		t.Errorf("%d connections", n)
+	}
+}
