@@ -94,6 +94,7 @@ type Service struct {
 	busy    map[string]bool          // hosts that an issuer works for
 	makers  map[string]*rate.Limiter // by pool
 	changes map[string]change        // by host
+	arrived map[string]string        // next keys that hosts came with, until that is recorded
 }
 
 // New makes a Service.
@@ -110,7 +111,7 @@ func New(o Options) *Service {
 	return &Service{
 		o: o, unknown: rate.NewLimiter(unknownPerSecond, unknownBurst),
 		enrolling: make(chan struct{}, maxEnrolling), renewing: make(chan struct{}, maxRenewing), due: make(chan struct{}, 1), elsewhere: seenElsewhere,
-		busy: map[string]bool{}, makers: map[string]*rate.Limiter{}, changes: map[string]change{},
+		busy: map[string]bool{}, makers: map[string]*rate.Limiter{}, changes: map[string]change{}, arrived: map[string]string{},
 	}
 }
 
@@ -540,6 +541,9 @@ func (s *Service) Renew(ctx context.Context, id identity.ID, r brokerapi.RenewRe
 		}
 		if err := s.mayRenew(id, h); err != nil {
 			return e, err
+		}
+		if e.NextKey != "" && s.cameWith(id.Host) == e.NextKey { // which could not be recorded: it must not be lost
+			e.Key = e.NextKey
 		}
 		e.Renewed = s.o.Now()
 		if key != "" {
