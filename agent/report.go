@@ -50,7 +50,7 @@ func (a *Agent) publishReport() {
 	r := bus.HostReport{
 		Pool: a.member.Pool, Host: a.member.Host, Boot: a.boot, Sequence: a.sequence, ConfigGeneration: config.Generation,
 		AgentVersion: a.opts.Version, OS: runtime.GOOS + "/" + runtime.GOARCH, RDPReady: a.probed.ready && config.Generation > 0, Message: a.probed.why,
-		Sessions: a.ledger.Sessions(), Load: load(), Leaving: stopping, LoginsRefused: a.signIn.refusals(),
+		Sessions: a.ledger.Sessions(), Load: load(), Leaving: stopping, Logins: a.signIn != nil, LoginsRefused: a.signIn.refusals(),
 	}
 	switch {
 	case r.RDPReady || r.Message != "":

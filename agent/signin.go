@@ -31,7 +31,7 @@ type signIn struct {
 	records  *login.Records
 	listener net.Listener
 	shared   *login.AccountList // where the desktops are in a container beside this one
-	making   sync.Mutex    // useradd and its like lock their files, and give up on each other
+	making   sync.Mutex         // useradd and its like lock their files, and give up on each other
 
 	mu      sync.Mutex
 	refused map[login.Reason]uint64 // since the agent's start

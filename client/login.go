@@ -188,6 +188,19 @@ func (c *Client) fresh(ctx context.Context, a *Account) (detail string, err erro
 		return "signed in until " + a.Expiry.UTC().Format(time.RFC3339), nil
 	}
 	again := fmt.Sprintf("run `rdv login %s` again", a.URL)
+	// Some providers take a refresh token once, and one that comes a second time for stolen: one rdv renews, the others wait
+	// and find what it got.
+	unlock, err := c.Store.lock(ctx, a)
+	if err != nil {
+		return "", err
+	}
+	defer unlock()
+	if stored, err := c.Store.read(c.Store.path(key(a.URL))); err == nil && stored.TokensOf == a.TokensOf && stored.Expiry.After(a.Expiry) {
+		a.IDToken, a.RefreshToken, a.Expiry, a.User = stored.IDToken, stored.RefreshToken, stored.Expiry, stored.User
+		if time.Until(a.Expiry) > expiryMargin {
+			return "signed in until " + a.Expiry.UTC().Format(time.RFC3339), nil
+		}
+	}
 	if a.RefreshToken == "" {
 		return "", fmt.Errorf("the sign-in to workspace %s ended at %s: %s", a.Workspace.Name, a.Expiry.Local().Format(time.DateTime), again)
 	}
@@ -200,7 +213,7 @@ func (c *Client) fresh(ctx context.Context, a *Account) (detail string, err erro
 		return "", fmt.Errorf("the sign-in to workspace %s could not be renewed: %w: %s", a.Workspace.Name, err, again)
 	}
 	if err := p.accept(a, tok, ""); err != nil {
-		return "", err
+		return "", fmt.Errorf("the sign-in to workspace %s could not be renewed: %w: %s", a.Workspace.Name, err, again)
 	}
 	return "token renewed until " + a.Expiry.UTC().Format(time.RFC3339), c.Store.Save(a)
 }

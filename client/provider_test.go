@@ -8,6 +8,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -257,5 +258,81 @@ func TestRedirectsKeepTokens(t *testing.T) {
 func TestOneLine(t *testing.T) {
 	if got := oneLine("a\x1b[2Jb\u009b31mc\u202ed\u2028e\n\u00e9"); strings.ContainsAny(got, "\x1b\u009b\u202e\u2028\n") || !strings.Contains(got, "\u00e9") {
 		t.Errorf("%q", got)
+	}
+}
+
+// A provider that takes each refresh token once, and a second use for theft: several rdvs at one time renew once.
+func TestOneRefreshAtATime(t *testing.T) {
+	w := newWorld(t)
+	c, _, _ := w.login()
+	var mu sync.Mutex
+	current, renewals, reused := "refresh", 0, 0
+	old := w.issuer.Config.Handler
+	w.issuer.Config.Handler = http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		if r.URL.Path != "/token" {
+			old.ServeHTTP(rw, r)
+			return
+		}
+		r.ParseForm()
+		mu.Lock()
+		defer mu.Unlock()
+		if r.Form.Get("refresh_token") != current {
+			reused++
+			answer(rw, 400, map[string]string{"error": "invalid_grant"})
+			return
+		}
+		renewals++
+		current = random()
+		answer(rw, 200, map[string]any{"access_token": "x", "token_type": "Bearer", "refresh_token": current, "id_token": w.idToken(""), "expires_in": 3600})
+	})
+	a, err := c.Store.Find("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.Expiry = time.Now()
+	if err := c.Store.Save(a); err != nil {
+		t.Fatal(err)
+	}
+	var all sync.WaitGroup
+	for range 6 {
+		all.Go(func() {
+			each := *c
+			each.Out, each.Err = &syncBuffer{}, &syncBuffer{}
+			if err := each.List(t.Context(), false); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+	if renewals != 1 || reused != 0 {
+		t.Errorf("%d renewals, and %d with a token that was used before", renewals, reused)
+	}
+	if a, err := c.Store.Find(""); err != nil || a.RefreshToken != current {
+		t.Errorf("the newest refresh token isn't kept: %v", err)
+	}
+}
+
+// An answer without an ID token (RFC 6749 demands none of a refresh) tells the way out.
+func TestRefreshWithoutIDToken(t *testing.T) {
+	w := newWorld(t)
+	c, _, _ := w.login()
+	old := w.issuer.Config.Handler
+	w.issuer.Config.Handler = http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/token" {
+			answer(rw, 200, map[string]any{"access_token": "x", "token_type": "Bearer", "expires_in": 3600})
+			return
+		}
+		old.ServeHTTP(rw, r)
+	})
+	a, err := c.Store.Find("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.Expiry = time.Now()
+	if err := c.Store.Save(a); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.List(t.Context(), false); err == nil || !strings.Contains(err.Error(), "run `rdv login "+w.broker.URL+"` again") {
+		t.Errorf("got %v", err)
 	}
 }

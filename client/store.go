@@ -1,6 +1,7 @@
 package client
 
 import (
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -108,6 +109,34 @@ func (s Store) Save(a *Account) error {
 		return err
 	}
 	return writePrivate(s.path(key(a.URL)), data)
+}
+
+// lockAgain is how often a lock that another rdv has is tried.
+const lockAgain = 20 * time.Millisecond
+
+// lock keeps other rdvs from renewing an account's tokens meanwhile, until unlock or the end of ctx.
+func (s Store) lock(ctx context.Context, a *Account) (unlock func(), err error) {
+	path := filepath.Join(s.Dir, "workspaces", key(a.URL)+".lock")
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	for {
+		got, err := tryLock(f)
+		if got {
+			return func() { f.Close() }, nil
+		}
+		if err == nil {
+			select {
+			case <-time.After(lockAgain):
+				continue
+			case <-ctx.Done():
+				err = ctx.Err()
+			}
+		}
+		f.Close()
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
 }
 
 // Use makes an account the current one.

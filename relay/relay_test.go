@@ -285,6 +285,7 @@ var refusals = []struct {
 	{refusal.TicketInvalid, true, 401, tsgu.ErrCookieDenied},
 	{refusal.TicketExpired, true, 401, tsgu.ErrCookieDenied},
 	{refusal.NotGranted, false, 403, tsgu.ErrResourceAccessDenied},
+	{refusal.Revoked, false, 403, tsgu.ErrResourceAccessDenied},
 	{refusal.WrongTarget, false, 403, tsgu.ErrResourceAccessDenied},
 	{refusal.UnknownResource, false, 404, tsgu.ErrResourceAccessDenied},
 	{refusal.NoHost, false, 503, tsgu.ErrConnectFailed},

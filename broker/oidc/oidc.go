@@ -380,11 +380,21 @@ func fetch(ctx context.Context, issuer, ca string) (doc json.RawMessage, keys []
 	if res.StatusCode != http.StatusOK {
 		return nil, nil, fmt.Errorf("%s answers %s", where.JWKS, res.Status)
 	}
-	var set jose.JSONWebKeySet
+	var set struct {
+		Keys []json.RawMessage `json:"keys"`
+	}
 	if err := json.NewDecoder(io.LimitReader(res.Body, maxDocument)).Decode(&set); err != nil {
 		return nil, nil, fmt.Errorf("%s: %w", where.JWKS, err)
 	}
-	keys = slices.DeleteFunc(set.Keys, func(k jose.JSONWebKey) bool { return k.Use == "enc" || !k.IsPublic() || !k.Valid() })
+	for _, raw := range set.Keys {
+		var k jose.JSONWebKey
+		if json.Unmarshal(raw, &k) != nil { // of a kind that isn't known here, beside those that sign
+			continue
+		}
+		if k.Use != "enc" && k.IsPublic() && k.Valid() {
+			keys = append(keys, k)
+		}
+	}
 	if len(keys) == 0 {
 		return nil, nil, fmt.Errorf("%s lists no key to verify signatures with", where.JWKS)
 	}

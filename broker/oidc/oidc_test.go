@@ -340,3 +340,32 @@ func TestBigToken(t *testing.T) {
 		}
 	}
 }
+
+// A key of a kind that isn't known here doesn't spoil those beside it.
+func TestForeignKey(t *testing.T) {
+	for name, foreign := range map[string]string{
+		"Ed448":          `{"kty":"OKP","use":"sig","crv":"Ed448","kid":"e","x":"` + strings.Repeat("A", 76) + `"}`,
+		"X25519":         `{"kty":"OKP","use":"enc","crv":"X25519","kid":"x","x":"` + strings.Repeat("A", 43) + `"}`,
+		"another family": `{"kty":"AKP","alg":"ML-DSA-44","kid":"m","pub":"AAAA"}`,
+		"no key":         `7`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := setUp(t)
+			good, err := json.Marshal(jose.JSONWebKey{Key: f.idp.key.Public(), KeyID: f.idp.kid, Algorithm: "ES256", Use: "sig"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			old := f.idp.Config.Handler
+			f.idp.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if r.URL.Path == "/keys" {
+					fmt.Fprintf(w, `{"keys":[%s,%s]}`, foreign, good)
+					return
+				}
+				old.ServeHTTP(w, r)
+			})
+			if _, err := f.Validate(t.Context(), f.idp.token(f.claims(nil))); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}

@@ -23,8 +23,8 @@ const (
 	// subjectStanding is between brokers only, as subjectPresence is: what users' newest tokens said. With a broker's name
 	// after it, it is for that one alone.
 	subjectStanding = "rdv.standing"
-	// standingMessageSize is from which size on a message is full, in groups of 8 bytes, some 20 as JSON.
-	standingMessageSize = 16 << 10
+	// standingMessageSize is from which size on a message is full, in bytes of groups, a third more as JSON.
+	standingMessageSize = 256 << 10
 	// endPause is between two looks at all sessions, and endEvery the longest time without one.
 	endPause, endEvery = 500 * time.Millisecond, sweepEvery
 	// endAgain and endAgainMost are how long after a command a session has to be gone before the command is repeated: at
@@ -66,11 +66,11 @@ func (b *Orchestrator) lost(ws *model.Workspace, h holding) (cause string, refus
 	if res == nil {
 		return causeResource, refusal.New(refusal.UnknownResource, "Workspace %s has no resource %q any more: refresh the feed (`rdv list`).%s", b.o.Workspace, h.resource, id)
 	}
-	if res.Grants(h.user, b.standing.Standing(h.user, h.since, h.groups)) {
+	if res.Grants(h.user, nil) || b.standing.In(res.Groups, h.user, h.since, h.groups) {
 		return "", nil
 	}
 	if res.Grants(h.user, h.groups) {
-		return causeGroup, refusal.New(refusal.NotGranted, "%s may not use %q any more: a later sign-in shows that %s has left the group that granted it. If another group does, download the connection file again; otherwise ask an administrator of workspace %s.%s",
+		return causeGroup, refusal.New(refusal.NotGranted, "%s may not use %q any more: a later sign-in shows that %s has left the group that granted it. If that is wrong, sign in again and download the connection file again; otherwise ask an administrator of workspace %s.%s",
 			h.user, h.resource, h.user, b.o.Workspace, id)
 	}
 	return causeGrant, refusal.New(refusal.NotGranted, "%s may not use %q (any more): ask an administrator of workspace %s to name you, or a group of yours, in the resource's access.%s", h.user, h.resource, b.o.Workspace, id)
@@ -114,7 +114,7 @@ func (b *Orchestrator) tellStanding(broker string) {
 		part, size = nil, 0
 	}
 	for _, r := range b.standing.All() {
-		part, size = append(part, r), size+len(r.Groups)+16
+		part, size = append(part, r), size+len(r.Groups)+len(r.User)+100
 		if size >= standingMessageSize {
 			send()
 		}

@@ -221,10 +221,25 @@ func TestNotTakenBack(t *testing.T) {
 	})
 	session := p.connect(raw)
 	eventually(t, "the session is reported", func() bool { return len(w.brokers[0].live.carried()) == 1 })
+	resource := func(groups ...string) {
+		w.editWorkspace(func(ws *model.Workspace) { ws.Resources[0].Groups = groups })
+	}
 	for name, act := range map[string]func(){
+		"its group is replaced by another of the user's": func() {
+			w.brokers[0].SignedIn("yan", signedIn.Add(3*time.Minute), []string{"engineers", "staff"}, true)
+			resource("staff")
+			time.Sleep(2 * endPause)
+			resource("engineers")
+		},
+		"a newer token lacks its group, and has another that grants": func() {
+			resource("engineers", "staff")
+			w.brokers[0].SignedIn("yan", signedIn.Add(4*time.Minute), []string{"staff"}, true)
+			time.Sleep(2 * endPause)
+			w.brokers[0].SignedIn("yan", signedIn.Add(5*time.Minute), []string{"engineers", "staff"}, true)
+		},
 		"an older token lacks the group":       func() { w.brokers[0].SignedIn("yan", signedIn.Add(-time.Minute), nil, true) },
-		"a newer token has groups elsewhere":   func() { w.brokers[0].SignedIn("yan", signedIn.Add(time.Minute), nil, false) },
-		"a newer token has more groups":        func() { w.brokers[0].SignedIn("yan", signedIn.Add(2*time.Minute), []string{"new", "engineers"}, true) },
+		"a newer token has groups elsewhere":   func() { w.brokers[0].SignedIn("yan", signedIn.Add(7*time.Minute), nil, false) },
+		"a newer token has more groups":        func() { w.brokers[0].SignedIn("yan", signedIn.Add(6*time.Minute), []string{"new", "engineers"}, true) },
 		"a newer token of somebody else":       func() { w.brokers[0].SignedIn("zoe", signedIn.Add(time.Minute), nil, true) },
 		"somebody else is disabled":            func() { w.revoke(model.Revocation{User: "yann"}) },
 		"another ticket is taken back":         func() { w.revoke(model.Revocation{Ticket: strings.Repeat("A", 26)}) },

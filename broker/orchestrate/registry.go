@@ -18,6 +18,9 @@ import (
 // registry is the live state of hosts and gateways: what they reported, and what was promised since. It is soft: a broker
 // that starts learns it from the next reports.
 type registry struct {
+	// refusedLogins is told of logins that hosts on this broker refused; nil for nobody.
+	refusedLogins func(reason string, n uint64)
+
 	now    func() time.Time
 	proofs proofSource
 
@@ -115,6 +118,9 @@ func (r *registry) report(k hostKey, rep bus.HostReport) bool {
 			return false
 		}
 	}
+	if h.local && !h.at.IsZero() { // brokers count once between them, and nothing from before this one began
+		r.countRefusedLogins(h.report, rep)
+	}
 	late := h.conn == "" && h.gone && r.now().Sub(h.lost) < overtaken
 	h.report, h.proofs, h.sessions, h.at, h.gone = rep, proofs, nil, r.now(), rep.Leaving || late
 	for _, s := range rep.Sessions {
@@ -122,6 +128,19 @@ func (r *registry) report(k hostKey, rep bus.HostReport) bool {
 	}
 	maps.DeleteFunc(h.promises, func(_ string, p promise) bool { return p.known(rep.Sequence) })
 	return true
+}
+
+// countRefusedLogins counts what a host refused between two of its reports.
+func (r *registry) countRefusedLogins(before, after bus.HostReport) {
+	for _, reason := range bus.LoginReasons {
+		n := after.LoginsRefused[reason]
+		if before.Boot == after.Boot {
+			n -= min(n, before.LoginsRefused[reason])
+		}
+		if n > 0 && r.refusedLogins != nil {
+			r.refusedLogins(reason, n)
+		}
+	}
 }
 
 // presence takes in the begin or end of an agent's connection. An end counts only if it is the newest connection's:
@@ -262,6 +281,9 @@ func (r *registry) placementHosts(pool *model.Pool, hosts []poolHost) iter.Seq[p
 			}
 			if h := d.live; r.connectedAt(h, pool.HeartbeatTimeout, now) {
 				p.Connected, p.Ready, p.Message = true, h.report.RDPReady, h.report.Message
+				if p.Ready && h.report.Logins != (pool.Accounts != nil) {
+					p.Ready, p.Message = false, otherLogin(pool)
+				}
 				p.Sessions, p.Reserved = h.taken(d.UID, now)
 			}
 			if !yield(p) {
@@ -269,6 +291,14 @@ func (r *registry) placementHosts(pool *model.Pool, hosts []poolHost) iter.Seq[p
 			}
 		}
 	}
+}
+
+// otherLogin says what is wrong where a host and its pool don't agree on how people log in.
+func otherLogin(pool *model.Pool) string {
+	if pool.Accounts != nil {
+		return "the HostPool has spec.accounts, and the agent is not set up to log people in by their connections: run `agent service install` with a current agent, or wait until the pod is replaced"
+	}
+	return "the agent logs people in by their connections, and the HostPool has no spec.accounts"
 }
 
 // taken gives the sessions that a host, whose SessionHost has this UID, reports or has accepted since, and those that it

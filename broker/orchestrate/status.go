@@ -125,6 +125,9 @@ func (w *statusWriter) writeHost(ctx context.Context, snap *model.Snapshot, k ho
 		last = *host.Agent
 	}
 	want := agentStatus(live, connected, last, hostConfig(pool, host, w.b.o.Now()))
+	if want.RDPReady && live.report.Logins != (pool.Accounts != nil) {
+		want.RDPReady, want.Message = false, otherLogin(pool)
+	}
 	want.SecondMachine = last.SecondMachine
 	if live.second.Sub(last.SecondMachine) >= heartbeatEvery {
 		want.SecondMachine = live.second.Truncate(time.Second)

@@ -46,6 +46,42 @@ func TestStanding(t *testing.T) {
 	}
 }
 
+func TestIn(t *testing.T) {
+	for name, c := range map[string]struct {
+		learned []Record
+		of      []string // what grants
+		want    bool
+	}{
+		"by the ticket alone":                  {nil, []string{"a"}, true},
+		"not by the ticket alone":              {nil, []string{"b"}, false},
+		"by the token of the ticket":           {[]Record{NewRecord("alice", at(0), []string{"a", "b"})}, []string{"b"}, true},
+		"lost since":                           {[]Record{NewRecord("alice", at(1), []string{"b"})}, []string{"a"}, false},
+		"lost since, but in another":           {[]Record{NewRecord("alice", at(1), []string{"b"})}, []string{"a", "b"}, true},
+		"an older token says nothing":          {[]Record{NewRecord("alice", at(-1), []string{"b"})}, []string{"b"}, false},
+		"an older token takes nothing away":    {[]Record{NewRecord("alice", at(-1), nil)}, []string{"a"}, true},
+		"somebody else's token is of no help":  {[]Record{NewRecord("bob", at(1), []string{"b"})}, []string{"b"}, false},
+		"no group grants":                      {[]Record{NewRecord("alice", at(1), []string{"a"})}, nil, false},
+		"another broker's word, out of order":  {[]Record{{User: "alice", SignedIn: at(1), Groups: append(slices.Clone(second), first...)}}, []string{"a", "b"}, true},
+		"another broker's word, cut in pieces": {[]Record{{User: "alice", SignedIn: at(1), Groups: first[:5]}}, []string{"a"}, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			tab := New(func() time.Time { return noon })
+			for _, r := range c.learned {
+				tab.Learn(r)
+			}
+			if got := tab.In(c.of, "alice", at(0), []string{"a"}); got != c.want {
+				t.Errorf("got %v, want %v", got, c.want)
+			}
+		})
+	}
+}
+
+// first and second are the hashes of groups a and b in their order.
+var first, second = func() (a, b []byte) {
+	r := NewRecord("", noon, []string{"a", "b"})
+	return r.Groups[:hashSize], r.Groups[hashSize:]
+}()
+
 func TestLearnSaysWhatIsNews(t *testing.T) {
 	tab := New(func() time.Time { return noon })
 	for _, c := range []struct {
@@ -85,5 +121,22 @@ func TestMemoryIsBounded(t *testing.T) {
 	tab.Prune()
 	if n := len(tab.All()); n != 0 {
 		t.Errorf("%d users are remembered for good", n)
+	}
+
+	tab.most = 1 << 10
+	var groups []string
+	for i := range 20 {
+		groups = append(groups, fmt.Sprint("group", i))
+	}
+	for i := range 5 {
+		now = now.Add(time.Second)
+		tab.Learn(NewRecord(fmt.Sprint("user", i), now, groups))
+		size := 0
+		for _, r := range tab.All() {
+			size += len(r.Groups)
+		}
+		if size > tab.most || size != tab.size || len(tab.All()) == 0 {
+			t.Fatalf("%d bytes of groups are remembered, counted as %d", size, tab.size)
+		}
 	}
 }

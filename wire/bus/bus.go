@@ -269,10 +269,18 @@ type HostReport struct {
 	// CertificateFingerprint is the SHA-256 of the RDP certificate that the host serves, in hex.
 	CertificateFingerprint string `json:"certificateFingerprint,omitempty"`
 	CertificateNotAfter    string `json:"certificateNotAfter,omitempty"`
+	// Logins says that the host logs people in by their connections, to HostConnect.Account.
+	Logins bool `json:"logins,omitempty"`
 	// LoginsRefused counts the logins by connection that the host refused since its agent's start, by reason.
 	LoginsRefused map[string]uint64 `json:"loginsRefused,omitempty"`
 	// Leaving says that the agent stops now: the host leaves placement at once.
 	Leaving bool `json:"leaving,omitempty"`
+}
+
+// LoginReasons are the keys of HostReport.LoginsRefused: why a login by connection was refused (agent/login says what each
+// means). Readers ignore others.
+var LoginReasons = []string{
+	"not-ours", "shared", "not-connected", "wrong-account", "used", "late", "caller", "bad-request", "account", "busy",
 }
 
 // Session states.
