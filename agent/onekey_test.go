@@ -48,6 +48,11 @@ func TestDisplacedAgentWaits(t *testing.T) {
 		{"another connection", bus.HostDisplaced{Broker: w.nats.Name(), Conn: conn + 100}, false},
 		{"its own", bus.HostDisplaced{Broker: w.nats.Name()}, true},
 	} {
+		w.mu.Lock()
+		reports := len(w.reports)
+		w.mu.Unlock()
+		w.configure(bus.HostConfig{Generation: int64(reports), MaxSessions: 1})
+		w.eventually(c.what+": it hears and reports", func() bool { return len(w.reports) > reports })
 		conn := w.agentsOnBus()[0]
 		if c.waits {
 			c.told.Conn = conn
