@@ -288,4 +288,3 @@ func TestIntruderRaces(t *testing.T) {
 	notYet(t, w.outColor)
 	connect(t, w.alice, "machine-desktop", w.outColor)
 }
-
