@@ -196,6 +196,34 @@ func TestOwnDesktop(t *testing.T) {
 		t.Fatal(err)
 	}
 	podSays(t, "cat /home/alice/afterwards", mark)
+
+	// Bob kills all that is his, which ends his session and nobody else's; the next one is his again.
+	was, _ := startedIn(t, "bob")
+	if err := bob.Type(t.Context(), "kill -9 -1\n"); err != nil {
+		t.Fatal(err)
+	}
+	podSays(t, "ls -d /proc/[0-9]* | xargs stat -c %U 2>/dev/null | grep -c bob || true", "0")
+	if err := eventually(t.Context(), 30*time.Second, func() error {
+		shot, err := bob.Screenshot(t.Context())
+		if err == nil && shot.Fraction(w.podColor) > 0.01 {
+			err = errors.New("bob's old picture is still there")
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	connect(t, bob, "linux-desktop", w.podColor)
+	if err := bob.Type(t.Context(), "id -un > anew\n"); err != nil {
+		t.Fatal(err)
+	}
+	podSays(t, "cat /home/bob/anew", "bob")
+	if now, _ := startedIn(t, "bob"); now == was {
+		t.Error("bob's session lived through kill -9 -1")
+	}
+	if err := w.alice.Type(t.Context(), "echo $mark > untouched\n"); err != nil {
+		t.Fatal(err)
+	}
+	podSays(t, "cat /home/alice/untouched", mark)
 }
 
 // killAgent kills the agent of linux-0 and waits until the kubelet has started another.

@@ -24,7 +24,7 @@ const WorkspaceURL = "https://demo-broker.rdv.test"
 const (
 	userCable    = 1
 	machineCable = 2
-	secondCable  = 3
+	secondCable  = 4
 )
 
 // User is a person at a machine of their own: a network namespace, a Debian 13 with FreeRDP 3 and a screen, and rdv.
