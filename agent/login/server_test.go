@@ -36,7 +36,7 @@ func serve(t *testing.T) *serving {
 	s.Server = NewServer(ServerOptions{
 		Book: s.Book, Records: s.records, Service: "xrdp-sesman",
 		Caller:   func(net.Conn) (uint32, error) { return s.uid, nil },
-		LoggedIn: func(in Session, _ uint32) { s.in = append(s.in, in) },
+		LoggedIn: func(in Session, _ uint32, _ time.Duration) { s.in = append(s.in, in) },
 		Refused:  func(r *Refused) { s.refused = append(s.refused, r) },
 	})
 	return s
