@@ -64,6 +64,7 @@ type world struct {
 	enrolled  []brokerapi.EnrollRequest
 	lose      bool                         // the answers of enrolments
 	admit     func(*x509.Certificate) bool // whom the bus lets in, nil for all
+	older     bool                         // the brokers are of a release without bus.HostDisplaced
 	config    *bus.HostConfig              // what this host must hold to
 	renewals  int
 	reports   []bus.HostReport
@@ -243,6 +244,9 @@ func (w *world) Check(c server.ClientAuthentication) bool {
 		w.mu.Lock()
 		w.busAgents = append(w.busAgents, cs.PeerCertificates[0].SerialNumber.String())
 		w.mu.Unlock()
+	}
+	if w.older {
+		p.Subscribe = slices.DeleteFunc(p.Subscribe, func(s string) bool { return s == bus.HostDisplacedSubject(pool, host) })
 	}
 	c.RegisterUser(&server.User{Permissions: &server.Permissions{
 		Publish: &server.SubjectPermission{Allow: p.Publish}, Subscribe: &server.SubjectPermission{Allow: p.Subscribe},

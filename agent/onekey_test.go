@@ -48,6 +48,11 @@ func TestDisplacedAgentWaits(t *testing.T) {
 		{"another connection", bus.HostDisplaced{Broker: w.nats.Name(), Conn: conn + 100}, false},
 		{"its own", bus.HostDisplaced{Broker: w.nats.Name()}, true},
 	} {
+		w.mu.Lock()
+		reports := len(w.reports)
+		w.mu.Unlock()
+		w.configure(bus.HostConfig{Generation: int64(reports), MaxSessions: 1})
+		w.eventually(c.what+": it hears and reports", func() bool { return len(w.reports) > reports })
 		conn := w.agentsOnBus()[0]
 		if c.waits {
 			c.told.Conn = conn
@@ -143,5 +148,16 @@ func TestEnrolmentKeepsItsKey(t *testing.T) {
 		if !bytes.Equal(parseCSR(t, w.enrolled[0].ClientCSR).RawSubjectPublicKeyInfo, parseCSR(t, again.ClientCSR).RawSubjectPublicKeyInfo) {
 			t.Error("it has asked with another key")
 		}
+	}
+}
+
+// An agent serves at brokers of a release before this one, which don't let it hear of displacements.
+func TestAgentAtOlderBrokers(t *testing.T) {
+	w := newWorld(t)
+	w.older = true
+	w.run(w.options())
+	w.ready(bus.HostConfig{Generation: 1, MaxSessions: 1})
+	if n := len(w.agentsOnBus()); n != 1 {
+		t.Errorf("%d connections", n)
 	}
 }

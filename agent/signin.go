@@ -31,7 +31,7 @@ type signIn struct {
 	records  *login.Records
 	listener net.Listener
 	shared   *login.AccountList // where the desktops are in a container beside this one
-	making   sync.Mutex    // useradd and its like lock their files, and give up on each other
+	making   sync.Mutex         // useradd and its like lock their files, and give up on each other
 
 	mu      sync.Mutex
 	refused map[login.Reason]uint64 // since the agent's start
@@ -79,9 +79,12 @@ func (a *Agent) serveLogins() (*signIn, error) {
 	s := &signIn{book: login.NewBook(login.Options{UID: uint32(os.Geteuid())}), records: records, shared: shared, listener: l, refused: map[login.Reason]uint64{}}
 	server := login.NewServer(login.ServerOptions{
 		Book: s.book, Records: records, Caller: login.PeerUID, Service: pamService, Log: a.log,
-		LoggedIn: func(session login.Session, uid uint32) {
+		LoggedIn: func(session login.Session, uid uint32, took time.Duration) {
 			a.ledger.loggedIn(session.ID, session.Account.Name, uid)
-			a.traceLogin(session.Activity, session.Person, fmt.Sprintf("%s is logged in as %s (user id %d)", session.Person, session.Account.Name, uid), "")
+			a.traceLogin(trace.Event{
+				ActivityID: session.Activity, Duration: took, User: session.Person,
+				Detail: fmt.Sprintf("%s is logged in as %s (user id %d)", session.Person, session.Account.Name, uid),
+			})
 			signal(a.changed)
 		},
 		Refused: func(r *login.Refused) {
@@ -89,7 +92,7 @@ func (a *Agent) serveLogins() (*signIn, error) {
 			s.refused[r.Reason]++
 			s.mu.Unlock()
 			if r.Activity != "" {
-				a.traceLogin(r.Activity, "", "login refused: "+r.Message, "login-refused")
+				a.traceLogin(trace.Event{ActivityID: r.Activity, Detail: "login refused: " + r.Message, Error: "login-refused"})
 			}
 			signal(a.changed)
 		},
@@ -135,8 +138,9 @@ func (s *signIn) prepare(ctx context.Context, host string, req bus.HostConnect) 
 }
 
 // traceLogin tells of a login in the timeline of the connect that it belongs to.
-func (a *Agent) traceLogin(activity, user, detail, code string) {
-	a.trace(trace.Event{ActivityID: activity, Step: trace.StepRDP, At: time.Now(), User: user, Detail: detail, Error: code})
+func (a *Agent) traceLogin(e trace.Event) {
+	e.Step, e.At = trace.StepRDP, time.Now().Add(-e.Duration)
+	a.trace(e)
 }
 
 // dialRDP connects a session to the RDP server, from an address of its own where it logs in by that. release is to be

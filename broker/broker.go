@@ -193,7 +193,7 @@ func Run(ctx context.Context, o Options) error {
 	work.Go(func() error { return o.Inventory.Run(workCtx) })
 	work.Go(func() error { validator.Run(workCtx); return nil })
 	work.Go(func() error { enrolment.Follow(workCtx); return nil })
-	work.Go(func() error { recheck(workCtx, b); return nil })
+	work.Go(func() error { recheck(workCtx, b, enrolment); return nil })
 	work.Go(func() error {
 		select {
 		case <-ctx.Done():
@@ -224,7 +224,7 @@ func Run(ctx context.Context, o Options) error {
 
 // recheck asks again and again who may be on the bus. What changes that is acted on at once; this is for what could not be
 // recorded then.
-func recheck(ctx context.Context, b *bus.Server) {
+func recheck(ctx context.Context, b *bus.Server, e *enrol.Service) {
 	tick := time.NewTicker(recheckEvery)
 	defer tick.Stop()
 	for {
@@ -233,6 +233,7 @@ func recheck(ctx context.Context, b *bus.Server) {
 			return
 		case <-tick.C:
 			b.Recheck()
+			e.Changed()
 		}
 	}
 }

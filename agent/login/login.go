@@ -27,7 +27,7 @@ import (
 	"time"
 )
 
-// Reason is why a login was refused: a closed set, for counters.
+// Reason is why a login was refused: one of bus.LoginReasons.
 type Reason string
 
 // The reasons.
@@ -43,9 +43,6 @@ const (
 	Account      Reason = "account"       // the account can't be made, or isn't the person's
 	Busy         Reason = "busy"          // too many ask at once
 )
-
-// Reasons lists them all.
-var Reasons = []Reason{NotOurs, Shared, NotConnected, WrongAccount, Used, Late, Caller, BadRequest, Account, Busy}
 
 // Refused is a login that was refused.
 type Refused struct {

@@ -26,8 +26,8 @@ type ServerOptions struct {
 	Caller func(net.Conn) (uint32, error)
 	// Service is the PAM service that logins come from: xrdp-sesman.
 	Service string
-	// LoggedIn is told of each login before PAM is.
-	LoggedIn func(s Session, uid uint32)
+	// LoggedIn is told of each login before PAM is, and how long it took since PAM's question.
+	LoggedIn func(s Session, uid uint32, took time.Duration)
 	// Refused is told of each refusal.
 	Refused func(*Refused)
 	Log     *slog.Logger
@@ -86,7 +86,7 @@ func (s *Server) Serve(l net.Listener) error {
 func (s *Server) exchange(conn net.Conn) {
 	conn.SetDeadline(time.Now().Add(exchange))
 	began := time.Now()
-	session, uid, err := s.login(conn)
+	session, uid, err := s.login(conn, began)
 	if err != nil {
 		var r *Refused
 		if !errors.As(err, &r) {
@@ -102,7 +102,7 @@ func (s *Server) exchange(conn net.Conn) {
 }
 
 // login checks, has the account made, and checks again.
-func (s *Server) login(conn net.Conn) (session Session, uid uint32, err error) {
+func (s *Server) login(conn net.Conn, began time.Time) (session Session, uid uint32, err error) {
 	r := bufio.NewReaderSize(conn, maxMessage)
 	var a ask
 	if err := readMessage(r, &a); err != nil {
@@ -147,7 +147,7 @@ func (s *Server) login(conn net.Conn) (session Session, uid uint32, err error) {
 	if err := s.o.Records.Put(session.Account.Name, rec); err != nil {
 		return session, 0, refuse(Account, "it can't be kept whose account %q is: %v", session.Account.Name, err).at(lease)
 	}
-	s.o.LoggedIn(session, o.UID)
+	s.o.LoggedIn(session, o.UID, time.Since(began))
 	return session, o.UID, nil
 }
 

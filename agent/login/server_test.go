@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -35,7 +36,7 @@ func serve(t *testing.T) *serving {
 	s.Server = NewServer(ServerOptions{
 		Book: s.Book, Records: s.records, Service: "xrdp-sesman",
 		Caller:   func(net.Conn) (uint32, error) { return s.uid, nil },
-		LoggedIn: func(in Session, _ uint32) { s.in = append(s.in, in) },
+		LoggedIn: func(in Session, _ uint32, _ time.Duration) { s.in = append(s.in, in) },
 		Refused:  func(r *Refused) { s.refused = append(s.refused, r) },
 	})
 	return s
@@ -139,6 +140,17 @@ func TestSecondLook(t *testing.T) {
 	<-done
 	if len(s.refused) != 1 || s.refused[0].Reason != Shared {
 		t.Errorf("told %v", s.refused)
+	}
+}
+
+// What a host counts, brokers know.
+func TestReasons(t *testing.T) {
+	all := []string{}
+	for _, r := range []Reason{NotOurs, Shared, NotConnected, WrongAccount, Used, Late, Caller, BadRequest, Account, Busy} {
+		all = append(all, string(r))
+	}
+	if !slices.Equal(all, bus.LoginReasons) {
+		t.Errorf("%q, and the bus has %q", all, bus.LoginReasons)
 	}
 }
 

@@ -114,6 +114,7 @@ func TestValidation(t *testing.T) {
 		many = append(many, rdv.Revocation{User: fmt.Sprint("user", i)})
 	}
 	hp := func(change func(*rdv.HostPool)) client.Object { return with(pool, change) }
+	accounts := func(a rdv.Accounts) client.Object { return hp(func(h *rdv.HostPool) { h.Spec.Accounts = &a }) }
 	sh := func(change func(*rdv.SessionHost)) client.Object { return with(host, change) }
 	gw := func(change func(*rdv.Gateway)) client.Object { return with(gateway, change) }
 	resources := func(r ...rdv.Resource) client.Object {
@@ -213,6 +214,16 @@ func TestValidation(t *testing.T) {
 			h.Spec.Replicas = new(int32(0))
 			h.Spec.Template = &runtime.RawExtension{Raw: []byte(`{"spec":{"containers":[{"name":"desktop"}]}}`)}
 		}), ""},
+		{"pool: accounts made", accounts(rdv.Accounts{Policy: rdv.AccountsCreate}), ""},
+		{"pool: accounts by claims", accounts(rdv.Accounts{Policy: rdv.AccountsCreate, NameClaim: "upn", UIDClaim: "uidNumber"}), ""},
+		{"pool: accounts from a range", accounts(rdv.Accounts{Policy: rdv.AccountsCreate, UIDRange: &rdv.UIDRange{First: 70000, Last: 80000}}), ""},
+		{"pool: accounts with no policy", accounts(rdv.Accounts{}), "policy"},
+		{"pool: existing accounts with a user id", accounts(rdv.Accounts{Policy: rdv.AccountsExisting, UIDClaim: "uidNumber"}), "uidClaim is for policy Create"},
+		{"pool: existing accounts with a range", accounts(rdv.Accounts{Policy: rdv.AccountsExisting, UIDRange: &rdv.UIDRange{First: 2000, Last: 3000}}), "uidRange is for policy Create"},
+		{"pool: user ids from two places", accounts(rdv.Accounts{Policy: rdv.AccountsCreate, UIDClaim: "u", UIDRange: &rdv.UIDRange{First: 2000, Last: 3000}}), "set uidClaim or uidRange, not both"},
+		{"pool: a range of the system's", accounts(rdv.Accounts{Policy: rdv.AccountsCreate, UIDRange: &rdv.UIDRange{First: 0, Last: 3000}}), "should be greater than or equal to 1000"},
+		{"pool: a range backwards", accounts(rdv.Accounts{Policy: rdv.AccountsCreate, UIDRange: &rdv.UIDRange{First: 3000, Last: 2000}}), "first must not be greater than last"},
+		{"pool: a range with nobody in it", accounts(rdv.Accounts{Policy: rdv.AccountsCreate, UIDRange: &rdv.UIDRange{First: 60000, Last: 70000}}), "must not hold 65534"},
 		{"pool: a token for no host", hp(func(h *rdv.HostPool) { h.Spec.Registration.MaxHostsPerToken = new(int32(0)) }), "should be greater than or equal to 1"},
 		{"pool: a token for one host", hp(func(h *rdv.HostPool) { h.Spec.Registration.MaxHostsPerToken = new(int32(1)) }), ""},
 		{"pool: a token for 10000 hosts", hp(func(h *rdv.HostPool) { h.Spec.Registration.MaxHostsPerToken = new(int32(10000)) }), ""},

@@ -205,7 +205,7 @@ func (w *want) refuse(why string) error {
 		w.person, w.p.Name, w.name, why, w.p.Name, w.p.Name)
 }
 
-// in finds the person on the list: nil where the name is free.
+// in finds the person on the list: nil where the name is free, or the person's without a user id.
 func (w *want) in(entries map[string]string) (*bus.Account, error) {
 	text, ok := entries[w.name]
 	if !ok {
@@ -219,8 +219,8 @@ func (w *want) in(entries map[string]string) (*bus.Account, error) {
 		return nil, w.refuse(fmt.Sprintf("the account is %s's, and %s and %s would both have it", owner, owner, w.person))
 	case !w.p.Accounts.Create:
 		return &bus.Account{Name: w.name}, nil
-	case uid == 0:
-		return nil, w.refuse("it was an Existing account, which has no user id in the list")
+	case uid == 0: // it was Existing before, and gets a user id now
+		return nil, nil
 	case w.uid != 0 && w.uid != uid:
 		return nil, w.refuse(fmt.Sprintf("the account was given user id %d, and claim %s now says %d", uid, w.p.Accounts.UIDClaim, w.uid))
 	}

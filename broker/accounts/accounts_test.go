@@ -130,6 +130,24 @@ func TestAtOneTime(t *testing.T) {
 	}
 }
 
+// A pool that begins to create accounts gives user ids to those who had Existing ones, and to nobody else.
+func TestPolicyChanges(t *testing.T) {
+	b, ctx := New(fake.New(&model.Snapshot{}), nil), context.Background()
+	if a, err := b.Account(ctx, pooled(model.Accounts{}), Person{Name: "alice@a.example"}); err != nil || a.UID != 0 {
+		t.Fatalf("%+v %v", a, err)
+	}
+	create := pooled(model.Accounts{Create: true})
+	if _, err := b.Account(ctx, create, Person{Name: "alice@b.example"}); err == nil {
+		t.Error("the account went to somebody else")
+	}
+	if a, err := b.Account(ctx, create, Person{Name: "alice@a.example"}); err != nil || a.UID < 10000 || !a.Create {
+		t.Errorf("%+v %v", a, err)
+	}
+	if a, err := b.Account(ctx, pooled(model.Accounts{}), Person{Name: "alice@a.example"}); err != nil || a.Create {
+		t.Errorf("back to Existing: %+v %v", a, err)
+	}
+}
+
 // While the API server is away, those who have accounts are logged in, and newcomers are told.
 func TestListAway(t *testing.T) {
 	now := time.Unix(0, 0)

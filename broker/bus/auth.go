@@ -89,7 +89,7 @@ func (a *authenticator) Check(c server.ClientAuthentication) bool {
 		ConnectionDeadline: leaf.NotAfter,
 	})
 	if !a.came(c.GetID(), client{id, key, leaf.NotBefore, time.Now()}) {
-		a.o.Log.Warn("connection refused", "remote", c.RemoteAddress(), "error", fmt.Errorf("%s has %d connections already", id, maxPerGateway))
+		a.o.Log.Warn("connection refused", "remote", c.RemoteAddress(), "error", fmt.Errorf("%s has too many connections already", id))
 		return false
 	}
 	// Who was put out since Admit was asked above may have been missed by a Recheck meanwhile.
@@ -126,6 +126,9 @@ func (a *authenticator) came(conn uint64, c client) bool {
 	}
 	older := a.byID[c.id]
 	if c.id.Role == identity.RoleAgent {
+		if len(older) >= 2*maxPerAgent { // the older are being closed: this one may come again
+			return false
+		}
 		if n := len(older) + 1 - maxPerAgent; n > 0 {
 			a.displace(c.id, slices.Clone(older[:n]))
 		}

@@ -49,8 +49,8 @@ const (
 	displaceAfter = 3 * time.Second
 	// toldBefore is how long before its end it is told of it.
 	toldBefore = 250 * time.Millisecond
-	// maxPerAgent bounds the connections of one agent's identity at once, of which the older go; maxPerGateway those of a
-	// gateway's, one per pod, of which the newer are refused.
+	// maxPerAgent bounds the connections of one agent's identity: with more, the older go at once, and with twice as many the
+	// newer are refused until they have gone. maxPerGateway bounds a gateway's, one per pod, of which the newer are refused.
 	maxPerAgent, maxPerGateway = 4, 512
 	// replyTTL is how long a receiver may take to answer a request.
 	replyTTL = 2 * time.Minute

@@ -146,6 +146,7 @@ func TestPermissions(t *testing.T) {
 		{name: "an agent renews for another host", as: agentA, publish: wirebus.RenewSubject("pool", "b")},
 		{name: "an agent tells another agent to connect", as: agentA, publish: wirebus.HostConnectSubject("pool", "b")},
 		{name: "an agent traces as another", as: agentA, publish: wirebus.TraceSubject(agentB)},
+		{name: "an agent tells another that it is displaced", as: agentA, publish: wirebus.HostDisplacedSubject("pool", "b")},
 		{name: "an agent ends a session", as: agentA, publish: wirebus.GatewayEndSubject("gw", "pod")},
 		{name: "a gateway tells an agent to connect", as: gateway, publish: wirebus.HostConnectSubject("pool", "a")},
 		{name: "a gateway reports for a host", as: gateway, publish: wirebus.ReportSubject("pool", "a")},

@@ -58,6 +58,8 @@ const (
 	issueTime = 65 * time.Minute
 	// seenWithin is how long an enrolment waits to be seen here, so that its agent is known when it comes.
 	seenWithin, seenEvery = 3 * time.Second, 20 * time.Millisecond
+	// seenElsewhere is how much later the other brokers, to any of which the agent may come, have seen it as good as surely.
+	seenElsewhere = 250 * time.Millisecond
 	// renewTimeout bounds one renewal.
 	renewTimeout = time.Minute
 )
@@ -86,11 +88,13 @@ type Service struct {
 	enrolling chan struct{}
 	renewing  chan struct{}
 	due       chan struct{} // one waiting signal: changes has something
+	elsewhere time.Duration // seenElsewhere, but in tests
 
 	mu      sync.Mutex
 	busy    map[string]bool          // hosts that an issuer works for
 	makers  map[string]*rate.Limiter // by pool
 	changes map[string]change        // by host
+	arrived map[string]string        // next keys that hosts came with, until that is recorded
 }
 
 // New makes a Service.
@@ -106,8 +110,8 @@ func New(o Options) *Service {
 	}
 	return &Service{
 		o: o, unknown: rate.NewLimiter(unknownPerSecond, unknownBurst),
-		enrolling: make(chan struct{}, maxEnrolling), renewing: make(chan struct{}, maxRenewing), due: make(chan struct{}, 1),
-		busy: map[string]bool{}, makers: map[string]*rate.Limiter{}, changes: map[string]change{},
+		enrolling: make(chan struct{}, maxEnrolling), renewing: make(chan struct{}, maxRenewing), due: make(chan struct{}, 1), elsewhere: seenElsewhere,
+		busy: map[string]bool{}, makers: map[string]*rate.Limiter{}, changes: map[string]change{}, arrived: map[string]string{},
 	}
 }
 
@@ -373,12 +377,17 @@ func serial(chain string) string {
 	return cert.SerialNumber.Text(16)
 }
 
-// awaitSeen waits until the snapshot shows the enrolment, or has had time enough: the agent comes again if it must.
+// awaitSeen waits until the snapshot shows the host's key, and a moment for the other brokers', or has had time enough: the
+// agent comes again if it must.
 func (s *Service) awaitSeen(ctx context.Context, host, key string) {
 	ctx, cancel := context.WithTimeout(ctx, seenWithin)
 	defer cancel()
 	for {
 		if h := s.o.Source.Snapshot().Hosts[host]; h != nil && (h.Enrolment.Key == key || h.Enrolment.NextKey == key) {
+			select {
+			case <-ctx.Done():
+			case <-time.After(s.elsewhere):
+			}
 			return
 		}
 		select {
@@ -532,6 +541,9 @@ func (s *Service) Renew(ctx context.Context, id identity.ID, r brokerapi.RenewRe
 		}
 		if err := s.mayRenew(id, h); err != nil {
 			return e, err
+		}
+		if e.NextKey != "" && s.cameWith(id.Host) == e.NextKey { // which could not be recorded: it must not be lost
+			e.Key = e.NextKey
 		}
 		e.Renewed = s.o.Now()
 		if key != "" {

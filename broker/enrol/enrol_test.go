@@ -73,6 +73,7 @@ func setUp(t *testing.T) *fixture {
 		Namespace: ns, Workspace: ws, Source: f.world, Writer: f.world, InternalIssuer: config.Issuer{Name: "internal"},
 		BusURLs: []string{"tls://bus:4222"}, BusCA: func() string { return "CA" }, Now: func() time.Time { return now },
 	})
+	f.elsewhere = 0
 	return f
 }
 

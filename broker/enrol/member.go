@@ -44,7 +44,12 @@ func (s *Service) Member(id identity.ID, key string, issued time.Time) error {
 	switch e := &h.Enrolment; {
 	case key != "" && key == e.Key:
 		return nil
-	case key != "" && key == e.NextKey, pins(e, issued):
+	case key != "" && key == e.NextKey:
+		s.mu.Lock()
+		s.arrived[h.Name] = key
+		s.mu.Unlock()
+		fallthrough
+	case pins(e, issued):
 		s.later(h.Name, change{key, issued})
 		return nil
 	case e.Key == "":
@@ -83,6 +88,13 @@ func (s *Service) later(host string, c change) {
 	case s.due <- struct{}{}:
 	default:
 	}
+}
+
+// cameWith is the next key that a host came with to this broker, where that is yet to be recorded.
+func (s *Service) cameWith(host string) string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.arrived[host]
 }
 
 // Changed looks in a new snapshot for enrolments to revoke. Member refuses them already; Follow makes it last.
@@ -141,6 +153,11 @@ func (s *Service) settle(ctx context.Context, host string, c change) error {
 		}
 		return e, nil
 	})
+	if err == nil || errors.Is(err, errNothing) {
+		s.mu.Lock()
+		delete(s.arrived, host)
+		s.mu.Unlock()
+	}
 	switch {
 	case errors.Is(err, errNothing):
 		return nil

@@ -204,6 +204,44 @@ func TestRenewalMovesTheKey(t *testing.T) {
 	f.wantMember(t, "the key in force", next, 2*time.Hour, true)
 }
 
+// A machine that came with its next key keeps it, though the API server was away and nobody could record that, also when it
+// renews again and the answer is lost.
+func TestRenewalKeepsTheKeyThatCame(t *testing.T) {
+	f := setUp(t)
+	old, next, lost := newMachine(t, "linux", "linux-1"), newMachine(t, "linux", "linux-1"), newMachine(t, "linux", "linux-1")
+	f.enrol(t, f.hostToken, "linux-1", old)
+	f.at(time.Hour)
+	if _, err := f.Renew(t.Context(), linux1, brokerapi.RenewRequest{ClientCSR: next.csr}); err != nil {
+		t.Fatal(err)
+	}
+	f.wantMember(t, "the next key", next, time.Hour, true)
+	f.world.Away = errors.New("connection refused")
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() { defer close(done); f.Follow(ctx) }()
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
+		f.mu.Lock()
+		waiting := len(f.changes)
+		f.mu.Unlock()
+		if waiting == 0 {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("nobody tried to record it")
+		}
+	}
+	cancel()
+	<-done
+	f.world.Away = nil
+	f.at(2 * time.Hour)
+	if _, err := f.Renew(t.Context(), linux1, brokerapi.RenewRequest{ClientCSR: lost.csr}); err != nil {
+		t.Fatal(err)
+	}
+	f.wantMember(t, "the key that came", next, time.Hour, true)
+	f.wantMember(t, "the key before", old, 0, false)
+	f.wantMember(t, "the newest key", lost, 2*time.Hour, true)
+}
+
 // A certificate that can't be recorded is not handed out: it would lock its machine out.
 func TestRenewalThatCantBeRecorded(t *testing.T) {
 	f := setUp(t)

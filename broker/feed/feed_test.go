@@ -63,10 +63,14 @@ func TestLines(t *testing.T) {
 		"Authentication Level:i:1", "audiocapturemode:i:1", "use multimon:i:1", "bad\r\ngatewayhostname:s:evil",
 		"gatewayhostname:s:evil", "Full Address:s:evil", "signscope:s:", "pcb:s:x", "no colon",
 	}
+	account := desktopFile()
+	account.Account = "alice"
+	account.Properties = []string{"username:s:root", "prompt for credentials:i:1"}
 	arm := desktopFile()
 	arm.ARM = true
 	for name, f := range map[string]File{
 		"desktop.rdp": desktopFile(),
+		"account.rdp": account,
 		"arm.rdp":     arm,
 		"app.rdp":     {Resource: app, Gateway: gw, Address: "linux.ns.rdv.internal", Ticket: "TICKET", Verified: true},
 		"custom.rdp":  custom,

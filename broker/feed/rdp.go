@@ -70,10 +70,6 @@ func Lines(f File) []string {
 	number("enablecredsspsupport", 1)
 	number("negotiate security layer", 1)
 	number("autoreconnection enabled", 1)
-	if f.Account != "" {
-		text("username", f.Account)
-		number("prompt for credentials", 0)
-	}
 	if r.Type == model.RemoteApp {
 		number("remoteapplicationmode", 1)
 		text("remoteapplicationname", r.DisplayName)
@@ -92,6 +88,10 @@ func Lines(f File) []string {
 	flag("redirectcomports", r.Redirection.Ports)
 	for _, p := range f.Properties {
 		lines = set(lines, printable(p))
+	}
+	if f.Account != "" { // whatever the pool's properties say: the host lets in nobody else
+		lines = set(lines, "username:s:"+printable(f.Account))
+		lines = set(lines, "prompt for credentials:i:0")
 	}
 	text("gatewayaccesstoken", f.Ticket)
 	return lines

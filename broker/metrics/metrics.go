@@ -16,6 +16,8 @@ type Metrics struct {
 	PlacementSeconds prometheus.Histogram
 	// HostTries counts hosts asked for a session, by answer: "accepted", or the refusal's code.
 	HostTries *prometheus.CounterVec
+	// LoginsRefused counts logins by connection that hosts on this broker refused, by reason (bus.LoginReasons).
+	LoginsRefused *prometheus.CounterVec
 	// SessionsEnded counts live sessions that brokers had ended, by cause: "user-revoked", "ticket-revoked", "grant-removed",
 	// "resource-removed" or "group-lost".
 	SessionsEnded *prometheus.CounterVec
@@ -38,6 +40,7 @@ func New(reg prometheus.Registerer) *Metrics {
 		ConnectSeconds:   prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "rendezvous_broker_connect_seconds", Help: "Time to answer a connect request.", Buckets: []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30}}, []string{"result"}),
 		PlacementSeconds: prometheus.NewHistogram(prometheus.HistogramOpts{Name: "rendezvous_broker_placement_seconds", Help: "Time to find the host to ask.", Buckets: []float64{.00001, .0001, .001, .0025, .005, .01, .05, .25}}),
 		HostTries:        counter("host_tries_total", "Session hosts asked for a session.", "result"),
+		LoginsRefused:    counter("logins_refused_total", "Logins that session hosts refused because they were not the session's own.", "reason"),
 		SessionsEnded:    counter("sessions_ended_total", "Live sessions ended because access was taken back.", "cause"),
 		Feed:             counter("http_requests_total", "Requests to the feed and enrolment API.", "path", "code"),
 		GroupsUnread:     counter("groups_unread_total", "Requests with a token from which groups could not be read.", "reason"),
@@ -45,7 +48,7 @@ func New(reg prometheus.Registerer) *Metrics {
 		Writes:           counter("writes_total", "Writes to the Kubernetes API.", "object", "result"),
 	}
 	if reg != nil {
-		reg.MustRegister(m.Connects, m.Entries, m.ConnectSeconds, m.PlacementSeconds, m.HostTries, m.SessionsEnded, m.Feed, m.GroupsUnread, m.Enrolments, m.Writes)
+		reg.MustRegister(m.Connects, m.Entries, m.ConnectSeconds, m.PlacementSeconds, m.HostTries, m.LoginsRefused, m.SessionsEnded, m.Feed, m.GroupsUnread, m.Enrolments, m.Writes)
 	}
 	return m
 }

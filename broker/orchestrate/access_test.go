@@ -224,40 +224,43 @@ func TestNotTakenBack(t *testing.T) {
 	resource := func(groups ...string) {
 		w.editWorkspace(func(ws *model.Workspace) { ws.Resources[0].Groups = groups })
 	}
-	for name, act := range map[string]func(){
-		"its group is replaced by another of the user's": func() {
+	for _, c := range []struct { // in this order: each token is newer than those before, unless it says otherwise
+		name string
+		act  func()
+	}{
+		{"its group is replaced by another of the user's", func() {
 			w.brokers[0].SignedIn("yan", signedIn.Add(3*time.Minute), []string{"engineers", "staff"}, true)
 			resource("staff")
 			time.Sleep(2 * endPause)
 			resource("engineers")
-		},
-		"a newer token lacks its group, and has another that grants": func() {
+		}},
+		{"a newer token lacks its group, and has another that grants", func() {
 			resource("engineers", "staff")
 			w.brokers[0].SignedIn("yan", signedIn.Add(4*time.Minute), []string{"staff"}, true)
 			time.Sleep(2 * endPause)
 			w.brokers[0].SignedIn("yan", signedIn.Add(5*time.Minute), []string{"engineers", "staff"}, true)
-		},
-		"an older token lacks the group":       func() { w.brokers[0].SignedIn("yan", signedIn.Add(-time.Minute), nil, true) },
-		"a newer token has groups elsewhere":   func() { w.brokers[0].SignedIn("yan", signedIn.Add(7*time.Minute), nil, false) },
-		"a newer token has more groups":        func() { w.brokers[0].SignedIn("yan", signedIn.Add(6*time.Minute), []string{"new", "engineers"}, true) },
-		"a newer token of somebody else":       func() { w.brokers[0].SignedIn("zoe", signedIn.Add(time.Minute), nil, true) },
-		"somebody else is disabled":            func() { w.revoke(model.Revocation{User: "yann"}) },
-		"another ticket is taken back":         func() { w.revoke(model.Revocation{Ticket: strings.Repeat("A", 26)}) },
-		"what was signed in to earlier":        func() { w.revoke(model.Revocation{User: "yan", Before: signedIn}) },
-		"a grant that it doesn't rest on goes": func() { w.editWorkspace(func(ws *model.Workspace) { ws.Resources[0].Users = nil }) },
-		"its resource moves to another pool":   func() { w.editWorkspace(func(ws *model.Workspace) { ws.Resources[0].Pool = "personal" }) },
-		"the Workspace isn't there for a moment": func() {
+		}},
+		{"an older token lacks the group", func() { w.brokers[0].SignedIn("yan", signedIn.Add(-time.Minute), nil, true) }},
+		{"a newer token has more groups", func() { w.brokers[0].SignedIn("yan", signedIn.Add(6*time.Minute), []string{"new", "engineers"}, true) }},
+		{"a newer token has groups elsewhere", func() { w.brokers[0].SignedIn("yan", signedIn.Add(7*time.Minute), nil, false) }},
+		{"a newer token of somebody else", func() { w.brokers[0].SignedIn("zoe", signedIn.Add(time.Minute), nil, true) }},
+		{"somebody else is disabled", func() { w.revoke(model.Revocation{User: "yann"}) }},
+		{"another ticket is taken back", func() { w.revoke(model.Revocation{Ticket: strings.Repeat("A", 26)}) }},
+		{"what was signed in to earlier", func() { w.revoke(model.Revocation{User: "yan", Before: signedIn}) }},
+		{"a grant that it doesn't rest on goes", func() { w.editWorkspace(func(ws *model.Workspace) { ws.Resources[0].Users = nil }) }},
+		{"its resource moves to another pool", func() { w.editWorkspace(func(ws *model.Workspace) { ws.Resources[0].Pool = "personal" }) }},
+		{"the Workspace isn't there for a moment", func() {
 			var was *model.Workspace
 			w.fake.Edit(func(s *model.Snapshot) { was, s.Workspace = s.Workspace, nil })
 			time.Sleep(2 * endPause)
 			w.fake.Edit(func(s *model.Snapshot) { s.Workspace = was })
-		},
+		}},
 	} {
-		act()
+		c.act()
 		w.brokers[0].accessChanged()
 		time.Sleep(2 * endPause)
 		if got := p.commands(session); len(got) > 0 {
-			t.Fatalf("%s: the session is ended: %+v", name, got)
+			t.Fatalf("%s: the session is ended: %+v", c.name, got)
 		}
 	}
 }

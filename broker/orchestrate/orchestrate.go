@@ -137,6 +137,7 @@ func New(o Options) *Orchestrator {
 	b.standing, b.access = standing.New(o.Now), make(chan struct{}, 1)
 	b.live.proofs = proofSource{o.Namespace, o.Workspace, o.TicketKey}
 	b.live.spelling = b.user
+	b.live.refusedLogins = func(reason string, n uint64) { o.Metrics.LoginsRefused.WithLabelValues(reason).Add(float64(n)) }
 	b.status = newStatusWriter(b)
 	return b
 }

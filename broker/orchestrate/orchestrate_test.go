@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"encoding/json"
 	"fmt"
+	"maps"
 	rand2 "math/rand/v2"
 	"slices"
 	"strings"
@@ -14,6 +15,7 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	busserver "rendezvous.dev/rendezvous/broker/bus"
 	"rendezvous.dev/rendezvous/broker/internal/fake"
@@ -171,6 +173,8 @@ type agent struct {
 	sessions []bus.HostSession
 	limit    int
 	ready    bool
+	logins   bool // logs people in by their connections
+	refused  map[string]uint64
 	silent   bool           // accepts nothing and answers nothing
 	refuse   *refusal.Error // answers this
 	asked    []bus.HostConnect
@@ -262,7 +266,7 @@ func (a *agent) report() {
 	r := bus.HostReport{
 		Host: "lies", // it is known by its certificate
 		Boot: a.boot, Sequence: a.sequence, ConfigGeneration: a.config.Generation, RDPReady: a.ready, AgentVersion: "v1", OS: "test",
-		Sessions: append([]bus.HostSession(nil), a.sessions...),
+		Sessions: append([]bus.HostSession(nil), a.sessions...), Logins: a.logins, LoginsRefused: maps.Clone(a.refused),
 	}
 	a.mu.Unlock()
 	data, _ := json.Marshal(r)
@@ -364,6 +368,72 @@ func TestConnect(t *testing.T) {
 		events, ok := w.traces.Get(activity, "alice")
 		return ok && len(events) == 2 && strings.Contains(events[0].Detail+events[1].Detail, "host h1 accepts")
 	})
+}
+
+// A person is logged in to an account that is theirs alone, on hosts that do so, and both are told who it is.
+func TestAccounts(t *testing.T) {
+	w := newWorld(t, 1)
+	a := w.agent(0, "pool", "h1", 4)
+	gw := w.dial(0, identity.Gateway(ns, ws, "gw"))
+	w.fake.Edit(func(s *model.Snapshot) {
+		p := *s.Pools["pool"]
+		p.Accounts = &model.Accounts{Create: true, FirstUID: 10000, LastUID: 59999}
+		s.Pools["pool"] = &p
+		ws := *s.Workspace
+		ws.Resources = slices.Clone(ws.Resources)
+		for i := range ws.Resources {
+			ws.Resources[i].Users = append(slices.Clip(ws.Resources[i].Users), "alice@a.example", "alice@b.example", "root@a.example")
+		}
+		s.Workspace = &ws
+	})
+	connect := func(user string) bus.ConnectReply {
+		return connectVia(t, gw, request(w.ticket(func(c *ticket.Claims) { c.User = user }), nil))
+	}
+	if r := connect("alice@a.example"); r.Err == nil || r.Err.Code != refusal.NoHost || !strings.Contains(r.Err.Message, "agent service install") {
+		t.Errorf("a host that asks for passwords took a session of a pool with accounts: %+v", r)
+	}
+	a.set(func() { a.logins = true })
+	if r := connect("alice@a.example"); r.Err != nil {
+		t.Fatal(r.Err)
+	}
+	got := a.asked[0]
+	if got.Account == nil || got.Account.Name != "alice" || !got.Account.Create || got.Account.UID < 10000 {
+		t.Errorf("the host was told %+v", got.Account)
+	}
+	live := w.brokers[0].LiveSessions()
+	if len(live) != 1 || live[0].User != "alice@a.example" || live[0].Account != "alice" {
+		t.Errorf("live sessions: %+v", live)
+	}
+	if r := connect("alice@b.example"); r.Err == nil || r.Err.Code != refusal.AccountRefused || !strings.Contains(r.Err.Message, "alice@a.example and alice@b.example") {
+		t.Errorf("two people were given one account: %+v", r)
+	}
+	if r := connect("root@a.example"); r.Err == nil || r.Err.Code != refusal.AccountRefused {
+		t.Errorf("root: %+v", r)
+	}
+	if n := len(a.asked); n != 1 {
+		t.Errorf("the host was asked %d times", n)
+	}
+
+	count := func() (n float64) {
+		n = testutil.ToFloat64(w.brokers[0].o.Metrics.LoginsRefused.WithLabelValues("shared"))
+		return n
+	}
+	a.set(func() { a.refused = map[string]uint64{"shared": 2, strings.Repeat("x", 1000): 9} })
+	a.set(func() { a.refused = map[string]uint64{"shared": 3} })
+	if n := count(); n != 3 {
+		t.Errorf("%v refused logins are counted, want 3", n)
+	}
+	if n := testutil.CollectAndCount(w.brokers[0].o.Metrics.LoginsRefused); n != 1 {
+		t.Errorf("a host made %d metrics", n)
+	}
+	w.fake.Edit(func(s *model.Snapshot) {
+		p := *s.Pools["pool"]
+		p.Accounts = nil
+		s.Pools["pool"] = &p
+	})
+	if r := connect("alice@a.example"); r.Err == nil || !strings.Contains(r.Err.Message, "no spec.accounts") {
+		t.Errorf("a pool without accounts used a host with: %+v", r)
+	}
 }
 
 // Each row has its own code, and words that tell a person what to do about it.

@@ -18,6 +18,9 @@ import (
 // registry is the live state of hosts and gateways: what they reported, and what was promised since. It is soft: a broker
 // that starts learns it from the next reports.
 type registry struct {
+	// refusedLogins is told of logins that hosts on this broker refused; nil for nobody.
+	refusedLogins func(reason string, n uint64)
+
 	now    func() time.Time
 	proofs proofSource
 	// spelling gives the spelling of a user's name by which everything compares it.
@@ -117,6 +120,9 @@ func (r *registry) report(k hostKey, rep bus.HostReport) bool {
 			return false
 		}
 	}
+	if h.local && !h.at.IsZero() { // brokers count once between them, and nothing from before this one began
+		r.countRefusedLogins(h.report, rep)
+	}
 	late := h.conn == "" && h.gone && r.now().Sub(h.lost) < overtaken
 	h.report, h.proofs, h.sessions, h.at, h.gone = rep, proofs, nil, r.now(), rep.Leaving || late
 	for _, s := range rep.Sessions {
@@ -124,6 +130,19 @@ func (r *registry) report(k hostKey, rep bus.HostReport) bool {
 	}
 	maps.DeleteFunc(h.promises, func(_ string, p promise) bool { return p.known(rep.Sequence) })
 	return true
+}
+
+// countRefusedLogins counts what a host refused between two of its reports.
+func (r *registry) countRefusedLogins(before, after bus.HostReport) {
+	for _, reason := range bus.LoginReasons {
+		n := after.LoginsRefused[reason]
+		if before.Boot == after.Boot {
+			n -= min(n, before.LoginsRefused[reason])
+		}
+		if n > 0 && r.refusedLogins != nil {
+			r.refusedLogins(reason, n)
+		}
+	}
 }
 
 // presence takes in the begin or end of an agent's connection. An end counts only if it is the newest connection's:

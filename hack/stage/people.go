@@ -24,6 +24,7 @@ const WorkspaceURL = "https://demo-broker.rdv.test"
 const (
 	userCable    = 1
 	machineCable = 2
+	secondCable  = 4
 )
 
 // User is a person at a machine of their own: a network namespace, a Debian 13 with FreeRDP 3 and a screen, and rdv.
@@ -32,12 +33,21 @@ type User struct {
 	net *netlab.Host
 }
 
-// NewUser sets a user's machine up. It trusts the company's CA, as users' machines do.
+// NewUser sets the first user's machine up. It trusts the company's CA, as users' machines do.
 func (s *Stage) NewUser(ctx context.Context, roots rdpkit.Roots) (*User, error) {
+	return s.newUser(ctx, roots, "user", userCable)
+}
+
+// NewSecondUser sets a machine up for somebody beside the first user.
+func (s *Stage) NewSecondUser(ctx context.Context, roots rdpkit.Roots) (*User, error) {
+	return s.newUser(ctx, roots, "second", secondCable)
+}
+
+func (s *Stage) newUser(ctx context.Context, roots rdpkit.Roots, label string, cable int) (*User, error) {
 	if err := s.buildTools(ctx); err != nil {
 		return nil, err
 	}
-	net, err := netlab.New(ctx, "user", userCable)
+	net, err := netlab.New(ctx, label, cable)
 	if err != nil {
 		return nil, err
 	}
@@ -207,7 +217,10 @@ func (s *Stage) NewMachine(ctx context.Context, roots rdpkit.Roots, name, color 
 	}
 	box, err := rdpkit.NewMachine(ctx, roots, rdpkit.MachineOptions{Color: color, BoxOptions: rdpkit.BoxOptions{
 		Netns: net.Name, Hostname: name, DNS: []string{DNS},
-		Binds: []rdpkit.Bind{{Host: filepath.Join(s.toolDir(), "agent"), Box: "/usr/local/bin/rdv-agent", ReadOnly: true}},
+		Binds: []rdpkit.Bind{
+			{Host: filepath.Join(s.toolDir(), "agent"), Box: "/usr/local/bin/rdv-agent", ReadOnly: true},
+			{Host: filepath.Join(s.toolDir(), "intruder"), Box: "/usr/local/bin/intruder", ReadOnly: true},
+		},
 	}})
 	if err != nil {
 		net.Close()
@@ -226,6 +239,11 @@ func (m *Machine) Enrol(token, name string) (err error) {
 	if err := m.WriteFile("/etc/rendezvous/token", []byte(token), 0o600); err != nil {
 		return err
 	}
+	return m.StartAgent(name)
+}
+
+// StartAgent starts the agent of a machine that has its token, or has enrolled.
+func (m *Machine) StartAgent(name string) (err error) {
 	m.Agent, err = m.Start("rdv-agent", "run", "--broker", WorkspaceURL, "--token-file", "/etc/rendezvous/token", "--host", name, "--ca-file", companyCAFile,
 		"--state-dir", "/var/lib/rendezvous-agent", "--rdp-addr", rdpkit.RDPAddr.String(), "--rdp-cert-dir", rdpkit.CertDir,
 		"--login-dir", rdpkit.LoginDir, "--login-shared")
@@ -242,11 +260,11 @@ func (s *Stage) toolDir() string { return filepath.Join(s.Root, "bin", "linux") 
 
 // buildTools compiles what people's machines run besides the images' binaries, static.
 func (s *Stage) buildTools(ctx context.Context) error {
-	for dir, pkg := range map[string]string{s.Root: "./cmd/rdv", filepath.Join(s.Root, "hack"): "./signin"} {
-		cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-o", s.toolDir()+"/", pkg)
+	for dir, pkgs := range map[string][]string{s.Root: {"./cmd/rdv"}, filepath.Join(s.Root, "hack"): {"./signin", "./intruder"}} {
+		cmd := exec.CommandContext(ctx, "go", append([]string{"build", "-trimpath", "-o", s.toolDir() + "/"}, pkgs...)...)
 		cmd.Dir, cmd.Env = dir, append(cmd.Environ(), "CGO_ENABLED=0")
 		if out, err := cmd.CombinedOutput(); err != nil {
-			return fmt.Errorf("stage: go build %s: %w: %s", pkg, err, out)
+			return fmt.Errorf("stage: go build %v: %w: %s", pkgs, err, out)
 		}
 	}
 	return nil

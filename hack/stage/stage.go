@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -107,7 +108,33 @@ func Up(ctx context.Context, root string, say *Progress) (*Stage, error) {
 	if err := s.installOperator(ctx, built); err != nil {
 		return nil, err
 	}
-	return s, s.applySamples(ctx)
+	if err := s.applySamples(ctx); err != nil {
+		return nil, err
+	}
+	return s, s.brokersCurrent(ctx, built)
+}
+
+// brokersCurrent waits until the brokers run the images that were just built. On a stage of before they are being replaced,
+// and what one that goes remembers of a connect goes with it.
+func (s *Stage) brokersCurrent(ctx context.Context, built []images.Image) error {
+	i := slices.IndexFunc(built, func(i images.Image) bool { return i.Name == "broker" })
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Minute)
+	defer cancel()
+	for {
+		image, err := s.Kubectl(ctx, "", "-n", Namespace, "get", "deployment", "demo-broker", "-o", "jsonpath={.spec.template.spec.containers[0].image}")
+		if err != nil {
+			return err
+		}
+		if image == built[i].Ref {
+			_, err := s.Kubectl(ctx, "", "-n", Namespace, "rollout", "status", "deployment/demo-broker", "--timeout=120s")
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("stage: the brokers still have image %s, not %s: does the operator run?", image, built[i].Ref)
+		case <-time.After(500 * time.Millisecond):
+		}
+	}
 }
 
 // Images builds the images and loads them, and nothing else.

@@ -277,6 +277,12 @@ type HostReport struct {
 	Leaving bool `json:"leaving,omitempty"`
 }
 
+// LoginReasons are the keys of HostReport.LoginsRefused: why a login by connection was refused (agent/login says what each
+// means). Readers ignore others.
+var LoginReasons = []string{
+	"not-ours", "shared", "not-connected", "wrong-account", "used", "late", "caller", "bad-request", "account", "busy",
+}
+
 // Session states.
 const (
 	SessionPending      = "Pending" // accepted, not joined yet
