@@ -23,6 +23,7 @@ import (
 	"os"
 	"time"
 
+	"rendezvous.dev/rendezvous/wire/clock"
 	"rendezvous.dev/rendezvous/wire/idpurl"
 )
 
@@ -36,8 +37,18 @@ type Client struct {
 	// UserAgent says which rdv this is.
 	UserAgent string
 
+	// clock notices that this machine's is off.
+	clock *clock.Watch
 	// openBrowser is replaced in tests.
 	openBrowser func(url string) error
+}
+
+// watch is the one that all requests go by.
+func (c *Client) watch() *clock.Watch {
+	if c.clock == nil {
+		c.clock = &clock.Watch{}
+	}
+	return c.clock
 }
 
 // requestTimeout bounds one request to the broker or the identity provider.
@@ -65,7 +76,7 @@ func (c *Client) httpClient(bundles ...string) (*http.Client, error) {
 	}
 	t := http.DefaultTransport.(*http.Transport).Clone()
 	t.TLSClientConfig = &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: pool}
-	return &http.Client{Transport: agentHeader{t, c.UserAgent}, Timeout: requestTimeout, CheckRedirect: idpurl.CheckRedirect}, nil
+	return &http.Client{Transport: agentHeader{c.watch().Transport(t), c.UserAgent}, Timeout: requestTimeout, CheckRedirect: idpurl.CheckRedirect}, nil
 }
 
 // agentHeader names this program in each request.

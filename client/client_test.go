@@ -35,6 +35,7 @@ import (
 	"github.com/go-jose/go-jose/v4/jwt"
 
 	"rendezvous.dev/rendezvous/wire/brokerapi"
+	"rendezvous.dev/rendezvous/wire/clock"
 	"rendezvous.dev/rendezvous/wire/refusal"
 	"rendezvous.dev/rendezvous/wire/trace"
 )
@@ -764,6 +765,39 @@ func TestWhoAmI(t *testing.T) {
 	}
 }
 
+// A clock that is minutes off is named, in place of tokens that have expired.
+func TestClockThatIsOff(t *testing.T) {
+	for name, c := range map[string]struct {
+		off  time.Duration // of this machine
+		want string
+	}{
+		"behind": {-20 * time.Minute, "20 minutes behind 127.0.0.1's: set it right"},
+		"ahead":  {20 * time.Minute, "20 minutes ahead of 127.0.0.1's: set it right"},
+		"fine":   {0, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t)
+			c2, _, _ := w.login()
+			c2.watch().Now = func() time.Time { return time.Now().Add(c.off) }
+			check := func(what string, err error) {
+				t.Helper()
+				if err == nil || !strings.Contains(err.Error(), c.want) || c.want == "" && strings.Contains(err.Error(), "clock") {
+					t.Errorf("%s: %v, want %q", what, err, c.want)
+				}
+			}
+			a, _ := c2.Store.Find("")
+			w.lifetime = -time.Minute // the provider's token is over as it comes
+			a.Expiry = time.Now()
+			c2.Store.Save(a)
+			check("a renewal", c2.List(t.Context(), false))
+			a.IDToken, a.Expiry = w.idToken(""), time.Now().Add(time.Hour) // what rdv takes for good
+			c2.Store.Save(a)
+			check("the broker's refusal", c2.List(t.Context(), false))
+			check("a sign-in", c2.Login(t.Context(), LoginOptions{URL: w.broker.URL}))
+		})
+	}
+}
+
 // A user whose client showed a failure and no id finds the refusal: rdv tells it, and lists the latest ones.
 func TestRefusalsAreFound(t *testing.T) {
 	w := newWorld(t)
@@ -809,7 +843,7 @@ func TestMeasureIsBounded(t *testing.T) {
 	w := newWorld(t)
 	w.gateway("good", 0, 204)
 	w.addGateway("mute", l.Addr().String(), 0)
-	f := &feed{account: &Account{CA: w.ca}, activity: newActivity()}
+	f := &feed{account: &Account{CA: w.ca}, activity: newActivity(), clock: &clock.Watch{}}
 	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 	defer cancel()
 	ordered, ok := rank(f.measure(ctx, w.gateways))

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/oauth2"
 
 	"rendezvous.dev/rendezvous/wire/brokerapi"
+	"rendezvous.dev/rendezvous/wire/clock"
 	"rendezvous.dev/rendezvous/wire/idpurl"
 )
 
@@ -124,6 +125,7 @@ func (c *Client) Logout() error {
 type provider struct {
 	ctx      context.Context // carries the HTTP client that trusts the issuer
 	account  *Account
+	clock    *clock.Watch
 	verifier *oidc.IDTokenVerifier
 	conf     oauth2.Config
 }
@@ -139,7 +141,7 @@ func (c *Client) provider(ctx context.Context, a *Account) (*provider, error) {
 	ctx = oidc.ClientContext(ctx, hc)
 	p, err := oidc.NewProvider(ctx, a.Workspace.IssuerURL)
 	if err != nil {
-		return nil, fmt.Errorf("identity provider %s of workspace %s: %w: it must be reachable from here, and its certificate's CA be known (--ca-file)", a.Workspace.IssuerURL, a.Workspace.Name, err)
+		return nil, fmt.Errorf("identity provider %s of workspace %s: %w: it must be reachable from here, and its certificate's CA be known (--ca-file)%s", a.Workspace.IssuerURL, a.Workspace.Name, err, c.watch().Hint(err))
 	}
 	var endpoints idpurl.Endpoints
 	if err := p.Claims(&endpoints); err != nil {
@@ -156,7 +158,7 @@ func (c *Client) provider(ctx context.Context, a *Account) (*provider, error) {
 	if endpoint.AuthStyle, err = authStyle(p, a.ClientSecret); err != nil {
 		return nil, fmt.Errorf("identity provider %s of workspace %s: %w", a.Workspace.IssuerURL, a.Workspace.Name, err)
 	}
-	return &provider{ctx: ctx, account: a, verifier: p.Verifier(&oidc.Config{ClientID: a.Workspace.ClientID}),
+	return &provider{ctx: ctx, account: a, clock: c.watch(), verifier: p.Verifier(&oidc.Config{ClientID: a.Workspace.ClientID}),
 		conf: oauth2.Config{ClientID: a.Workspace.ClientID, ClientSecret: a.ClientSecret, Endpoint: endpoint, Scopes: scopes}}, nil
 }
 
@@ -203,7 +205,7 @@ func (p *provider) accept(a *Account, tok *oauth2.Token, nonce string) error {
 	}
 	id, err := p.verifier.Verify(p.ctx, raw)
 	if err != nil {
-		return fmt.Errorf("identity provider %s: %w", a.Workspace.IssuerURL, err)
+		return fmt.Errorf("identity provider %s: %w%s", a.Workspace.IssuerURL, err, p.clock.Hint(err))
 	}
 	if nonce != "" && id.Nonce != nonce {
 		return fmt.Errorf("identity provider %s: the ID token answers another sign-in: run `rdv login` again", a.Workspace.IssuerURL)
@@ -257,7 +259,7 @@ func (c *Client) fresh(ctx context.Context, a *Account) (detail string, err erro
 		}
 	}
 	if a.RefreshToken == "" {
-		return "", fmt.Errorf("the sign-in to workspace %s ended at %s: %s", a.Workspace.Name, a.Expiry.Local().Format(time.DateTime), again)
+		return "", fmt.Errorf("the sign-in to workspace %s ended at %s: %s%s", a.Workspace.Name, a.Expiry.Local().Format(time.DateTime), again, c.watch().Hint(nil))
 	}
 	p, err := c.provider(ctx, a)
 	if err != nil {
@@ -265,7 +267,7 @@ func (c *Client) fresh(ctx context.Context, a *Account) (detail string, err erro
 	}
 	tok, err := p.conf.TokenSource(p.ctx, &oauth2.Token{RefreshToken: a.RefreshToken}).Token()
 	if err != nil {
-		return "", fmt.Errorf("the sign-in to workspace %s could not be renewed: %w: %s", a.Workspace.Name, err, again)
+		return "", fmt.Errorf("the sign-in to workspace %s could not be renewed: %w: %s%s", a.Workspace.Name, err, again, c.watch().Hint(err))
 	}
 	if err := p.accept(a, tok, ""); err != nil {
 		return "", fmt.Errorf("the sign-in to workspace %s could not be renewed: %w: %s", a.Workspace.Name, err, again)
