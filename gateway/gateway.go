@@ -90,6 +90,7 @@ type Gateway struct {
 
 	connects atomic.Int32 // under way
 	verified verifiedTickets
+	table    relayTable
 	serving  atomic.Bool
 
 	mu         sync.Mutex
@@ -136,6 +137,7 @@ func New(o Options) (*Gateway, error) {
 		instance: o.Instance, dir: o.WorkspacesDir, log: o.Log, metrics: o.Metrics, lookup: o.Lookup, peerPort: o.PeerPort,
 		reportEvery: o.ReportEvery, patience: o.Patience, refresh: o.Refresh, config: o.Config,
 		measureEvery: o.MeasureEvery, ping: o.Ping, linger: o.Linger,
+		table:   relayTable{busy: make(chan struct{}, 1)},
 		changed: make(chan struct{}, 1), stopping: make(chan struct{}),
 		workspaces: map[string]*workspace{}, live: map[string]*admission.Session{},
 	}, nil

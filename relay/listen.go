@@ -177,6 +177,7 @@ func (r *Relay) onHello(h *tls.ClientHelloInfo) (*tls.Config, error) {
 	}
 	instance, ok := strings.CutSuffix(name, ".join."+host)
 	if ok {
+		c.joining = true
 		c.onName()
 	}
 	if ok && host != "" && instance != r.instance {
@@ -201,6 +202,9 @@ func (r *Relay) route(v *visitor, req *request) (done bool) {
 		return true
 	case v.tcp.peer:
 		return no(http.StatusNotFound, refusal.BadRequest, "A hop between relays serves %s alone.", pathPair)
+	case v.tcp.joining && path != pathJoin && path != pathPing:
+		// Through another pod its address would be that pod's, in logs, traces and wherever clients' addresses are compared.
+		return no(http.StatusNotFound, refusal.BadRequest, "Under the name INSTANCE.join.%s agents join sessions, and nothing else is served: use the gateway's own name.", r.config.Load().Hostname)
 	case path == pathTSGU && req.method == "RDG_OUT_DATA" && req.has("Upgrade", "websocket"):
 		r.serveTSGU(v, req, activity)
 		return true

@@ -782,6 +782,27 @@ func gone(t *testing.T, c net.Conn) {
 	}
 }
 
+// Under the name that agents join by, there is nothing for clients: by another pod they would have that pod's address.
+func TestAgentsNameIsForJoins(t *testing.T) {
+	s := newStack(t, nil)
+	for _, head := range []string{
+		"GET /rendezvous/v1/connect HTTP/1.1\n" + upgradeHeaders + "\nAuthorization: Bearer " + testTicket,
+		"RDG_OUT_DATA /remoteDesktopGateway/ HTTP/1.1\n" + upgradeHeaders,
+		"RDG_IN_DATA /remoteDesktopGateway/ HTTP/1.1\nRDG-Connection-Id: " + testConnection + "\nContent-Length: 0",
+		"POST /api/arm/v2/connections HTTP/1.1\nAuthorization: Bearer " + testTicket + "\nContent-Length: 0",
+	} {
+		c, err := s.dial(s.addr, testInstance+".join."+testHost)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp, body := s.request(c, bufio.NewReader(c), head)
+		c.Close()
+		if e := decodeRefusal(t, body); resp.StatusCode != 404 || !strings.Contains(e.Message, "agents join") {
+			t.Errorf("%.30s: %s %v", head, resp.Status, e)
+		}
+	}
+}
+
 // TestAgentsAreSpared: clients that say nothing more push each other out, and not the agent that is about to join; agents
 // that say nothing more push clients out, up to half of the places.
 func TestAgentsAreSpared(t *testing.T) {

@@ -71,7 +71,7 @@ const maxStrangers = 10
 // address is a node's, nobody could tell whose it is.
 func (r *Relay) reportStranger(v *visitor, activity string, e *refusal.Error) {
 	addr := r.comparable(v.addr())
-	if !addr.IsValid() || v.tcp.peer || !r.reports.strangers.allow(time.Now()) {
+	if !addr.IsValid() || v.tcp.peer || v.tcp.joining || !r.reports.strangers.allow(time.Now()) {
 		return
 	}
 	r.reports.put(&admission.RelayReport{Report: &admission.RelayReport_Step{Step: &admission.Step{ActivityId: activity,
