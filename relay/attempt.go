@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"container/list"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -55,13 +56,19 @@ type attempt struct {
 	agent *arrival
 
 	session *session // set by begin
+
+	// Guarded by Relay.mu.
+	place  *list.Element // among the places; nil once it is given back, or was taken
+	who    string        // whose it is: a user's, a ticket's, or empty for strangers
+	silent bool          // it waits for its client
 }
 
 // newAttempt reserves a place for a client. It is nil where there is none, and the client was told.
 func (r *Relay) newAttempt(v *visitor, transport, activity string) *attempt {
 	a := &attempt{r: r, v: v, from: v.leg, transport: transport, activity: activity, sessionID: newGUID(), requested: time.Now()}
 	a.secured = a.requested.Sub(v.accepted)
-	if e := r.reserve(); e != nil {
+	a.silent = transport != transportRaw
+	if e := r.reserve(a); e != nil {
 		e = a.refused(e)
 		v.sayNo(httpStatus(e.Code), e)
 		return nil
@@ -85,7 +92,7 @@ func (a *attempt) close() {
 	if a.session != nil {
 		return
 	}
-	a.r.release(nil)
+	a.r.release(a, nil)
 	if a.agent != nil {
 		a.agent.leg.tcp.Close()
 	}
@@ -134,6 +141,9 @@ func (a *attempt) authenticate(ticket string) *refusal.Error {
 	if e := received(resp.Error); e != nil {
 		return a.refusedTicket(e)
 	}
+	if e := a.r.known(a, userKey(a.workspace, a.user)); e != nil {
+		return a.refused(e)
+	}
 	a.v.vouch()
 	a.ticket = ticket
 	return nil
@@ -141,10 +151,14 @@ func (a *attempt) authenticate(ticket string) *refusal.Error {
 
 // trust leaves the check of the ticket to connect, which saves a call. The client counts as vouched for until then: a bad
 // ticket is refused at once, and it is a stranger again.
-func (a *attempt) trust(ticket string) {
+func (a *attempt) trust(ticket string) *refusal.Error {
 	a.asked = time.Now()
+	if e := a.r.known(a, ticketKey(ticket)); e != nil {
+		return a.refused(e)
+	}
 	a.v.vouch()
 	a.ticket = ticket
+	return nil
 }
 
 // told takes what the gateway container says of the ticket, the first time. No answer tells nothing.
@@ -167,6 +181,9 @@ func (a *attempt) told(resp interface {
 
 // connect has the session orchestrated and waits for the agent's leg. Its error is a *refusal.Error or errClientGone.
 func (a *attempt) connect(target string) error {
+	if !a.r.busy(a) {
+		return errClientGone
+	}
 	wait := time.Duration(a.r.config.Load().JoinTimeoutSeconds) * time.Second
 	timed, cancel := context.WithTimeout(context.Background(), wait)
 	defer cancel()
@@ -276,7 +293,7 @@ func (a *attempt) begin(c *client) *session {
 	a.session = s
 	a.r.disown(a.v.tcp)
 	a.r.metrics.Admissions.WithLabelValues(a.transport, "ok").Inc()
-	a.r.release(s)
+	a.r.release(a, s)
 	return s
 }
 

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"strings"
 	"sync"
 	"time"
@@ -44,8 +45,10 @@ type visitor struct {
 	in       *inbound // the claim of an IN channel
 
 	// Guarded by strangers.mu.
-	place *list.Element // among the strangers, nil once somebody vouched for it
-	agent bool          // it named an instance
+	place  *list.Element // among the strangers, nil once somebody vouched for it
+	agent  bool          // it named an instance
+	source netip.Addr    // of near
+	near   *list.Element // among those of its source
 }
 
 // vouch takes the visitor off the strangers: a good ticket or join secret stands for it now.
@@ -53,9 +56,9 @@ func (v *visitor) vouch() { v.r.strangers.leave(v) }
 
 // doubt puts the visitor among the strangers, where it may cost the oldest its place.
 func (v *visitor) doubt() {
-	if old := v.r.strangers.enter(v, int(v.r.config.Load().MaxPending)); old != nil {
+	if old := v.r.strangers.enter(v, source(v.r.comparable(v.addr())), int(v.r.config.Load().MaxPending)); old != nil {
 		v.r.metrics.handshakeFailed("limit")
-		v.r.log.Debug("too many strangers: the oldest has to go", "peer", old.tcp.RemoteAddr().String())
+		v.r.log.Debug("too many strangers: the oldest, or the oldest of this source, has to go", "peer", old.tcp.RemoteAddr().String())
 		old.tcp.SetLinger(0)
 		old.tcp.Close()
 	}

@@ -619,7 +619,7 @@ func (s *stack) idle() {
 		defer s.relay.mu.Unlock()
 		s.relay.joins.mu.Lock()
 		defer s.relay.joins.mu.Unlock()
-		return s.relay.pending == 0 && len(s.relay.sessions) == 0 && len(s.relay.joins.waiting) == 0 && len(s.relay.conns) == 0 && s.relay.halves.len() == 0 && s.relay.strangers.len() == 0
+		return s.relay.places.queue.Len() == 0 && len(s.relay.places.held) == 0 && len(s.relay.sessions) == 0 && len(s.relay.joins.waiting) == 0 && len(s.relay.conns) == 0 && s.relay.halves.len() == 0 && s.relay.strangers.len() == 0
 	})
 }
 
@@ -927,7 +927,7 @@ func TestDrain(t *testing.T) {
 		}
 		waiting <- c
 	}()
-	eventually(t, "one client waits", func() bool { s.relay.mu.Lock(); defer s.relay.mu.Unlock(); return s.relay.pending == 1 })
+	eventually(t, "one client waits", func() bool { s.relay.mu.Lock(); defer s.relay.mu.Unlock(); return s.relay.places.queue.Len() == 1 })
 	if !s.relay.Ready() {
 		t.Error("not ready before the drain")
 	}
