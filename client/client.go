@@ -8,6 +8,7 @@
 //	connect.go   the whole of a connect
 //	rdpfile.go   reading .rdp files
 //	launch.go    finding and starting the RDP client
+//	handover.go  clients that hand the file on to another process
 //	explain.go   the timeline
 //	whoami.go    the token as the workspace reads it
 package client

@@ -643,6 +643,39 @@ func TestModesNeedFreeRDP3(t *testing.T) {
 	}
 }
 
+// Remmina hands its file to the process that runs already, and ends at once.
+func TestClientThatHandsOver(t *testing.T) {
+	w := newWorld(t)
+	w.gateway("a", 0, 204)
+	c, _, errs := w.login()
+	program, saw := fakeClient(t, "remmina", `( sleep 1; cat "$2" >$saw.part; mv $saw.part $saw ) >/dev/null 2>&1 & echo "$2" >$saw.name; exit 0`)
+	began := time.Now()
+	if err := c.Connect(t.Context(), ConnectOptions{Resource: "linux-desktop", RDPClient: program}); err != nil {
+		t.Fatal(err)
+	}
+	if took := time.Since(began); took > handOverTime/2 {
+		t.Errorf("rdv waited for %s though the file was read", took)
+	}
+	var got []byte
+	for end := time.Now().Add(5 * time.Second); len(got) == 0 && time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		got, _ = os.ReadFile(saw)
+	}
+	if !strings.Contains(string(got), "gatewayaccesstoken:s:secret.ticket") {
+		t.Errorf("the running client read %q; rdv said %s", got, errs)
+	}
+	name, _ := os.ReadFile(saw + ".name")
+	if _, err := os.Stat(strings.TrimSpace(string(name))); !os.IsNotExist(err) {
+		t.Errorf("%s is left: %v", name, err)
+	}
+
+	// One that read its file and ended is not waited for.
+	program, _ = fakeClient(t, "remmina", `cat "$2" >/dev/null`)
+	began = time.Now()
+	if err := c.Connect(t.Context(), ConnectOptions{Resource: "linux-desktop", RDPClient: program}); err != nil || time.Since(began) > handOverBlind/2 {
+		t.Errorf("%v after %s", err, time.Since(began))
+	}
+}
+
 func TestClientEndedBySignal(t *testing.T) {
 	w := newWorld(t)
 	w.gateway("a", 0, 204)

@@ -137,13 +137,22 @@ func (c *Client) launch(ctx context.Context, r rdpClient, file string, secrets, 
 	default:
 		cmd.Args = append(cmd.Args, append([]string{file}, extra...)...)
 	}
+	read, stop, _ := watchReads(file)
+	defer stop()
+	began := time.Now()
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("%s: %w", r.path, err)
 	}
 	if err := feed(); err != nil {
 		fmt.Fprintf(c.Err, "%s did not read its arguments: %v\n", r.path, err)
 	}
-	return cmd.Wait()
+	if err := cmd.Wait(); err != nil {
+		return err
+	}
+	if r.kind != kindFreeRDP && time.Since(began) < handsOverWithin {
+		c.handOver(ctx, r.path, read)
+	}
+	return nil
 }
 
 // argsFrom gives FreeRDP 3 its arguments by /args-from, one per line and none empty, so that the process list shows
