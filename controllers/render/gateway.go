@@ -85,6 +85,7 @@ func gatewaySelector(gateway string) map[string]string {
 // GatewayCertificate is what the gateway's public listener shows.
 func GatewayCertificate(gw *rdv.Gateway) *certmanager.Certificate {
 	return certificate(gw.Namespace, GatewayTLS(gw.Name), gatewayLabels(gw, ""), certmanager.CertificateSpec{
+		CommonName: commonName(gw.Spec.Hostname),
 		DNSNames:   []string{gw.Spec.Hostname},
 		Usages:     []certmanager.KeyUsage{certmanager.UsageDigitalSignature, certmanager.UsageServerAuth},
 		PrivateKey: ecdsaKey(),

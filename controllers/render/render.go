@@ -129,6 +129,17 @@ func certificate(namespace, name string, labels map[string]string, spec certmana
 	}
 }
 
+// commonName is the name that clients show in their questions about a certificate; without one FreeRDP and Remmina ask about
+// "(null)". It has at most 64 characters (X.520), and public CAs want it to be one of the certificate's DNS names: a longer
+// host name goes without.
+func commonName(hostname string) string {
+	const most = 64
+	if len(hostname) > most {
+		return ""
+	}
+	return hostname
+}
+
 func ecdsaKey() *certmanager.CertificatePrivateKey {
 	return &certmanager.CertificatePrivateKey{
 		Algorithm:      certmanager.ECDSAKeyAlgorithm,

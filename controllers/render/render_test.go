@@ -321,3 +321,12 @@ func TestSigningNameFits(t *testing.T) {
 		t.Errorf("got %d bytes: %q", len(name), name)
 	}
 }
+
+func TestCommonName(t *testing.T) {
+	for length, want := range map[int]bool{1: true, 64: true, 65: false, 253: false} {
+		host := strings.Repeat("x", length)
+		if got := commonName(host); (got == host) != want || !want && got != "" {
+			t.Errorf("%d characters: %q", length, got)
+		}
+	}
+}

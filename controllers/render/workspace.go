@@ -120,6 +120,7 @@ func InternalCAIssuer(ws *rdv.Workspace) *certmanager.Issuer {
 // FeedCertificate is what the broker's feed and enrolment show, at the public name and inside the cluster.
 func (o Options) FeedCertificate(ws *rdv.Workspace) *certmanager.Certificate {
 	return certificate(ws.Namespace, WorkspaceTLS(ws.Name), workspaceLabels(ws, ""), certmanager.CertificateSpec{
+		CommonName: commonName(ws.Spec.Hostname),
 		DNSNames:   append([]string{ws.Spec.Hostname}, o.serviceNames(ws.Namespace, WorkspaceBroker(ws.Name))...),
 		Usages:     []certmanager.KeyUsage{certmanager.UsageDigitalSignature, certmanager.UsageServerAuth},
 		PrivateKey: ecdsaKey(),
