@@ -10,6 +10,7 @@
 //	launch.go    finding and starting the RDP client
 //	handover.go  clients that hand the file on to another process
 //	explain.go   the timeline
+//	clean.go     what others wrote, for a terminal
 //	whoami.go    the token as the workspace reads it
 package client
 

@@ -79,7 +79,7 @@ func (c *Client) Connect(ctx context.Context, o ConnectOptions) error {
 	if err != nil {
 		return err
 	}
-	fmt.Fprintf(c.Err, "activity %s\n", f.activity)
+	fmt.Fprintf(c.err(), "activity %s\n", f.activity)
 	began := time.Now()
 	cn := &connect{feed: f}
 	dir, err := runtimeDir()
@@ -89,6 +89,7 @@ func (c *Client) Connect(ctx context.Context, o ConnectOptions) error {
 	defer os.RemoveAll(dir)
 
 	file, rdp, account, err := c.prepare(ctx, cn, o, dir)
+	err = clean(err)
 	if err != nil {
 		if a.IDToken != "" {
 			c.postSteps(ctx, cn)
@@ -161,7 +162,7 @@ func (c *Client) prepare(ctx context.Context, cn *connect, o ConnectOptions, dir
 	if err != nil {
 		return "", rdp, "", err
 	}
-	fmt.Fprintf(c.Err, "gateway %s\n", cn.steps[len(cn.steps)-1].Detail)
+	fmt.Fprintf(c.err(), "gateway %s\n", cn.steps[len(cn.steps)-1].Detail)
 	err = cn.step(trace.StepStore, func() (string, error) {
 		query := url.Values{"gateway": near, "activity": {cn.activity}}
 		if o.Mode == ModeARM {
@@ -260,7 +261,7 @@ func (c *Client) postSteps(ctx context.Context, cn *connect) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 	defer cancel()
 	if err := cn.post(ctx, cn.steps); err != nil {
-		fmt.Fprintf(c.Err, "the timeline lacks rdv's own steps: %v\n", err)
+		fmt.Fprintf(c.err(), "the timeline lacks rdv's own steps: %v\n", err)
 	}
 }
 
@@ -279,7 +280,7 @@ func (c *Client) print(file, mode string, secrets []string) error {
 	if err != nil {
 		return err
 	}
-	_, err = fmt.Fprintf(c.Out, "/v:%s\n%s\n", rdp.get("full address"), secrets[0])
+	_, err = fmt.Fprintf(c.out(), "/v:%s\n%s\n", rdp.get("full address"), secrets[0])
 	return err
 }
 

@@ -8,7 +8,6 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
-	"unicode"
 
 	"rendezvous.dev/rendezvous/wire/brokerapi"
 	"rendezvous.dev/rendezvous/wire/trace"
@@ -34,7 +33,7 @@ func (c *Client) Explain(ctx context.Context, activity string, asJSON bool) erro
 	if len(events) == 0 {
 		return fmt.Errorf("workspace %s knows nothing of activity %s: timelines are kept for a while only, and only for their own user", f.account.Workspace.Name, activity)
 	}
-	return explain(c.Out, activity, events)
+	return explain(c.out(), activity, events)
 }
 
 // Recent prints the user's latest connects, and what gateways refused at this address before they knew whose it is.
@@ -51,10 +50,10 @@ func (c *Client) Recent(ctx context.Context, asJSON bool) error {
 		return c.printJSON(list)
 	}
 	if len(list) == 0 {
-		fmt.Fprintf(c.Err, "Workspace %s knows of no connect of yours: timelines are kept for a while only.\n", oneLine(f.account.Workspace.Name))
+		fmt.Fprintf(c.err(), "Workspace %s knows of no connect of yours: timelines are kept for a while only.\n", oneLine(f.account.Workspace.Name))
 		return nil
 	}
-	w := tabwriter.NewWriter(c.Out, 0, 4, 2, ' ', 0)
+	w := tabwriter.NewWriter(c.out(), 0, 4, 2, ' ', 0)
 	fmt.Fprintln(w, "BEGAN\tACTIVITY\tSTEP\tRESULT\tDETAIL")
 	for _, s := range list {
 		result := "-"
@@ -107,7 +106,7 @@ func (c *Client) refusals(ctx context.Context, f *feed, since time.Time) {
 		if s.Error == "" || s.At.Before(since) && s.ActivityID != f.activity {
 			continue
 		}
-		fmt.Fprintf(c.Err, "refused: %s (%s, activity %s)\n", oneLine(s.Detail), oneLine(s.Error), oneLine(s.ActivityID))
+		fmt.Fprintf(c.err(), "refused: %s (%s, activity %s)\n", oneLine(s.Detail), oneLine(s.Error), oneLine(s.ActivityID))
 	}
 }
 
@@ -169,14 +168,4 @@ func short(d time.Duration) string {
 		return fmt.Sprintf("%.1fms", float64(d)/float64(time.Millisecond))
 	}
 	return fmt.Sprintf("%.1fs", d.Seconds())
-}
-
-// oneLine keeps what others wrote from breaking the table or the terminal: controls, and what turns the direction of text.
-func oneLine(s string) string {
-	return strings.Map(func(r rune) rune {
-		if unicode.IsControl(r) || unicode.Is(unicode.Cf, r) || unicode.Is(unicode.Zl, r) || unicode.Is(unicode.Zp, r) {
-			return ' '
-		}
-		return r
-	}, s)
 }

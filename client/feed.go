@@ -21,6 +21,9 @@ import (
 // maxAnswer bounds what a broker may answer, in bytes.
 const maxAnswer = 8 << 20
 
+// maxCode bounds a refusal's code, in bytes.
+const maxCode = 64
+
 // feed speaks to one workspace's broker.
 type feed struct {
 	account *Account
@@ -52,6 +55,11 @@ func (c *Client) open(ctx context.Context) (*feed, error) {
 
 // do sends one request and gives the body of its answer. A refusal comes back as *refusal.Error with the activity id.
 func (f *feed) do(ctx context.Context, method, path string, query url.Values, body []byte) ([]byte, error) {
+	data, err := f.request(ctx, method, path, query, body)
+	return data, clean(err)
+}
+
+func (f *feed) request(ctx context.Context, method, path string, query url.Values, body []byte) ([]byte, error) {
 	u := f.account.URL + path
 	if len(query) > 0 {
 		u += "?" + query.Encode()
@@ -84,9 +92,11 @@ func (f *feed) do(ctx context.Context, method, path string, query url.Values, bo
 	}
 	var e brokerapi.ErrorBody
 	if json.Unmarshal(data, &e) == nil && e.Error != nil {
-		if e.Error.ActivityID == "" {
+		if !isActivity(e.Error.ActivityID) {
 			e.Error = e.Error.With(activity)
 		}
+		e.Error.Code = refusal.Code(e.Error.Code[:min(len(e.Error.Code), maxCode)]) // a newer broker may know more codes
+		e.Error.Message = refusal.Received(e.Error, e.Error.Code).Message
 		switch e.Error.Code {
 		case refusal.TokenExpired, refusal.TokenInvalid, refusal.TokenMissing, refusal.TokenWrongAudience:
 			return nil, fmt.Errorf("workspace %s: %w: run `rdv login %s` again%s", f.account.Workspace.Name, e.Error, f.account.URL, f.clock.Hint(nil))
@@ -153,26 +163,26 @@ func (c *Client) List(ctx context.Context, asJSON bool) error {
 		return c.printJSON(r)
 	}
 	if r.Notice != "" {
-		fmt.Fprintln(c.Err, oneLine(r.Notice))
+		fmt.Fprintln(c.err(), oneLine(r.Notice))
 	}
 	if len(r.Resources) == 0 {
-		fmt.Fprintf(c.Err, "Workspace %s grants %s nothing yet: ask its administrator for a resource that names you or one of your groups.\n", f.account.Workspace.Name, r.User)
+		fmt.Fprintf(c.err(), "Workspace %s grants %s nothing yet: ask its administrator for a resource that names you or one of your groups.\n", oneLine(f.account.Workspace.Name), oneLine(r.User))
 		return nil
 	}
-	w := tabwriter.NewWriter(c.Out, 0, 4, 3, ' ', 0)
+	w := tabwriter.NewWriter(c.out(), 0, 4, 3, ' ', 0)
 	fmt.Fprintln(w, "NAME\tDISPLAY NAME\tTYPE\tPOOL")
 	for _, x := range r.Resources {
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", x.Name, x.DisplayName, x.Type, x.HostPool)
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", oneLine(x.Name), oneLine(x.DisplayName), oneLine(x.Type), oneLine(x.HostPool))
 	}
 	fmt.Fprintln(w, "\nGATEWAY\tREGION\tADDRESS\tCONNECTIONS")
 	for _, g := range r.Gateways {
-		fmt.Fprintf(w, "%s\t%s\t%s:%d\t%d\n", g.Name, g.Region, g.Hostname, g.Port, g.Connections)
+		fmt.Fprintf(w, "%s\t%s\t%s:%d\t%d\n", oneLine(g.Name), oneLine(g.Region), oneLine(g.Hostname), g.Port, g.Connections)
 	}
 	return w.Flush()
 }
 
 func (c *Client) printJSON(v any) error {
-	e := json.NewEncoder(c.Out)
+	e := json.NewEncoder(jsonWriter{c.Out})
 	e.SetIndent("", "  ")
 	return e.Encode(v)
 }

@@ -29,7 +29,7 @@ func (c *Client) handOver(ctx context.Context, program string, read <-chan struc
 		return
 	default:
 	}
-	fmt.Fprintf(c.Err, "%s ended at once: it may have handed the connection file on; the file is kept for %s more\n", filepath.Base(program), limit)
+	fmt.Fprintf(c.err(), "%s ended at once: it may have handed the connection file on; the file is kept for %s more\n", filepath.Base(program), limit)
 	timer := time.NewTimer(limit)
 	defer timer.Stop()
 	select {

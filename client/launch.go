@@ -144,7 +144,7 @@ func (c *Client) launch(ctx context.Context, r rdpClient, file string, secrets, 
 		return fmt.Errorf("%s: %w", r.path, err)
 	}
 	if err := feed(); err != nil {
-		fmt.Fprintf(c.Err, "%s did not read its arguments: %v\n", r.path, err)
+		fmt.Fprintf(c.err(), "%s did not read its arguments: %v\n", r.path, err)
 	}
 	if err := cmd.Wait(); err != nil {
 		return err

@@ -67,7 +67,7 @@ func (c *Client) Login(ctx context.Context, o LoginOptions) error {
 	}
 	if old != nil {
 		if changes := old.TokensOf.changes(a.Workspace); len(changes) > 0 {
-			fmt.Fprintf(c.Err, "workspace %s has changed since you last signed in: %s\n", a.Workspace.Name, strings.Join(changes, "; "))
+			fmt.Fprintf(c.err(), "workspace %s has changed since you last signed in: %s\n", oneLine(a.Workspace.Name), strings.Join(changes, "; "))
 		} else {
 			a.ClientSecret, a.RedirectPort = old.ClientSecret, old.RedirectPort // another provider gets no secret of this one
 		}
@@ -93,10 +93,10 @@ func (c *Client) Login(ctx context.Context, o LoginOptions) error {
 		tok, err = c.browserFlow(p, nonce, o.NoBrowser)
 	}
 	if err != nil {
-		return fmt.Errorf("signing in to workspace %s at %s: %w", a.Workspace.Name, a.Workspace.IssuerURL, err)
+		return clean(fmt.Errorf("signing in to workspace %s at %s: %w", a.Workspace.Name, a.Workspace.IssuerURL, err))
 	}
 	if err := p.accept(a, tok, nonce); err != nil {
-		return err
+		return clean(err)
 	}
 	if err := c.Store.Save(a); err != nil {
 		return err
@@ -104,7 +104,7 @@ func (c *Client) Login(ctx context.Context, o LoginOptions) error {
 	if err := c.Store.Use(a); err != nil {
 		return err
 	}
-	fmt.Fprintf(c.Err, "signed in to workspace %s as %s\n", a.Workspace.Name, a.User)
+	fmt.Fprintf(c.err(), "signed in to workspace %s as %s\n", oneLine(a.Workspace.Name), oneLine(a.User))
 	return nil
 }
 
@@ -117,7 +117,7 @@ func (c *Client) Logout() error {
 	if err := c.Store.Delete(a); err != nil {
 		return err
 	}
-	fmt.Fprintf(c.Err, "signed out of workspace %s\n", a.Workspace.Name)
+	fmt.Fprintf(c.err(), "signed out of workspace %s\n", oneLine(a.Workspace.Name))
 	return nil
 }
 
@@ -131,6 +131,11 @@ type provider struct {
 }
 
 func (c *Client) provider(ctx context.Context, a *Account) (*provider, error) {
+	p, err := c.discover(ctx, a)
+	return p, clean(err)
+}
+
+func (c *Client) discover(ctx context.Context, a *Account) (*provider, error) {
 	hc, err := c.httpClient(a.CA, a.Workspace.IssuerCA)
 	if err != nil {
 		return nil, fmt.Errorf("workspace %s: %w", a.Workspace.Name, err)
@@ -237,6 +242,7 @@ const expiryMargin = 30 * time.Second
 // fresh makes sure that the account's token holds, with the refresh token where it must. The refresh token is a secret
 // between the user and the provider that gave it: no other sees it, whatever the workspace says by now.
 func (c *Client) fresh(ctx context.Context, a *Account) (detail string, err error) {
+	defer func() { err = clean(err) }()
 	if changes := a.TokensOf.changes(a.Workspace); len(changes) > 0 {
 		return "", fmt.Errorf("workspace %s has changed since you signed in: %s. Your sign-in stays with the provider that gave it. If the change is expected, run `rdv login %s` to sign in again; otherwise ask the workspace's administrator first",
 			a.Workspace.Name, strings.Join(changes, "; "), a.URL)
@@ -291,8 +297,8 @@ func (c *Client) deviceFlow(p *provider) (*oauth2.Token, error) {
 	if !idpurl.IsWebPage(open) {
 		return nil, fmt.Errorf("the page to confirm the code at is %q, which is no web page", open)
 	}
-	fmt.Fprintf(c.Err, "Open this page on any device and confirm the code %s:\n", oneLine(da.UserCode))
-	fmt.Fprintln(c.Out, open)
+	fmt.Fprintf(c.err(), "Open this page on any device and confirm the code %s:\n", oneLine(da.UserCode))
+	fmt.Fprintln(c.out(), oneLine(open))
 	return p.conf.DeviceAccessToken(p.ctx, da)
 }
 
@@ -353,15 +359,15 @@ func (c *Client) browserFlow(p *provider, nonce string, noBrowser bool) (*oauth2
 	if !idpurl.IsWebPage(page) {
 		return nil, fmt.Errorf("the page to sign in at is %q, which is no web page", page)
 	}
-	fmt.Fprintln(c.Err, "Open this page to sign in:")
-	fmt.Fprintln(c.Out, page)
+	fmt.Fprintln(c.err(), "Open this page to sign in:")
+	fmt.Fprintln(c.out(), page)
 	if !noBrowser {
 		open := c.openBrowser
 		if open == nil {
 			open = openBrowser
 		}
 		if err := open(page); err != nil {
-			fmt.Fprintf(c.Err, "(no browser was opened: %v)\n", err)
+			fmt.Fprintf(c.err(), "(no browser was opened: %v)\n", err)
 		}
 	}
 	select {

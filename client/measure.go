@@ -47,7 +47,7 @@ func (f *feed) measure(ctx context.Context, gateways []brokerapi.Gateway) []Meas
 		wg.Go(func() {
 			found[i] = Measured{Gateway: g, Group: -1}
 			if err := f.measureOne(ctx, &found[i]); err != nil {
-				found[i].Problem = err.Error()
+				found[i].Problem = Clean(err)
 			}
 		})
 	}
@@ -172,7 +172,7 @@ func (c *Client) Gateways(ctx context.Context, asJSON bool) error {
 	if asJSON {
 		return c.printJSON(ordered)
 	}
-	w := tabwriter.NewWriter(c.Out, 0, 4, 3, ' ', 0)
+	w := tabwriter.NewWriter(c.out(), 0, 4, 3, ' ', 0)
 	fmt.Fprintln(w, "GATEWAY\tREGION\tADDRESS\tROUND TRIP\tGROUP\tCONNECTIONS\tCHOSEN")
 	for i, m := range ordered {
 		trip, chosen := m.RoundTrip.Round(10*time.Microsecond).String(), ""
@@ -182,7 +182,7 @@ func (c *Client) Gateways(ctx context.Context, asJSON bool) error {
 		if m.Problem != "" {
 			trip, chosen = "-", m.Problem
 		}
-		fmt.Fprintf(w, "%s\t%s\t%s:%d\t%s\t%s\t%d\t%s\n", m.Name, m.Region, m.Hostname, m.Port, trip, group(m), m.Connections, chosen)
+		fmt.Fprintf(w, "%s\t%s\t%s:%d\t%s\t%s\t%d\t%s\n", oneLine(m.Name), oneLine(m.Region), oneLine(m.Hostname), m.Port, trip, group(m), m.Connections, chosen)
 	}
 	return w.Flush()
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"encoding/pem"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -258,6 +259,72 @@ func TestRedirectsKeepTokens(t *testing.T) {
 func TestOneLine(t *testing.T) {
 	if got := oneLine("a\x1b[2Jb\u009b31mc\u202ed\u2028e\n\u00e9"); strings.ContainsAny(got, "\x1b\u009b\u202e\u2028\n") || !strings.Contains(got, "\u00e9") {
 		t.Errorf("%q", got)
+	}
+}
+
+// Whatever a broker or a provider writes, in whatever rdv prints.
+func TestOthersTextsAreClean(t *testing.T) {
+	const evil = "E\x1b[2J\u009b31m\u202eL\u2028\U000e0041\n"
+	bad := func(t *testing.T, what, text string) {
+		t.Helper()
+		if strings.ContainsAny(text, "\x1b\u009b\u202e\u2028\U000e0041") || !strings.Contains(text, "[2J") {
+			t.Errorf("%s: %q", what, text)
+		}
+	}
+	w := newWorld(t)
+	w.gateways = []brokerapi.Gateway{{Name: evil, Region: evil, Hostname: "127.0.0.1" + evil, Port: 1}}
+	c, out, errs := w.login()
+	w.names(func(ws *brokerapi.Workspace) { ws.Name = evil })
+	if err := c.Login(t.Context(), LoginOptions{URL: w.broker.URL}); err != nil {
+		t.Fatal(err)
+	}
+	bad(t, "login", errs.String())
+	for what, print := range map[string]func(bool) error{
+		"list":     func(asJSON bool) error { return c.List(t.Context(), asJSON) },
+		"gateways": func(asJSON bool) error { return c.Gateways(t.Context(), asJSON) },
+	} {
+		for _, asJSON := range []bool{false, true} {
+			out.Reset()
+			if err := print(asJSON); err != nil {
+				t.Fatal(err)
+			}
+			bad(t, what, out.String())
+			var v any
+			if asJSON && (json.Unmarshal([]byte(out.String()), &v) != nil || !strings.Contains(fmt.Sprint(v), evil)) {
+				t.Errorf("%s: the JSON is not what it was: %s", what, out)
+			}
+		}
+	}
+	err := c.Connect(t.Context(), ConnectOptions{Resource: "linux-desktop", Print: true})
+	bad(t, "no gateway", err.Error())
+
+	old := w.broker.Config.Handler
+	w.broker.Config.Handler = http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == brokerapi.PathResources {
+			answer(rw, 403, map[string]any{"error": map[string]string{"code": evil, "message": evil + strings.Repeat("x", 1<<20), "activityId": evil}})
+			return
+		}
+		old.ServeHTTP(rw, r)
+	})
+	err = c.List(t.Context(), false)
+	if bad(t, "a refusal", err.Error()); len(err.Error()) > 4096 {
+		t.Errorf("a refusal of %d bytes", len(err.Error()))
+	}
+	w.at("/token", func(rw http.ResponseWriter, _ *http.Request) bool {
+		answer(rw, 400, map[string]string{"error": "invalid_grant", "error_description": evil})
+		return true
+	})
+	a, _ := c.Store.Find("")
+	a.Expiry = time.Now()
+	c.Store.Save(a)
+	bad(t, "the provider's answer", c.List(t.Context(), false).Error())
+	bad(t, "the provider's answer to a sign-in", c.Login(t.Context(), LoginOptions{URL: w.broker.URL}).Error())
+	w.at("/.well-known/openid-configuration", func(rw http.ResponseWriter, _ *http.Request) bool {
+		answer(rw, 200, map[string]any{"issuer": evil})
+		return true
+	})
+	if err := c.List(t.Context(), false); strings.ContainsAny(err.Error(), "\x1b\u009b\u202e") {
+		t.Errorf("discovery: %q", err)
 	}
 }
 

@@ -29,7 +29,7 @@ func (c *Client) WhoAmI(ctx context.Context, asJSON bool) error {
 		}
 		return oneLine(strings.Join(names, ", "))
 	}
-	w := tabwriter.NewWriter(c.Out, 0, 4, 3, ' ', 0)
+	w := tabwriter.NewWriter(c.out(), 0, 4, 3, ' ', 0)
 	fmt.Fprintf(w, "workspace\t%s\t%s\n", oneLine(f.account.Workspace.Name), f.account.URL)
 	fmt.Fprintf(w, "user\t%s\tfrom claim %s\n", oneLine(who.User), oneLine(who.UserClaim))
 	fmt.Fprintf(w, "groups\t%s\tfrom claim %s\n", list(who.Groups), oneLine(who.GroupsClaim))
@@ -57,7 +57,7 @@ func (c *Client) WhoAmI(ctx context.Context, asJSON bool) error {
 		}
 	}
 	if who.GroupsNotice != "" {
-		fmt.Fprintln(c.Err, oneLine(who.GroupsNotice))
+		fmt.Fprintln(c.err(), oneLine(who.GroupsNotice))
 	}
 	return nil
 }

@@ -26,7 +26,7 @@ func main() {
 	if err == nil {
 		return
 	}
-	fmt.Fprintln(os.Stderr, "error:", err)
+	fmt.Fprintln(os.Stderr, "error:", client.Clean(err))
 	var exit *client.ExitError
 	if errors.As(err, &exit) && exit.Code > 0 {
 		os.Exit(exit.Code)
