@@ -281,7 +281,7 @@ func (w *world) brokerMux() http.Handler {
 	}))
 	mux.HandleFunc("GET "+brokerapi.PathWhoAmI, signedIn(func(rw http.ResponseWriter, _ *http.Request) {
 		answer(rw, 200, brokerapi.Identity{User: "alice", UserClaim: "email", GroupsClaim: "groups", GroupsNotice: "you have no groups\x1b[2J", Claims: []string{"aud", "realm_access.roles"},
-			Resources: []brokerapi.IdentityResource{{Name: "desk", HostPool: "linux", Account: "ali"}, {Name: "own", HostPool: "mine"}, {Name: "no", HostPool: "x", Problem: "no account"}}})
+			Resources: []brokerapi.IdentityResource{{Name: "desk", HostPool: "linux", Account: "ali", AccountClaim: "upn"}, {Name: "own", HostPool: "mine"}, {Name: "no", HostPool: "x", Problem: "no account"}}})
 	}))
 	mux.HandleFunc("GET "+brokerapi.PathActivities+"{$}", signedIn(func(rw http.ResponseWriter, _ *http.Request) {
 		w.mu.Lock()
@@ -788,7 +788,7 @@ func TestWhoAmI(t *testing.T) {
 	if err := c.WhoAmI(t.Context(), false); err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"alice", "from claim email", "none", "aud, realm_access.roles", "ali", "(the host asks)", "none: no account"} {
+	for _, want := range []string{"alice", "from claim email", "none", "aud, realm_access.roles", "ali (from claim upn)", "(the host asks)", "none: no account"} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("no %q in:\n%s", want, out)
 		}

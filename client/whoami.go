@@ -47,6 +47,8 @@ func (c *Client) WhoAmI(ctx context.Context, asJSON bool) error {
 			switch {
 			case r.Problem != "":
 				account = "none: " + r.Problem
+			case r.AccountClaim != "":
+				account += " (from claim " + r.AccountClaim + ")"
 			case account == "":
 				account = "(the host asks)"
 			}

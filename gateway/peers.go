@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"rendezvous.dev/rendezvous/wire/bus"
+	"rendezvous.dev/rendezvous/wire/identity"
 )
 
 const (
@@ -32,6 +33,8 @@ const (
 	pingsAtOnce = 8
 	// maxPeers bounds the gateways of one workspace that are measured.
 	maxPeers = 256
+	// maxHostname bounds a gateway's host name, in bytes, as DNS does.
+	maxHostname = 253
 	// measureSoon is how long to wait for a first answer of a broker that was just joined.
 	measureSoon = 2 * time.Second
 )
@@ -202,7 +205,8 @@ func (w *workspace) others(ctx context.Context, self string) ([]bus.GatewayAddre
 	}
 	var others []bus.GatewayAddress
 	for _, a := range reply.Gateways {
-		if a.Name != self && len(others) < maxPeers {
+		// Its name becomes a metric's label.
+		if a.Name != self && len(others) < maxPeers && identity.IsLabel(a.Name) && len(a.Hostname) <= maxHostname {
 			others = append(others, a)
 		}
 	}

@@ -96,7 +96,7 @@ func closedPort(t *testing.T) int32 {
 func TestPeersAreMeasuredAndPublished(t *testing.T) {
 	dir := t.TempDir()
 	one, two := newWorld(t, dir, "one"), newWorld(t, dir, "two")
-	for w, names := range map[*world][]string{one: {"gateway-a", "b", "shared", "silent"}, two: {"gateway-a", "shared"}} {
+	for w, names := range map[*world][]string{one: {"gateway-a", "b", "shared", "silent", "no label, and " + strings.Repeat("long", 100)}, two: {"gateway-a", "shared"}} {
 		w.broker.QueueSubscribe(bus.SubjectGateways, bus.Brokers, func(m *nats.Msg) {
 			var reply bus.GatewaysReply
 			for _, n := range names {

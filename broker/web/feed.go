@@ -110,6 +110,7 @@ func (a *api) whoAmI(w http.ResponseWriter, r *request) error {
 		if pool := snap.Pools[res.Pool]; pool == nil {
 			one.Problem = fmt.Sprintf("HostPool %s does not exist", res.Pool)
 		} else if pool.Accounts != nil {
+			one.AccountClaim = pool.Accounts.NameClaim
 			if one.Account, err = accounts.Name(pool, accounts.Person{Name: r.user.Name, Claims: r.user.Claims(pool.Accounts.Claims())}); err != nil {
 				one.Problem = refusal.From(err).Message
 			}

@@ -85,8 +85,10 @@ type IdentityResource struct {
 	Name     string `json:"name"`
 	HostPool string `json:"hostPool"`
 	// Account is what the user is logged in to, empty where hosts ask for credentials; Problem is why there is none.
-	Account string `json:"account,omitempty"`
-	Problem string `json:"problem,omitempty"`
+	// AccountClaim is the claim that names the account, empty where the user's name does.
+	Account      string `json:"account,omitempty"`
+	AccountClaim string `json:"accountClaim,omitempty"`
+	Problem      string `json:"problem,omitempty"`
 }
 
 // Resource is one desktop or app.
