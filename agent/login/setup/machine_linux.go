@@ -119,6 +119,17 @@ func xrdpVersion(ctx context.Context) (string, error) {
 	return version, nil
 }
 
+// desktops counts xrdp's sessions: each has a process of the session manager's.
+func (t tree) desktops() (n int) {
+	comms, _ := filepath.Glob(t.at("/proc/[0-9]*/comm"))
+	for _, c := range comms {
+		if name, err := os.ReadFile(c); err == nil && string(name) == "xrdp-sesexec\n" {
+			n++
+		}
+	}
+	return n
+}
+
 // systemd says that it runs this machine's services.
 func (t tree) systemd() bool { return t.exists("/run/systemd/system") }
 

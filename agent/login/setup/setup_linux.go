@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"syscall"
+	"time"
 )
 
 // Setup changes one machine. Its methods are root's to call, one at a time.
@@ -20,11 +21,13 @@ type Setup struct {
 	out     io.Writer
 	version func(context.Context) (string, error)
 	restart func(context.Context) error
+	// patience is how long sesman may take to start.
+	patience time.Duration
 }
 
 // New works on this machine, and keeps the originals in the agent's state folder. What is done is said on out.
 func New(stateDir string, out io.Writer) *Setup {
-	return &Setup{tree: tree{root: "/"}, store: store{dir: filepath.Join(stateDir, Folder)}, out: out, version: xrdpVersion, restart: restart}
+	return &Setup{tree: tree{root: "/"}, store: store{dir: filepath.Join(stateDir, Folder)}, out: out, version: xrdpVersion, restart: restart, patience: 5 * time.Second}
 }
 
 func (s *Setup) say(format string, args ...any) { fmt.Fprintf(s.out, format+"\n", args...) }
@@ -132,6 +135,11 @@ func (s *Setup) Plan(ctx context.Context, o Options) (changes bool, err error) {
 }
 
 func (s *Setup) show(w *work) (any bool) {
+	defer func() {
+		if any {
+			s.warn()
+		}
+	}()
 	for _, c := range w.pending() {
 		showDiff(s.out, c)
 		any = true
@@ -145,6 +153,19 @@ func (s *Setup) show(w *work) (any bool) {
 		any = true
 	}
 	return any
+}
+
+// warn says what restarting xrdp does to those who work.
+func (s *Setup) warn() {
+	n := s.tree.desktops()
+	if n == 0 || !s.tree.systemd() {
+		return
+	}
+	what := fmt.Sprintf("%d desktops run", n)
+	if n == 1 {
+		what = "1 desktop runs"
+	}
+	s.say("%s on this machine. Restarting xrdp cuts their users off: the programs go on, but nobody gets back to them (`loginctl terminate-user NAME` ends them)", what)
 }
 
 // Install sets the machine up. Done twice, it changes nothing the second time; after a crash it goes on.
@@ -189,7 +210,24 @@ func (s *Setup) Install(ctx context.Context, o Options) error {
 	if err := s.tree.makeRuntime(w.group); err != nil {
 		return err
 	}
+	if s.await(ctx) != nil {
+		s.say("xrdp-sesman does not run: start it, and xrdp")
+	}
 	s.say("login by connection is set up; the originals are in %s", s.store.dir)
+	return nil
+}
+
+// await returns when sesman has made its socket. systemd takes it for started before that.
+func (s *Setup) await(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, s.patience)
+	defer cancel()
+	for !s.tree.exists(socketPath) {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
 	return nil
 }
 
@@ -293,6 +331,7 @@ func (s *Setup) Uninstall(ctx context.Context) error {
 		s.say("login by connection is not set up; nothing to undo")
 		return nil
 	}
+	s.warn()
 	m.Pending = true
 	if err := s.store.save(m); err != nil {
 		return err
