@@ -41,7 +41,7 @@ func command() *cobra.Command {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.AddCommand(runCommand(), enrollCommand(), healthcheckCommand(), serviceCommand(), loginCommand(), pamCommand(), versionCommand())
+	root.AddCommand(runCommand(), enrollCommand(), healthcheckCommand(), serviceCommand(), loginCommand(), pamCommand(), sessionCommand(), versionCommand())
 	return root
 }
 
@@ -278,6 +278,13 @@ func pamCommand() *cobra.Command {
 	c.Flags().StringVar(&dir, "login-dir", login.DefaultDir, "the running agent's login folder")
 	c.Flags().BoolVar(&elsewhere, "elsewhere", false, "say only whether the connection comes from another machine, so that it can't be the agent's")
 	return c
+}
+
+func sessionCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "session PROGRAM", Short: "What xrdp starts for a user: make sure that the X display is the user's own, then become PROGRAM", Args: cobra.ExactArgs(1),
+		RunE: func(_ *cobra.Command, args []string) error { return login.BeginSession(args[0]) },
+	}
 }
 
 // pathFlags are files and folders: a service starts elsewhere, so they are made absolute.

@@ -86,11 +86,13 @@ func TestMachine(t *testing.T) {
 	}
 
 	// The brokers' part from here on, with the rights of the agent's unit.
-	m.box.WriteFile("/etc/systemd/system/"+unit+".d/doorman.conf", fmt.Appendf(nil, "[Service]\nExecStart=\nExecStart=%s serve alice:20001=0.0.0.0:13389 bob:20002=0.0.0.0:13390 0.0.0.0:%d\n", doorman, nobodysDoor), 0o644)
+	m.box.WriteFile("/etc/systemd/system/"+unit+".d/doorman.conf", fmt.Appendf(nil, "[Service]\nExecStart=\nExecStart=%s serve alice:20001=0.0.0.0:13389 bob:20002=0.0.0.0:13390 carol:20003=0.0.0.0:13392 0.0.0.0:%d\n", doorman, nobodysDoor), 0o644)
 	m.do("systemctl", "daemon-reload")
 	m.do("systemctl", "restart", unit)
 	m.step("installed twice, and closed")
 
+	m.impostor()
+	m.step("carol's session did not begin on another's screen")
 	session := m.connect(13389, "alice", "any")
 	m.typed("id > ~/who", "/home/alice/who", "uid=20001(alice) gid=20001(alice) groups=20001(alice)\n")
 	if fi, err := os.Stat(m.box.Path("/home/alice")); err != nil || fi.Mode().Perm() != 0o700 {
@@ -153,6 +155,42 @@ func TestMachine(t *testing.T) {
 	m.do("systemctl", "is-active", "xrdp", "xrdp-sesman")
 	m.reachable(true, "/run/xrdp/sockdir/sesman.socket")
 	m.step("all is as it was")
+}
+
+// impostor has another user pose as the X server of the next session, which then doesn't begin.
+func (m *machineTest) impostor() {
+	m.Helper()
+	ctx, cancel := context.WithCancel(m.ctx)
+	defer cancel()
+	var said strings.Builder
+	server := m.box.CommandAs(ctx, mallory, "/usr/lib/xorg/Xorg", ":77", "-config", "xrdp/xorg.conf", "-ac", "-noreset", "-nolisten", "tcp", "-logfile", "/tmp/impostor.log")
+	cmd := m.box.CommandAs(ctx, mallory, doorman, "pose", "@/tmp/.X11-unix/X10", "@/tmp/.X11-unix/X77")
+	cmd.Stdout, cmd.Stderr = &said, &said
+	m.must(errors.Join(server.Start(), cmd.Start()))
+	for _, name := range []string{"X10", "X77"} {
+		m.eventually("the impostor", func() error {
+			if !strings.Contains(m.do("cat", "/proc/net/unix"), "@/tmp/.X11-unix/"+name) {
+				return errors.New("not there")
+			}
+			return nil
+		})
+	}
+	// Carol, because the xrdp of a session that fails goes on trying, and would take the user's next one.
+	p := m.connect(13392, "carol", "any")
+	m.eventually("a session that doesn't begin", func() error {
+		if !strings.Contains(m.journal(), "the session does not begin") {
+			return errors.New("not yet")
+		}
+		return nil
+	})
+	if out, err := m.box.Command(m.ctx, "pgrep", "-u", "carol", "xterm").Output(); err == nil {
+		m.Errorf("carol's programs run on another's screen: %s", out)
+	}
+	p.Stop()
+	cancel()
+	cmd.Wait()
+	server.Wait()
+	m.Logf("the impostor: %s", said.String())
 }
 
 func newMachineTest(t *testing.T) *machineTest {
@@ -226,7 +264,7 @@ func (m *machineTest) do(argv ...string) string {
 }
 
 func (m *machineTest) journal() string {
-	out, _ := m.box.Command(m.ctx, "journalctl", "--no-pager", "-n", "40", "-o", "cat").CombinedOutput()
+	out, _ := m.box.Command(m.ctx, "journalctl", "--no-pager", "-n", "300", "-o", "cat").CombinedOutput()
 	return string(out)
 }
 

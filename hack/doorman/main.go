@@ -4,6 +4,7 @@
 //
 //	doorman serve [NAME:UID=]ADDRESS...   without a name, connections come from 127.0.0.1 and are nobody's
 //	doorman reach SOCKET                  say whether this user can connect to a Unix socket
+//	doorman pose NAME SERVER              listen at a Unix socket, @… an abstract one, and bring who comes to another
 package main
 
 import (
@@ -43,10 +44,12 @@ func run(args []string) error {
 			conn.Close()
 		}
 		return err
+	case len(args) == 3 && args[0] == "pose":
+		return pose(args[1], args[2])
 	case len(args) > 1 && args[0] == "serve":
 		return serve(args[1:])
 	}
-	return errors.New("usage: doorman serve [NAME:UID=]ADDRESS... | reach SOCKET")
+	return errors.New("usage: doorman serve [NAME:UID=]ADDRESS... | reach SOCKET | pose NAME SERVER")
 }
 
 func serve(doors []string) error {
@@ -127,14 +130,40 @@ func bring(outside *net.TCPConn, book *login.Book, who, id string) error {
 	if err != nil {
 		return err
 	}
-	defer inside.Close()
+	join(inside, outside)
+	return nil
+}
+
+// join copies both ways until either end closes.
+func join(a, b net.Conn) {
+	defer a.Close()
+	defer b.Close()
 	done := make(chan struct{}, 2)
-	for _, pair := range [][2]net.Conn{{inside, outside}, {outside, inside}} {
+	for _, pair := range [][2]net.Conn{{a, b}, {b, a}} {
 		go func() {
 			io.Copy(pair[0], pair[1])
 			done <- struct{}{}
 		}()
 	}
 	<-done
-	return nil
+}
+
+func pose(name, server string) error {
+	l, err := net.Listen("unix", name)
+	if err != nil {
+		return err
+	}
+	for {
+		conn, err := l.Accept()
+		if err != nil {
+			return err
+		}
+		uid, err := login.PeerUID(conn)
+		fmt.Println("user", uid, "came", err)
+		there, err := net.Dial("unix", server)
+		if err != nil {
+			return err
+		}
+		go join(conn, there)
+	}
 }

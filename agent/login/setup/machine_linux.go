@@ -33,7 +33,7 @@ func (s *Setup) gather(ctx context.Context, o Options, originals func(path, text
 			m.texts["/etc/pam.d/"+filepath.Base(f)] = string(data)
 		}
 	}
-	for _, p := range []string{pamFile, sesmanFile, xrdpFile, tmpfilesFile, dropInFile} {
+	for _, p := range []string{pamFile, startFile, sesmanFile, xrdpFile, tmpfilesFile, dropInFile} {
 		delete(m.texts, p)
 		text, fi, err := t.read(p)
 		if err != nil {

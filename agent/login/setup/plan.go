@@ -25,11 +25,13 @@ import (
 	"strings"
 )
 
-// Files that are changed. The last two are ours alone.
+// Files that are changed. Those below sesmanFile are ours alone.
 const (
 	pamFile    = "/etc/pam.d/xrdp-sesman"
 	xrdpFile   = "/etc/xrdp/xrdp.ini"
 	sesmanFile = "/etc/xrdp/sesman.ini"
+	// startFile begins a session, if its screen is the user's own.
+	startFile = "/etc/xrdp/rendezvous-startwm.sh"
 	// tmpfilesFile makes socketDir and socketLink at each boot.
 	tmpfilesFile = "/etc/tmpfiles.d/rendezvous-login.conf"
 	// dropInFile takes root's rights from xrdp, which reads what clients send.
@@ -89,6 +91,7 @@ type change struct {
 	path          string
 	existed       bool
 	before, after string
+	program       bool // of a new file: it may be run
 }
 
 // refusal is why a machine can't be set up, and the way out.
@@ -115,10 +118,15 @@ func plan(m machine, o Options) ([]change, error) {
 	if err != nil {
 		return nil, err
 	}
+	sesman, start, err := planSesman(m, o)
+	if err != nil {
+		return nil, err
+	}
 	// The PAM file is the first: with it alone, nobody logs in who couldn't before.
 	all := []change{
 		{path: pamFile, after: pam},
-		{path: sesmanFile, after: planSesman(m.texts[sesmanFile], m)},
+		{path: startFile, after: start, program: true},
+		{path: sesmanFile, after: sesman},
 		{path: xrdpFile, after: xrdp},
 		{path: tmpfilesFile, after: tmpfiles(m.group)},
 	}
@@ -186,9 +194,25 @@ func (m machine) check(o Options) error {
 	return nil
 }
 
-// planSesman closes what sesman leaves open.
-func planSesman(text string, m machine) string {
-	f := parseINI(text)
+// planSesman closes what sesman leaves open, and has sessions begin with start.
+func planSesman(m machine, o Options) (sesman, start string, err error) {
+	f := parseINI(m.texts[sesmanFile])
+	desktop := f.get("Globals", "DefaultWindowManager")
+	if desktop == startFile { // ours, which somebody has edited since
+		_, desktop, _ = strings.Cut(m.texts[startFile], " session ")
+		desktop = strings.TrimSpace(desktop)
+	}
+	if desktop == "" {
+		desktop = "startwm.sh"
+	}
+	if !path.IsAbs(desktop) {
+		desktop = path.Join(path.Dir(sesmanFile), desktop)
+	}
+	if !plainPath.MatchString(desktop) || desktop == startFile {
+		return "", "", refusal("%s: DefaultWindowManager=%s is not a path of letters, digits and . _ + - /", sesmanFile, desktop)
+	}
+	start = fmt.Sprintf("#!/bin/sh\n# %s\n# Another user of this machine could pose as the session's X server.\nexec %s session %s\n", mark, o.Program, desktop)
+	f.set("Globals", "DefaultWindowManager", startFile)
 	f.set("Globals", "ListenPort", socketPath)
 	f.set("Security", "AllowRootLogin", "false")
 	// A connection that dies at the wrong moment must not choose a program that runs as its victim.
@@ -197,7 +221,7 @@ func planSesman(text string, m machine) string {
 		f.set("Security", "SessionSockdirGroup", m.group)
 	}
 	f.set("Sessions", "Policy", "U")
-	return f.marked()
+	return f.marked(), start, nil
 }
 
 // planXrdp has xrdp start the one kind of session, and in mode Connection listen to this machine alone.

@@ -102,8 +102,9 @@ func TestPlanConnection(t *testing.T) {
 		"[Globals]", "use_vsock=false", "port=tcp://127.0.0.1:3389", "security_layer=tls", "autorun=Xorg", "[Logging]", "LogLevel=INFO",
 		"[Xorg]", "xserverbpp=24", "name=Xorg", "lib=libxup.so", "username=ask", "password=none")
 	expect(t, after(t, changes, sesmanFile),
-		"[Globals]", "ListenPort=/run/xrdp-sesman/sesman.socket", "EnableUserWindowManager=true",
+		"[Globals]", "ListenPort=/run/xrdp-sesman/sesman.socket", "DefaultWindowManager=/etc/xrdp/rendezvous-startwm.sh", "EnableUserWindowManager=true",
 		"[Security]", "SessionSockdirGroup=xrdp", "AllowAlternateShell=false", "AllowRootLogin=false", "[Sessions]", "Policy=U")
+	expect(t, after(t, changes, startFile), "exec /usr/local/sbin/rdv-agent session /etc/xrdp/startwm.sh")
 	expect(t, after(t, changes, tmpfilesFile),
 		"d /run/xrdp-sesman 0750 root xrdp", "d /run/xrdp 0755 root root", "d /run/xrdp/sockdir 0755 root root",
 		"L /run/xrdp/sockdir/sesman.socket - - - - /run/xrdp-sesman/sesman.socket")
@@ -177,12 +178,16 @@ func TestPlanRefuses(t *testing.T) {
 		"a PAM include":      {func(m *machine, _ *Options) { m.texts[pamFile] += "@include mine\n" }, "includes mine"},
 		"one through others": {func(m *machine, _ *Options) { m.texts["/etc/pam.d/common-session"] += "@include common-auth\n" }, "includes common-session"},
 		"half a block":       {func(m *machine, _ *Options) { m.texts[pamFile] += blockBegin + "\n" }, "restore that line"},
-		"no mode":            {func(_ *machine, o *Options) { o.Mode = "maybe" }, "--login"},
-		"a blank in a path":  {func(_ *machine, o *Options) { o.Program = "/opt/my agent" }, "can't be written into a PAM file"},
-		"a bracket":          {func(_ *machine, o *Options) { o.LoginDir = "/run/[x" }, "--login-dir"},
-		"a way up":           {func(_ *machine, o *Options) { o.Program = "/opt/../agent" }, "can't be written"},
-		"an outer address":   {func(_ *machine, o *Options) { o.RDPAddr = "10.0.0.1:3389" }, "--rdp-addr"},
-		"IPv6":               {func(_ *machine, o *Options) { o.RDPAddr = "[::1]:3389" }, "--rdp-addr"},
+		"a strange desktop":  {func(m *machine, _ *Options) { m.texts[sesmanFile] = "[Globals]\nDefaultWindowManager=/opt/my wm\n" }, "DefaultWindowManager"},
+		"a lost desktop": {func(m *machine, _ *Options) {
+			m.texts[sesmanFile] = "[Globals]\nDefaultWindowManager=" + startFile + "\n"
+		}, ""},
+		"no mode":           {func(_ *machine, o *Options) { o.Mode = "maybe" }, "--login"},
+		"a blank in a path": {func(_ *machine, o *Options) { o.Program = "/opt/my agent" }, "can't be written into a PAM file"},
+		"a bracket":         {func(_ *machine, o *Options) { o.LoginDir = "/run/[x" }, "--login-dir"},
+		"a way up":          {func(_ *machine, o *Options) { o.Program = "/opt/../agent" }, "can't be written"},
+		"an outer address":  {func(_ *machine, o *Options) { o.RDPAddr = "10.0.0.1:3389" }, "--rdp-addr"},
+		"IPv6":              {func(_ *machine, o *Options) { o.RDPAddr = "[::1]:3389" }, "--rdp-addr"},
 	} {
 		m, o := shipped()
 		c.change(&m, &o)

@@ -45,8 +45,17 @@ func Program() (string, error) {
 }
 
 func (t tree) checkProgram(p string) error {
-	if _, err := t.checkFile(p); err != nil {
-		return fmt.Errorf("PAM is to run %s as root: %w. Install the agent where only root writes, as with `install -o root -m 755 %s /usr/local/sbin/rdv-agent`, and run this from there", p, err, p)
+	fi, err := t.checkFile(p)
+	if err == nil && fi.Mode().Perm()&0o005 != 0o005 {
+		err = refusal("its mode is %04o", fi.Mode().Perm())
+	}
+	for dir := path.Dir(p); err == nil && dir != "/"; dir = path.Dir(dir) {
+		if fi, err = os.Lstat(t.at(dir)); err == nil && fi.Mode().Perm()&0o001 == 0 {
+			err = refusal("%s has mode %04o", dir, fi.Mode().Perm())
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("PAM is to run %s as root, and each session as its user: %w. Install the agent where only root writes and all may run it, as with `install -o root -m 755 %s /usr/local/sbin/rdv-agent`, and run this from there", p, err, p)
 	}
 	return nil
 }
@@ -119,7 +128,7 @@ func (w *work) pending() (all []change) {
 	for _, c := range w.changes {
 		now := w.current[c.path]
 		if !now.existed || now.before != c.after {
-			all = append(all, change{path: c.path, existed: now.existed, before: now.before, after: c.after})
+			all = append(all, change{path: c.path, existed: now.existed, before: now.before, after: c.after, program: c.program})
 		}
 	}
 	return all
@@ -245,7 +254,11 @@ func (s *Setup) record(w *work, changed bool) error {
 			e = &m.Files[len(m.Files)-1]
 			fallthrough
 		case e.stateOf(now.before, now.existed) == foreign && !marked(now.before):
-			*e = entry{Path: c.path, Mode: 0o644, UID: int(s.tree.owner), GID: int(s.tree.owner)}
+			mode := fs.FileMode(0o644)
+			if c.program {
+				mode = 0o755
+			}
+			*e = entry{Path: c.path, Mode: mode, UID: int(s.tree.owner), GID: int(s.tree.owner)}
 			if now.existed {
 				name, err := s.store.keep(c.path, now.before)
 				if err != nil {

@@ -42,6 +42,7 @@ func newBox(t *testing.T) *box {
 	} {
 		b.put(path, text)
 	}
+	b.must(os.Chmod(b.tree.at(o.Program), 0o755))
 	return b
 }
 
