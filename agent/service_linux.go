@@ -12,6 +12,14 @@ import (
 
 const unitFile = "/etc/systemd/system/" + ServiceName + ".service"
 
+// CheckService says why a service can't be installed here.
+func CheckService() error {
+	if _, err := os.Stat("/run/systemd/system"); err != nil {
+		return errors.New("systemd does not run on this machine: set xrdp up with `agent login install`, and start `agent run` with --login-dir from this machine's own service manager")
+	}
+	return nil
+}
+
 // InstallService makes the agent start at boot, with command and what o says of its folders, and starts it now.
 func InstallService(command []string, o Options) error {
 	// The unit can't name a folder that is absent.

@@ -215,7 +215,15 @@ func serviceCommand() *cobra.Command {
 					return err
 				}
 			}
-			if !l.off() {
+			if err := agent.CheckService(); err != nil {
+				return err
+			}
+			s := setup.New(o.StateDir, c.OutOrStdout())
+			if l.off() {
+				if _, ok, err := s.Installed(); ok || err != nil {
+					return errors.Join(err, errors.New("--login=off: login by connection is set up on this machine, and without it nobody could log in: run `agent login uninstall` first"))
+				}
+			} else {
 				if o.LoginShared {
 					return errors.New("--login-shared is for an agent in a container: a service on a machine makes accounts itself")
 				}
@@ -229,7 +237,7 @@ func serviceCommand() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				s := setup.New(o.StateDir, c.OutOrStdout())
+				o.LoginDir, o.RDPCertDir = so.LoginDir, so.CertDir
 				if dryRun {
 					_, err := s.Plan(c.Context(), so)
 					return err
@@ -237,7 +245,8 @@ func serviceCommand() *cobra.Command {
 				if err := s.Install(c.Context(), so); err != nil {
 					return err
 				}
-			} else if dryRun {
+			}
+			if dryRun {
 				return nil
 			}
 			command, err := serviceCommandLine(c.Flags())
