@@ -123,6 +123,11 @@ func TestMachine(t *testing.T) {
 		return err
 	})
 	m.reachable(false, "/run/xrdp/sockdir/sesman.socket")
+	m.do("chmod", "0755", "/run/xrdp-sesman")
+	if out, err := m.box.Command(m.ctx, rdvAgent, "login", "status").CombinedOutput(); err == nil || !strings.Contains(string(out), "every user of this machine") {
+		t.Errorf("an open socket went unnoticed: %v\n%s", err, out)
+	}
+	m.do("chmod", "0750", "/run/xrdp-sesman")
 	orphan := m.sessionsOf("alice")
 	m.connect(13389, "alice", "any")
 	m.typed("id -un > ~/again", "/home/alice/again", "alice\n")

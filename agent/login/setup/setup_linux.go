@@ -30,6 +30,13 @@ func New(stateDir string, out io.Writer) *Setup {
 	return &Setup{tree: tree{root: "/"}, store: store{dir: filepath.Join(stateDir, Folder)}, out: out, version: xrdpVersion, restart: restart, patience: 5 * time.Second}
 }
 
+func (s *Setup) checkRoot() error {
+	if s.tree.root == "/" && os.Geteuid() != 0 {
+		return errors.New("this changes files of root's: run it as root")
+	}
+	return nil
+}
+
 func (s *Setup) say(format string, args ...any) { fmt.Fprintf(s.out, format+"\n", args...) }
 
 // Program is this process's, as PAM can run it: an error says why others than root could put another in its place.
@@ -179,6 +186,9 @@ func (s *Setup) warn() {
 
 // Install sets the machine up. Done twice, it changes nothing the second time; after a crash it goes on.
 func (s *Setup) Install(ctx context.Context, o Options) error {
+	if err := s.checkRoot(); err != nil {
+		return err
+	}
 	w, err := s.plan(ctx, o)
 	if err != nil {
 		return err
@@ -336,6 +346,9 @@ func (s *Setup) restore(e *entry) (left string, err error) {
 
 // Uninstall takes everything back, but for files that somebody changed since: it leaves these, and its error says so.
 func (s *Setup) Uninstall(ctx context.Context) error {
+	if err := s.checkRoot(); err != nil {
+		return err
+	}
 	m, err := s.store.load()
 	if err != nil {
 		return err
