@@ -43,15 +43,17 @@ func systemdUnit(o unitOptions) string {
 	} else {
 		o.writable = append(o.writable, o.loginDir)
 	}
+	homes := "ProtectHome=read-only"
 	if o.loginDir != "" {
 		o.writable = append(o.writable, accountPaths...)
+		homes = `ReadOnlyPaths="/root" "-/run/user"` // with ProtectHome, /home could not be taken out
 	}
 	for _, p := range o.writable {
 		if p != "" {
 			paths = append(paths, quoteUnit(p))
 		}
 	}
-	return strings.NewReplacer("{description}", serviceDescription, "{exec}", strings.Join(exec, " "), "{runtime}", runtime,
+	return strings.NewReplacer("{description}", serviceDescription, "{exec}", strings.Join(exec, " "), "{runtime}", runtime, "{homes}", homes,
 		"{paths}", strings.Join(paths, " "), "{stop}", strconv.Itoa(o.drainSeconds+15)).Replace(`[Unit]
 Description={description}
 Wants=network-online.target
@@ -63,8 +65,8 @@ Restart=always
 RestartSec=5
 TimeoutStopSec={stop}
 {runtime}NoNewPrivileges=yes
-# Everything is read-only, homes too, but for what ReadWritePaths names.
 ProtectSystem=strict
+{homes}
 ProtectKernelTunables=yes
 ProtectControlGroups=yes
 RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX

@@ -89,6 +89,20 @@ func TestMachine(t *testing.T) {
 	m.box.WriteFile("/etc/systemd/system/"+unit+".d/doorman.conf", fmt.Appendf(nil, "[Service]\nExecStart=\nExecStart=%s serve alice:20001=0.0.0.0:13389 bob:20002=0.0.0.0:13390 carol:20003=0.0.0.0:13392 0.0.0.0:%d\n", doorman, nobodysDoor), 0o644)
 	m.do("systemctl", "daemon-reload")
 	m.do("systemctl", "restart", unit)
+	m.eventually("the doorman", func() error { // systemd takes a unit for started before that
+		if !slices.Contains(m.listeners(), netip.MustParseAddrPort("0.0.0.0:13389")) && !slices.Contains(m.listeners(), netip.MustParseAddrPort("[::]:13389")) {
+			return errors.New("it does not listen")
+		}
+		return nil
+	})
+	// What the unit may write, as its own processes see it.
+	for path, want := range map[string]bool{"/etc": true, "/home": true, "/var/lib/rendezvous-agent": true, certDir: true, "/root": false, "/usr": false, "/var/log": false} {
+		err := m.box.Command(m.ctx, "nsenter", "--target", m.pid(unit), "--mount", "touch", path+"/.rdv-test").Run()
+		if (err == nil) != want {
+			t.Errorf("the agent may write %s: %t", path, err == nil)
+		}
+		os.Remove(m.box.Path(path + "/.rdv-test"))
+	}
 	m.step("installed twice, and closed")
 
 	m.impostor()
