@@ -69,7 +69,7 @@ func serve(doors []string) error {
 	}
 	server := login.NewServer(login.ServerOptions{
 		Book: book, Records: records, Caller: login.PeerUID, Service: "xrdp-sesman", Log: slog.Default(),
-		LoggedIn: func(login.Session, uint32) {}, Refused: func(*login.Refused) {},
+		LoggedIn: func(login.Session, uint32, time.Duration) {}, Refused: func(*login.Refused) {},
 	})
 	ended := make(chan error)
 	go func() { ended <- server.Serve(asked) }()
