@@ -819,6 +819,23 @@ func TestEnrolmentRefused(t *testing.T) {
 	w.eventually("enrolment with the new token", func() bool { return len(w.enrolled) == 1 })
 }
 
+// A machine whose clock is off is told so, and not that a certificate is not valid.
+func TestEnrolmentByAClockThatIsOff(t *testing.T) {
+	w := newWorld(t)
+	w.answer = func(rw http.ResponseWriter, _ string) bool {
+		rw.Header().Set("Date", time.Now().Add(-2*time.Hour).UTC().Format(http.TimeFormat))
+		rw.WriteHeader(http.StatusForbidden)
+		json.NewEncoder(rw).Encode(brokerapi.ErrorBody{Error: refusal.New(refusal.RegistrationExpired, "expired")})
+		return true
+	}
+	a, err := New(w.options())
+	must(t, err)
+	_, err = a.Enroll(t.Context())
+	if !errors.Is(err, &refusal.Error{Code: refusal.RegistrationExpired}) || !strings.Contains(err.Error(), "this machine's clock is 2 hours ahead of 127.0.0.1's: set it right") {
+		t.Errorf("got %v", err)
+	}
+}
+
 // Where the plain port is closed to us, the control channel goes by WebSocket.
 func TestWebSocketChannel(t *testing.T) {
 	w := newWorld(t)

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"rendezvous.dev/rendezvous/wire/brokerapi"
+	"rendezvous.dev/rendezvous/wire/clock"
 	"rendezvous.dev/rendezvous/wire/identity"
 	"rendezvous.dev/rendezvous/wire/refusal"
 )
@@ -132,7 +133,7 @@ func (a *Agent) readToken() (string, error) {
 }
 
 // enrolOnce is one attempt: learn the names, ask for the certificates, save them.
-func (a *Agent) enrolOnce(ctx context.Context, token string) (*member, error) {
+func (a *Agent) enrolOnce(ctx context.Context, token string) (m *member, err error) {
 	ctx, cancel := context.WithTimeout(ctx, enrolTimeout)
 	defer cancel()
 	client, err := a.brokerClient()
@@ -140,6 +141,9 @@ func (a *Agent) enrolOnce(ctx context.Context, token string) (*member, error) {
 		return nil, err
 	}
 	defer client.CloseIdleConnections()
+	watch := &clock.Watch{}
+	client.Transport = watch.Transport(client.Transport)
+	defer func() { err = watch.Wrap(err) }()
 
 	var pre brokerapi.PreEnroll
 	if err := a.call(ctx, client, http.MethodGet, token, nil, &pre); err != nil {

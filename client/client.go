@@ -8,7 +8,9 @@
 //	connect.go   the whole of a connect
 //	rdpfile.go   reading .rdp files
 //	launch.go    finding and starting the RDP client
+//	handover.go  clients that hand the file on to another process
 //	explain.go   the timeline
+//	whoami.go    the token as the workspace reads it
 package client
 
 import (
@@ -22,6 +24,7 @@ import (
 	"os"
 	"time"
 
+	"rendezvous.dev/rendezvous/wire/clock"
 	"rendezvous.dev/rendezvous/wire/idpurl"
 )
 
@@ -35,8 +38,18 @@ type Client struct {
 	// UserAgent says which rdv this is.
 	UserAgent string
 
+	// clock notices that this machine's is off.
+	clock *clock.Watch
 	// openBrowser is replaced in tests.
 	openBrowser func(url string) error
+}
+
+// watch is the one that all requests go by.
+func (c *Client) watch() *clock.Watch {
+	if c.clock == nil {
+		c.clock = &clock.Watch{}
+	}
+	return c.clock
 }
 
 // requestTimeout bounds one request to the broker or the identity provider.
@@ -64,7 +77,7 @@ func (c *Client) httpClient(bundles ...string) (*http.Client, error) {
 	}
 	t := http.DefaultTransport.(*http.Transport).Clone()
 	t.TLSClientConfig = &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: pool}
-	return &http.Client{Transport: agentHeader{t, c.UserAgent}, Timeout: requestTimeout, CheckRedirect: idpurl.CheckRedirect}, nil
+	return &http.Client{Transport: agentHeader{c.watch().Transport(t), c.UserAgent}, Timeout: requestTimeout, CheckRedirect: idpurl.CheckRedirect}, nil
 }
 
 // agentHeader names this program in each request.

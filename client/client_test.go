@@ -35,6 +35,7 @@ import (
 	"github.com/go-jose/go-jose/v4/jwt"
 
 	"rendezvous.dev/rendezvous/wire/brokerapi"
+	"rendezvous.dev/rendezvous/wire/clock"
 	"rendezvous.dev/rendezvous/wire/refusal"
 	"rendezvous.dev/rendezvous/wire/trace"
 )
@@ -58,6 +59,7 @@ type world struct {
 	polls      int                   // of the device flow
 	refreshes  int
 	posted     []trace.Event
+	recent     []trace.Summary
 	downloads  []url.Values
 	userAgents map[string]bool
 }
@@ -276,6 +278,15 @@ func (w *world) brokerMux() http.Handler {
 		w.posted = append(w.posted, events...)
 		w.mu.Unlock()
 		rw.WriteHeader(204)
+	}))
+	mux.HandleFunc("GET "+brokerapi.PathWhoAmI, signedIn(func(rw http.ResponseWriter, _ *http.Request) {
+		answer(rw, 200, brokerapi.Identity{User: "alice", UserClaim: "email", GroupsClaim: "groups", GroupsNotice: "you have no groups\x1b[2J", Claims: []string{"aud", "realm_access.roles"},
+			Resources: []brokerapi.IdentityResource{{Name: "desk", HostPool: "linux", Account: "ali"}, {Name: "own", HostPool: "mine"}, {Name: "no", HostPool: "x", Problem: "no account"}}})
+	}))
+	mux.HandleFunc("GET "+brokerapi.PathActivities+"{$}", signedIn(func(rw http.ResponseWriter, _ *http.Request) {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		answer(rw, 200, w.recent)
 	}))
 	mux.HandleFunc("GET "+brokerapi.PathActivities+"{id}", signedIn(func(rw http.ResponseWriter, _ *http.Request) {
 		w.mu.Lock()
@@ -603,6 +614,80 @@ func TestConnectRaw(t *testing.T) {
 	}
 }
 
+// What raw and ARM mode pass by /args-from only FreeRDP 3 understands, whoever names the client.
+func TestModesNeedFreeRDP3(t *testing.T) {
+	w := newWorld(t)
+	w.gateway("a", 0, 204)
+	c, _, _ := w.login()
+	for _, tt := range []struct {
+		name, version string
+		ok            bool
+	}{
+		{"xfreerdp", "2.11.7", false},
+		{"xfreerdp-2.3", "2.3.0", false}, // a digit in the name says nothing
+		{"remmina", "1.4.39", false},
+		{"xfreerdp", "3.15.0", true},
+	} {
+		for _, mode := range []string{ModeRaw, ModeARM} {
+			program, saw := fakeClient(t, tt.name, `[ "$1" = --version ] && { echo "This is FreeRDP version `+tt.version+`"; exit 255; }; echo "$@" >$saw`)
+			err := c.Connect(t.Context(), ConnectOptions{Resource: "linux-desktop", Mode: mode, RDPClient: program})
+			_, started := os.Stat(saw)
+			if tt.ok && err != nil || !tt.ok && (err == nil || !strings.Contains(err.Error(), "is not FreeRDP 3") || started == nil) {
+				t.Errorf("%s %s in mode %s: %v, started: %t", tt.name, tt.version, mode, err, started == nil)
+			}
+		}
+	}
+	program, _ := fakeClient(t, "xfreerdp", "exit 0")
+	if err := c.Connect(t.Context(), ConnectOptions{Resource: "linux-desktop", RDPClient: program}); err != nil {
+		t.Errorf("any version is good otherwise: %v", err)
+	}
+}
+
+// Remmina hands its file to the process that runs already, and ends at once.
+func TestClientThatHandsOver(t *testing.T) {
+	w := newWorld(t)
+	w.gateway("a", 0, 204)
+	c, _, errs := w.login()
+	program, saw := fakeClient(t, "remmina", `( sleep 1; cat "$2" >$saw.part; mv $saw.part $saw ) >/dev/null 2>&1 & echo "$2" >$saw.name; exit 0`)
+	began := time.Now()
+	if err := c.Connect(t.Context(), ConnectOptions{Resource: "linux-desktop", RDPClient: program}); err != nil {
+		t.Fatal(err)
+	}
+	if took := time.Since(began); took > handOverTime/2 {
+		t.Errorf("rdv waited for %s though the file was read", took)
+	}
+	var got []byte
+	for end := time.Now().Add(5 * time.Second); len(got) == 0 && time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		got, _ = os.ReadFile(saw)
+	}
+	if !strings.Contains(string(got), "gatewayaccesstoken:s:secret.ticket") {
+		t.Errorf("the running client read %q; rdv said %s", got, errs)
+	}
+	name, _ := os.ReadFile(saw + ".name")
+	if _, err := os.Stat(strings.TrimSpace(string(name))); !os.IsNotExist(err) {
+		t.Errorf("%s is left: %v", name, err)
+	}
+
+	// One that read its file and ended is not waited for.
+	program, _ = fakeClient(t, "remmina", `cat "$2" >/dev/null`)
+	began = time.Now()
+	if err := c.Connect(t.Context(), ConnectOptions{Resource: "linux-desktop", RDPClient: program}); err != nil || time.Since(began) > handOverBlind/2 {
+		t.Errorf("%v after %s", err, time.Since(began))
+	}
+}
+
+func TestClientEndedBySignal(t *testing.T) {
+	w := newWorld(t)
+	w.gateway("a", 0, 204)
+	c, _, _ := w.login()
+	program, _ := fakeClient(t, "xfreerdp", "kill -SEGV $$")
+	err := c.Connect(t.Context(), ConnectOptions{Resource: "linux-desktop", RDPClient: program})
+	var exit *ExitError
+	if !errors.As(err, &exit) || exit.Code != 128+11 || !strings.Contains(err.Error(), "xfreerdp was ended by a signal (segmentation fault)") {
+		t.Errorf("got %v", err)
+	}
+}
+
 // In ARM mode the file stays as it was signed, and FreeRDP is told the ticket and where to look for a sign-in beside it.
 func TestConnectARM(t *testing.T) {
 	w := newWorld(t)
@@ -697,6 +782,90 @@ func TestGatewaysAndExplain(t *testing.T) {
 	}
 }
 
+func TestWhoAmI(t *testing.T) {
+	w := newWorld(t)
+	c, out, errs := w.login()
+	if err := c.WhoAmI(t.Context(), false); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"alice", "from claim email", "none", "aud, realm_access.roles", "ali", "(the host asks)", "none: no account"} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("no %q in:\n%s", want, out)
+		}
+	}
+	if !strings.Contains(errs.String(), "you have no groups") || strings.Contains(errs.String(), "\x1b") {
+		t.Errorf("told: %q", errs)
+	}
+}
+
+// A clock that is minutes off is named, in place of tokens that have expired.
+func TestClockThatIsOff(t *testing.T) {
+	for name, c := range map[string]struct {
+		off  time.Duration // of this machine
+		want string
+	}{
+		"behind": {-20 * time.Minute, "20 minutes behind 127.0.0.1's: set it right"},
+		"ahead":  {20 * time.Minute, "20 minutes ahead of 127.0.0.1's: set it right"},
+		"fine":   {0, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t)
+			c2, _, _ := w.login()
+			c2.watch().Now = func() time.Time { return time.Now().Add(c.off) }
+			check := func(what string, err error) {
+				t.Helper()
+				if err == nil || !strings.Contains(err.Error(), c.want) || c.want == "" && strings.Contains(err.Error(), "clock") {
+					t.Errorf("%s: %v, want %q", what, err, c.want)
+				}
+			}
+			a, _ := c2.Store.Find("")
+			w.lifetime = -time.Minute // the provider's token is over as it comes
+			a.Expiry = time.Now()
+			c2.Store.Save(a)
+			check("a renewal", c2.List(t.Context(), false))
+			a.IDToken, a.Expiry = w.idToken(""), time.Now().Add(time.Hour) // what rdv takes for good
+			c2.Store.Save(a)
+			check("the broker's refusal", c2.List(t.Context(), false))
+			check("a sign-in", c2.Login(t.Context(), LoginOptions{URL: w.broker.URL}))
+		})
+	}
+}
+
+// A user whose client showed a failure and no id finds the refusal: rdv tells it, and lists the latest ones.
+func TestRefusalsAreFound(t *testing.T) {
+	w := newWorld(t)
+	w.gateway("a", 0, 204)
+	c, out, errs := w.login()
+	at := time.Now().Add(time.Minute)
+	w.recent = []trace.Summary{
+		{ActivityID: "a3", At: at, Step: 7, Error: "protocol-error", Detail: "no header\x1b[2J", Anonymous: true},
+		{ActivityID: "a2", At: at.Add(-time.Hour), Step: 8, Error: "ticket-expired", Detail: "long ago"},
+		{ActivityID: "a1", At: at.Add(-2 * time.Hour), Step: trace.StepRDP, Detail: "fine"},
+	}
+	program, _ := fakeClient(t, "some-client", "exit 131")
+	err := c.Connect(t.Context(), ConnectOptions{Resource: "linux-desktop", RDPClient: program})
+	if err == nil || !strings.Contains(errs.String(), "refused: no header [2J (protocol-error, activity a3)\n") || strings.Contains(errs.String(), "long ago") {
+		t.Errorf("%v; told: %q", err, errs)
+	}
+	if err := c.Recent(t.Context(), false); err != nil {
+		t.Fatal(err)
+	}
+	lines := strings.Split(strings.TrimSpace(out.String()), "\n")
+	if len(lines) != 4 || !strings.Contains(lines[1], "ERROR protocol-error") || !strings.Contains(lines[1], "at your address") ||
+		!strings.Contains(lines[2], "a2") || !strings.Contains(lines[3], "ok") || strings.Contains(out.String(), "\x1b") {
+		t.Errorf("listed:\n%s", out)
+	}
+	out.Reset()
+	w.recent[1].ActivityID = newActivity()
+	if err := c.ExplainLast(t.Context(), false); err != nil || !strings.Contains(out.String(), "activity "+w.recent[1].ActivityID) {
+		t.Errorf("--last: %v\n%s", err, out)
+	}
+	w.recent = nil
+	if err := c.ExplainLast(t.Context(), false); err == nil {
+		t.Error("--last of nothing")
+	}
+}
+
 // Measuring is bounded: a gateway that accepts and never speaks must not hold up the others.
 func TestMeasureIsBounded(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -707,7 +876,7 @@ func TestMeasureIsBounded(t *testing.T) {
 	w := newWorld(t)
 	w.gateway("good", 0, 204)
 	w.addGateway("mute", l.Addr().String(), 0)
-	f := &feed{account: &Account{CA: w.ca}, activity: newActivity()}
+	f := &feed{account: &Account{CA: w.ca}, activity: newActivity(), clock: &clock.Watch{}}
 	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 	defer cancel()
 	ordered, ok := rank(f.measure(ctx, w.gateways))

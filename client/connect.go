@@ -80,6 +80,7 @@ func (c *Client) Connect(ctx context.Context, o ConnectOptions) error {
 		return err
 	}
 	fmt.Fprintf(c.Err, "activity %s\n", f.activity)
+	began := time.Now()
 	cn := &connect{feed: f}
 	dir, err := runtimeDir()
 	if err != nil {
@@ -112,7 +113,8 @@ func (c *Client) Connect(ctx context.Context, o ConnectOptions) error {
 	<-posted
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
-		return &ExitError{Client: filepath.Base(program.path), Code: exit.ExitCode(), Activity: f.activity}
+		c.refusals(ctx, f, began)
+		return exitError(filepath.Base(program.path), f.activity, exit)
 	}
 	return err
 }
@@ -249,8 +251,8 @@ func noGateway(f *feed, ordered []Measured) error {
 	for _, m := range ordered {
 		parts = append(parts, fmt.Sprintf("%s (%s:%d): %s", m.Name, m.Hostname, m.Port, m.Problem))
 	}
-	return fmt.Errorf("no gateway of workspace %s can be reached: %s: check the network, and the CA of their certificates (rdv login --ca-file) (activity %s)",
-		f.account.Workspace.Name, strings.Join(parts, "; "), f.activity)
+	return fmt.Errorf("no gateway of workspace %s can be reached: %s: check the network, and the CA of their certificates (rdv login --ca-file)%s (activity %s)",
+		f.account.Workspace.Name, strings.Join(parts, "; "), f.clock.Hint(nil), f.activity)
 }
 
 // postSteps hands our steps to the brokers' timeline. It is worth a line when it fails, and no more.

@@ -37,6 +37,80 @@ func (c *Client) Explain(ctx context.Context, activity string, asJSON bool) erro
 	return explain(c.Out, activity, events)
 }
 
+// Recent prints the user's latest connects, and what gateways refused at this address before they knew whose it is.
+func (c *Client) Recent(ctx context.Context, asJSON bool) error {
+	f, err := c.open(ctx)
+	if err != nil {
+		return err
+	}
+	list, err := f.recent(ctx)
+	if err != nil {
+		return err
+	}
+	if asJSON {
+		return c.printJSON(list)
+	}
+	if len(list) == 0 {
+		fmt.Fprintf(c.Err, "Workspace %s knows of no connect of yours: timelines are kept for a while only.\n", oneLine(f.account.Workspace.Name))
+		return nil
+	}
+	w := tabwriter.NewWriter(c.Out, 0, 4, 2, ' ', 0)
+	fmt.Fprintln(w, "BEGAN\tACTIVITY\tSTEP\tRESULT\tDETAIL")
+	for _, s := range list {
+		result := "-"
+		switch {
+		case s.Error != "":
+			result = "ERROR " + s.Error
+		case s.Step >= trace.StepJoin:
+			result = "ok"
+		}
+		detail := s.Detail
+		if s.Anonymous {
+			detail = "(before any sign-in, at your address) " + detail
+		}
+		fmt.Fprintf(w, "%s\t%s\t%d\t%s\t%s\n", s.At.Local().Format(time.DateTime), oneLine(s.ActivityID), s.Step, oneLine(result), oneLine(detail))
+	}
+	return w.Flush()
+}
+
+// ExplainLast prints the timeline of the user's latest connect.
+func (c *Client) ExplainLast(ctx context.Context, asJSON bool) error {
+	f, err := c.open(ctx)
+	if err != nil {
+		return err
+	}
+	list, err := f.recent(ctx)
+	if err != nil {
+		return err
+	}
+	for _, s := range list {
+		if !s.Anonymous {
+			return c.Explain(ctx, s.ActivityID, asJSON)
+		}
+	}
+	return fmt.Errorf("workspace %s knows of no connect of yours: timelines are kept for a while only", oneLine(f.account.Workspace.Name))
+}
+
+func (f *feed) recent(ctx context.Context) (list []trace.Summary, err error) {
+	return list, f.get(ctx, brokerapi.PathActivities, nil, &list)
+}
+
+// refusals tells what gateways and brokers refused since a moment: many RDP clients show a failure and nothing else.
+func (c *Client) refusals(ctx context.Context, f *feed, since time.Time) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 3*time.Second)
+	defer cancel()
+	list, err := f.recent(ctx)
+	if err != nil {
+		return
+	}
+	for _, s := range list {
+		if s.Error == "" || s.At.Before(since) && s.ActivityID != f.activity {
+			continue
+		}
+		fmt.Fprintf(c.Err, "refused: %s (%s, activity %s)\n", oneLine(s.Detail), oneLine(s.Error), oneLine(s.ActivityID))
+	}
+}
+
 func isActivity(s string) bool {
 	if len(s) != 36 {
 		return false

@@ -13,6 +13,7 @@ import (
 	"text/tabwriter"
 
 	"rendezvous.dev/rendezvous/wire/brokerapi"
+	"rendezvous.dev/rendezvous/wire/clock"
 	"rendezvous.dev/rendezvous/wire/refusal"
 	"rendezvous.dev/rendezvous/wire/trace"
 )
@@ -26,6 +27,7 @@ type feed struct {
 	// activity is the connect's; empty outside of one, where the broker gives each request its own.
 	activity string
 	http     *http.Client
+	clock    *clock.Watch
 }
 
 func (c *Client) newFeed(a *Account, activity string) (*feed, error) {
@@ -33,7 +35,7 @@ func (c *Client) newFeed(a *Account, activity string) (*feed, error) {
 	if err != nil {
 		return nil, fmt.Errorf("workspace %s: %w", a.URL, err)
 	}
-	return &feed{account: a, activity: activity, http: hc}, nil
+	return &feed{account: a, activity: activity, http: hc, clock: c.watch()}, nil
 }
 
 // open finds the account, makes its token fresh and gives its feed.
@@ -69,7 +71,7 @@ func (f *feed) do(ctx context.Context, method, path string, query url.Values, bo
 	}
 	res, err := f.http.Do(req)
 	if err != nil {
-		return nil, fmt.Errorf("workspace %s: %w: check its URL, the network, and the CA of its certificate (rdv login --ca-file)%s", f.account.URL, unwrapURL(err), suffix(f.activity))
+		return nil, fmt.Errorf("workspace %s: %w: check its URL, the network, and the CA of its certificate (rdv login --ca-file)%s%s", f.account.URL, unwrapURL(err), f.clock.Hint(err), suffix(f.activity))
 	}
 	defer res.Body.Close()
 	activity := cmp.Or(f.activity, res.Header.Get(brokerapi.HeaderActivity))
@@ -87,7 +89,7 @@ func (f *feed) do(ctx context.Context, method, path string, query url.Values, bo
 		}
 		switch e.Error.Code {
 		case refusal.TokenExpired, refusal.TokenInvalid, refusal.TokenMissing, refusal.TokenWrongAudience:
-			return nil, fmt.Errorf("workspace %s: %w: run `rdv login %s` again", f.account.Workspace.Name, e.Error, f.account.URL)
+			return nil, fmt.Errorf("workspace %s: %w: run `rdv login %s` again%s", f.account.Workspace.Name, e.Error, f.account.URL, f.clock.Hint(nil))
 		}
 		return nil, fmt.Errorf("workspace %s: %w", f.account.Workspace.Name, e.Error)
 	}
@@ -149,6 +151,9 @@ func (c *Client) List(ctx context.Context, asJSON bool) error {
 	}
 	if asJSON {
 		return c.printJSON(r)
+	}
+	if r.Notice != "" {
+		fmt.Fprintln(c.Err, oneLine(r.Notice))
 	}
 	if len(r.Resources) == 0 {
 		fmt.Fprintf(c.Err, "Workspace %s grants %s nothing yet: ask its administrator for a resource that names you or one of your groups.\n", f.account.Workspace.Name, r.User)

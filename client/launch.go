@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -38,7 +39,7 @@ func preferred() []string {
 // findRDPClient takes the one that the user names, or the first that is there. All modes but TSGU need FreeRDP 3.
 func findRDPClient(named, mode string) (rdpClient, error) {
 	raw := mode != ModeTSGU
-	candidates := preferred()
+	candidates, found := preferred(), ""
 	if named != "" {
 		candidates = []string{named}
 	}
@@ -48,14 +49,16 @@ func findRDPClient(named, mode string) (rdpClient, error) {
 			continue
 		}
 		c := rdpClient{path: path, kind: kindOf(path)}
-		if raw && (c.kind != kindFreeRDP || named == "" && !isFreeRDP3(path)) {
+		// Another would take /args-from:fd:3 for the host's name.
+		if raw && (c.kind != kindFreeRDP || !isFreeRDP3(path)) {
+			found = path
 			continue
 		}
 		return c, nil
 	}
 	switch {
-	case named != "" && raw:
-		return rdpClient{}, fmt.Errorf("--rdp-client %s: not found, or not FreeRDP 3, which --mode %s needs", named, mode)
+	case found != "" && named != "":
+		return rdpClient{}, fmt.Errorf("--rdp-client %s is not FreeRDP 3, which --mode %s needs: name another (xfreerdp3), or leave --mode out", named, mode)
 	case named != "":
 		return rdpClient{}, fmt.Errorf("--rdp-client %s: not found", named)
 	case raw:
@@ -75,8 +78,9 @@ func kindOf(path string) string {
 	return kindOther
 }
 
+// isFreeRDP3 goes by the name that packages give version 3 beside version 2, and else asks.
 func isFreeRDP3(path string) bool {
-	if strings.Contains(filepath.Base(path), "3") {
+	if name := strings.TrimSuffix(strings.ToLower(filepath.Base(path)), ".exe"); strings.HasSuffix(name, "freerdp3") {
 		return true
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
@@ -87,12 +91,27 @@ func isFreeRDP3(path string) bool {
 
 // ExitError is the RDP client's own failure, to be passed on.
 type ExitError struct {
-	Client   string
-	Code     int
+	Client string
+	// Code is the client's, or, as shells have it, 128 and the number of the signal that ended it.
+	Code int
+	// Signal ended the client; empty where it ended by itself.
+	Signal   string
 	Activity string
 }
 
+// exitError tells of a client that failed.
+func exitError(client, activity string, exit *exec.ExitError) *ExitError {
+	e := &ExitError{Client: client, Code: exit.ExitCode(), Activity: activity}
+	if status, ok := exit.Sys().(syscall.WaitStatus); ok && status.Signaled() {
+		e.Code, e.Signal = 128+int(status.Signal()), status.Signal().String()
+	}
+	return e
+}
+
 func (e *ExitError) Error() string {
+	if e.Signal != "" {
+		return fmt.Sprintf("%s was ended by a signal (%s): see its messages above, and `rdv explain %s`", e.Client, e.Signal, e.Activity)
+	}
 	return fmt.Sprintf("%s ended with code %d: see its messages above, and `rdv explain %s`", e.Client, e.Code, e.Activity)
 }
 
@@ -118,13 +137,22 @@ func (c *Client) launch(ctx context.Context, r rdpClient, file string, secrets, 
 	default:
 		cmd.Args = append(cmd.Args, append([]string{file}, extra...)...)
 	}
+	read, stop, _ := watchReads(file)
+	defer stop()
+	began := time.Now()
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("%s: %w", r.path, err)
 	}
 	if err := feed(); err != nil {
 		fmt.Fprintf(c.Err, "%s did not read its arguments: %v\n", r.path, err)
 	}
-	return cmd.Wait()
+	if err := cmd.Wait(); err != nil {
+		return err
+	}
+	if r.kind != kindFreeRDP && time.Since(began) < handsOverWithin {
+		c.handOver(ctx, r.path, read)
+	}
+	return nil
 }
 
 // argsFrom gives FreeRDP 3 its arguments by /args-from, one per line and none empty, so that the process list shows

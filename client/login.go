@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -19,6 +20,7 @@ import (
 	"golang.org/x/oauth2"
 
 	"rendezvous.dev/rendezvous/wire/brokerapi"
+	"rendezvous.dev/rendezvous/wire/clock"
 	"rendezvous.dev/rendezvous/wire/idpurl"
 )
 
@@ -31,6 +33,11 @@ type LoginOptions struct {
 	CAFile    string
 	Device    bool // device flow: sign in on another device
 	NoBrowser bool // print the URL and open nothing
+	// RedirectPort is the loopback port to be sent back to, for providers that know one redirect URI. 0 is a free one, or
+	// the port of the login before.
+	RedirectPort int
+	// SecretFile has the client's secret, for providers that know no public clients.
+	SecretFile string
 }
 
 // Login signs in to a workspace and makes it the current one.
@@ -61,6 +68,16 @@ func (c *Client) Login(ctx context.Context, o LoginOptions) error {
 	if old != nil {
 		if changes := old.TokensOf.changes(a.Workspace); len(changes) > 0 {
 			fmt.Fprintf(c.Err, "workspace %s has changed since you last signed in: %s\n", a.Workspace.Name, strings.Join(changes, "; "))
+		} else {
+			a.ClientSecret, a.RedirectPort = old.ClientSecret, old.RedirectPort // another provider gets no secret of this one
+		}
+	}
+	if o.RedirectPort != 0 {
+		a.RedirectPort = o.RedirectPort
+	}
+	if o.SecretFile != "" {
+		if a.ClientSecret, err = readSecret(o.SecretFile); err != nil {
+			return err
 		}
 	}
 	p, err := c.provider(ctx, a)
@@ -108,6 +125,7 @@ func (c *Client) Logout() error {
 type provider struct {
 	ctx      context.Context // carries the HTTP client that trusts the issuer
 	account  *Account
+	clock    *clock.Watch
 	verifier *oidc.IDTokenVerifier
 	conf     oauth2.Config
 }
@@ -123,7 +141,7 @@ func (c *Client) provider(ctx context.Context, a *Account) (*provider, error) {
 	ctx = oidc.ClientContext(ctx, hc)
 	p, err := oidc.NewProvider(ctx, a.Workspace.IssuerURL)
 	if err != nil {
-		return nil, fmt.Errorf("identity provider %s of workspace %s: %w: it must be reachable from here, and its certificate's CA be known (--ca-file)", a.Workspace.IssuerURL, a.Workspace.Name, err)
+		return nil, fmt.Errorf("identity provider %s of workspace %s: %w: it must be reachable from here, and its certificate's CA be known (--ca-file)%s", a.Workspace.IssuerURL, a.Workspace.Name, err, c.watch().Hint(err))
 	}
 	var endpoints idpurl.Endpoints
 	if err := p.Claims(&endpoints); err != nil {
@@ -136,8 +154,47 @@ func (c *Client) provider(ctx context.Context, a *Account) (*provider, error) {
 	if len(scopes) == 0 {
 		scopes = []string{oidc.ScopeOpenID, "profile", "email", oidc.ScopeOfflineAccess}
 	}
-	return &provider{ctx: ctx, account: a, verifier: p.Verifier(&oidc.Config{ClientID: a.Workspace.ClientID}),
-		conf: oauth2.Config{ClientID: a.Workspace.ClientID, Endpoint: p.Endpoint(), Scopes: scopes}}, nil
+	endpoint := p.Endpoint()
+	if endpoint.AuthStyle, err = authStyle(p, a.ClientSecret); err != nil {
+		return nil, fmt.Errorf("identity provider %s of workspace %s: %w", a.Workspace.IssuerURL, a.Workspace.Name, err)
+	}
+	return &provider{ctx: ctx, account: a, clock: c.watch(), verifier: p.Verifier(&oidc.Config{ClientID: a.Workspace.ClientID}),
+		conf: oauth2.Config{ClientID: a.Workspace.ClientID, ClientSecret: a.ClientSecret, Endpoint: endpoint, Scopes: scopes}}, nil
+}
+
+// authStyle is how the client names itself at the token endpoint: without a secret in the request's body alone, as public
+// clients do; with one as the provider says (OpenID Connect Discovery 1.0, section 3: in a header unless it says otherwise).
+// Trying both would show some providers one code twice.
+func authStyle(p *oidc.Provider, secret string) (oauth2.AuthStyle, error) {
+	if secret == "" {
+		return oauth2.AuthStyleInParams, nil
+	}
+	var says struct {
+		Methods []string `json:"token_endpoint_auth_methods_supported"`
+	}
+	if err := p.Claims(&says); err != nil {
+		return 0, err
+	}
+	switch {
+	case len(says.Methods) == 0 || slices.Contains(says.Methods, "client_secret_basic"):
+		return oauth2.AuthStyleInHeader, nil
+	case slices.Contains(says.Methods, "client_secret_post"):
+		return oauth2.AuthStyleInParams, nil
+	}
+	return 0, fmt.Errorf("it takes a client's secret in no way that rdv knows: it names %s", oneLine(strings.Join(says.Methods, ", ")))
+}
+
+// readSecret reads --client-secret-file.
+func readSecret(path string) (string, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return "", fmt.Errorf("--client-secret-file: %w", err)
+	}
+	secret := strings.TrimSpace(string(data))
+	if secret == "" || strings.ContainsAny(secret, "\r\n") {
+		return "", fmt.Errorf("--client-secret-file: %s must hold the secret alone, on one line", path)
+	}
+	return secret, nil
 }
 
 // accept verifies the ID token of an answer and puts it into the account.
@@ -148,7 +205,7 @@ func (p *provider) accept(a *Account, tok *oauth2.Token, nonce string) error {
 	}
 	id, err := p.verifier.Verify(p.ctx, raw)
 	if err != nil {
-		return fmt.Errorf("identity provider %s: %w", a.Workspace.IssuerURL, err)
+		return fmt.Errorf("identity provider %s: %w%s", a.Workspace.IssuerURL, err, p.clock.Hint(err))
 	}
 	if nonce != "" && id.Nonce != nonce {
 		return fmt.Errorf("identity provider %s: the ID token answers another sign-in: run `rdv login` again", a.Workspace.IssuerURL)
@@ -202,7 +259,7 @@ func (c *Client) fresh(ctx context.Context, a *Account) (detail string, err erro
 		}
 	}
 	if a.RefreshToken == "" {
-		return "", fmt.Errorf("the sign-in to workspace %s ended at %s: %s", a.Workspace.Name, a.Expiry.Local().Format(time.DateTime), again)
+		return "", fmt.Errorf("the sign-in to workspace %s ended at %s: %s%s", a.Workspace.Name, a.Expiry.Local().Format(time.DateTime), again, c.watch().Hint(nil))
 	}
 	p, err := c.provider(ctx, a)
 	if err != nil {
@@ -210,7 +267,7 @@ func (c *Client) fresh(ctx context.Context, a *Account) (detail string, err erro
 	}
 	tok, err := p.conf.TokenSource(p.ctx, &oauth2.Token{RefreshToken: a.RefreshToken}).Token()
 	if err != nil {
-		return "", fmt.Errorf("the sign-in to workspace %s could not be renewed: %w: %s", a.Workspace.Name, err, again)
+		return "", fmt.Errorf("the sign-in to workspace %s could not be renewed: %w: %s%s", a.Workspace.Name, err, again, c.watch().Hint(err))
 	}
 	if err := p.accept(a, tok, ""); err != nil {
 		return "", fmt.Errorf("the sign-in to workspace %s could not be renewed: %w: %s", a.Workspace.Name, err, again)
@@ -241,8 +298,11 @@ func (c *Client) deviceFlow(p *provider) (*oauth2.Token, error) {
 
 // browserFlow is the authorization code flow with PKCE and a redirect to the loopback address (RFC 8252).
 func (c *Client) browserFlow(p *provider, nonce string, noBrowser bool) (*oauth2.Token, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
+	l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", p.account.RedirectPort))
+	switch {
+	case err != nil && p.account.RedirectPort != 0:
+		return nil, fmt.Errorf("port %d, which the identity provider is to send the answer to, can't be had: %w: end the program that has it, or name another with --redirect-port that the provider knows", p.account.RedirectPort, err)
+	case err != nil:
 		return nil, fmt.Errorf("no loopback port for the answer: %w: try --device", err)
 	}
 	// By name, because some providers take only "localhost" for a public client. Where the name means ::1 first, we

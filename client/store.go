@@ -30,6 +30,11 @@ type Account struct {
 	IDToken      string    `json:"idToken"`
 	RefreshToken string    `json:"refreshToken,omitempty"`
 	Expiry       time.Time `json:"expiry"`
+	// ClientSecret is what the provider in TokensOf wants of this client besides, where it knows no public ones. The
+	// workspace doesn't have it: whoever runs the provider hands it out.
+	ClientSecret string `json:"clientSecret,omitempty"`
+	// RedirectPort is the port that the provider knows the redirect by; 0 where it takes any.
+	RedirectPort int `json:"redirectPort,omitempty"`
 	// TokensOf gave the tokens. The workspace may name another by now.
 	TokensOf Provider `json:"tokensOf"`
 }

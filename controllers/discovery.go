@@ -11,6 +11,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"strings"
 	"sync"
 	"syscall"
@@ -22,6 +23,7 @@ import (
 
 	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
 	"rendezvous.dev/rendezvous/wire/idpurl"
+	"rendezvous.dev/rendezvous/wire/jwks"
 )
 
 const (
@@ -126,8 +128,8 @@ func (d *Discovery) ask(workspace types.NamespacedName, entry *discoveryEntry, i
 	}
 }
 
-// fetchDiscovery gets a provider's discovery document and holds it against the issuer's name (OpenID Connect Discovery
-// 1.0, section 4.3). Its errors hold nothing that changes from try to try, since they become conditions.
+// fetchDiscovery gets a provider's discovery document, holds it against the issuer's name (OpenID Connect Discovery 1.0,
+// section 4.3), and reads the keys that it names. Its errors hold nothing that changes from try to try, since they become conditions.
 func fetchDiscovery(ctx context.Context, issuerURL, caBundle string) error {
 	tlsConfig := &tls.Config{MinVersion: tls.VersionTLS12}
 	if strings.TrimSpace(caBundle) != "" {
@@ -143,7 +145,8 @@ func fetchDiscovery(ctx context.Context, issuerURL, caBundle string) error {
 	if err != nil {
 		return err
 	}
-	resp, err := (&http.Client{Transport: transport, CheckRedirect: idpurl.CheckRedirect}).Do(req)
+	client := &http.Client{Transport: transport, CheckRedirect: idpurl.CheckRedirect}
+	resp, err := client.Do(req)
 	if err != nil {
 		return errors.New(stableReason(ctx, err))
 	}
@@ -166,6 +169,13 @@ func fetchDiscovery(ctx context.Context, issuerURL, caBundle string) error {
 	}
 	if err := document.Check(issuerURL); err != nil {
 		return fmt.Errorf("%s is refused: %w", address, err)
+	}
+	// Discovery alone signs nobody in: brokers need a key that they can use.
+	if _, err := jwks.Fetch(ctx, client, document.JWKS); err != nil {
+		if cause := (*url.Error)(nil); errors.As(err, &cause) {
+			return fmt.Errorf("its keys (jwks_uri) %s: %s", document.JWKS, stableReason(ctx, err))
+		}
+		return fmt.Errorf("its keys (jwks_uri): %w", err)
 	}
 	return nil
 }

@@ -18,8 +18,15 @@ import (
 
 func TestFetchDiscovery(t *testing.T) {
 	var answer func(w http.ResponseWriter, issuer string)
+	const key = `{"kty":"OKP","crv":"Ed25519","use":"sig","kid":"k","x":"11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"}` // RFC 8037
+	const signing = `{"keys":[` + key + `]}`
 	var server *httptest.Server
 	server = httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if keys, ok := map[string]string{"/dex/keys": signing, "/dex/foreign": `{"keys":[{"kty":"AKP"},` + key + `]}`,
+			"/dex/useless": `{"keys":[{"kty":"AKP","kid":"x"}]}`, "/dex/page": "<html>"}[r.URL.Path]; ok {
+			_, _ = w.Write([]byte(keys))
+			return
+		}
 		if r.URL.Path != "/dex/.well-known/openid-configuration" {
 			http.NotFound(w, r)
 			return
@@ -42,7 +49,7 @@ func TestFetchDiscovery(t *testing.T) {
 	defer plain.Close()
 	naming := func(field, address string) func(http.ResponseWriter, string) {
 		return func(w http.ResponseWriter, issuer string) {
-			_, _ = w.Write([]byte(`{"issuer":"` + issuer + `","jwks_uri":"` + issuer + `/keys","` + field + `":"` + address + `"}`))
+			_, _ = w.Write([]byte(`{"issuer":"` + issuer + `","jwks_uri":"` + issuer + `/keys","` + field + `":"` + address + `"}`)) // of two the last counts
 		}
 	}
 	redirect := func(to string) func(http.ResponseWriter, string) {
@@ -66,6 +73,11 @@ func TestFetchDiscovery(t *testing.T) {
 		"no such name":               {"https://no-such-name.invalid", ca, good, `the name "no-such-name.invalid" can't be resolved`},
 		"a page, not JSON":           {server.URL + "/dex", ca, func(w http.ResponseWriter, _ string) { _, _ = w.Write([]byte("<html>")) }, "is no discovery document"},
 		"a document of none":         {server.URL + "/dex", ca, func(w http.ResponseWriter, issuer string) { _, _ = w.Write([]byte(`{"issuer":"` + issuer + `"}`)) }, "names no keys"},
+		"keys of other kinds too":    {server.URL + "/dex", ca, naming("jwks_uri", server.URL+"/dex/foreign"), ""},
+		"keys of other kinds alone":  {server.URL + "/dex", ca, naming("jwks_uri", server.URL+"/dex/useless"), "/dex/useless lists no key that this software can verify signatures with"},
+		"a page in place of keys":    {server.URL + "/dex", ca, naming("jwks_uri", server.URL+"/dex/page"), "/dex/page is no key set"},
+		"no keys there":              {server.URL + "/dex", ca, naming("jwks_uri", server.URL+"/dex/nothing"), "/dex/nothing answers 404"},
+		"nobody at the keys' place":  {server.URL + "/dex", ca, naming("jwks_uri", closed.URL), "the connection is refused"},
 		"keys by http":               {server.URL + "/dex", ca, naming("jwks_uri", "http://id.example.com/keys"), `jwks_uri is "http://id.example.com/keys": it must be an https:// URL`},
 		"a token endpoint by http":   {server.URL + "/dex", ca, naming("token_endpoint", "http://id.example.com/token"), "token_endpoint is"},
 		"a sign-in page of no web":   {server.URL + "/dex", ca, naming("authorization_endpoint", "search-ms:query=x"), "authorization_endpoint is"},

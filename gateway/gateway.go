@@ -90,6 +90,7 @@ type Gateway struct {
 
 	connects atomic.Int32 // under way
 	verified verifiedTickets
+	table    relayTable
 	serving  atomic.Bool
 
 	mu         sync.Mutex
@@ -136,6 +137,7 @@ func New(o Options) (*Gateway, error) {
 		instance: o.Instance, dir: o.WorkspacesDir, log: o.Log, metrics: o.Metrics, lookup: o.Lookup, peerPort: o.PeerPort,
 		reportEvery: o.ReportEvery, patience: o.Patience, refresh: o.Refresh, config: o.Config,
 		measureEvery: o.MeasureEvery, ping: o.Ping, linger: o.Linger,
+		table:   relayTable{busy: make(chan struct{}, 1)},
 		changed: make(chan struct{}, 1), stopping: make(chan struct{}),
 		workspaces: map[string]*workspace{}, live: map[string]*admission.Session{},
 	}, nil
@@ -295,7 +297,10 @@ func (g *Gateway) Authenticate(_ context.Context, r *admission.AuthenticateReque
 	}
 	if e := refusal.From(err); e != nil {
 		resp.Error = protoError(e)
-		g.log.Info("ticket refused", "activity", r.ActivityId, "workspace", resp.Workspace, "client", r.ClientAddr, "code", e.Code, "error", e.Message)
+		if claims.User != "" { // it has expired: its user finds the refusal
+			resp.ActivityId, resp.User, resp.Resource = g.own(r.ActivityId, claims), claims.User, claims.Resource
+		}
+		g.log.Info("ticket refused", "activity", r.ActivityId, "workspace", resp.Workspace, "user", resp.User, "client", r.ClientAddr, "code", e.Code, "error", e.Message)
 		return resp, nil
 	}
 	g.verified.put(r.Ticket, claims, w, time.Now())
@@ -337,8 +342,10 @@ func (g *Gateway) Connect(ctx context.Context, r *admission.ConnectRequest) (*ad
 	if w != nil {
 		resp.Workspace, resp.User, resp.Resource = w.name, claims.User, claims.Resource
 	}
-	if err == nil {
+	if claims.User != "" {
 		resp.ActivityId = g.own(r.ActivityId, claims)
+	}
+	if err == nil {
 		if r.Target != "" && !strings.EqualFold(r.Target, claims.Target) {
 			err = refusal.New(refusal.WrongTarget, "The client asked for %q, but its ticket is for %q: use the connection file unchanged.", r.Target, claims.Target)
 		} else {

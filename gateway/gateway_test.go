@@ -23,6 +23,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -669,14 +670,14 @@ func TestTicketKeyIsReadAgain(t *testing.T) {
 func TestRoute(t *testing.T) {
 	peers := []netip.Addr{netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("::ffff:10.0.0.2")}
 	var fail error
-	_, client := start(t, t.TempDir(), nil, func(o *Options) {
-		o.Lookup = func(_ context.Context, host string) ([]netip.Addr, error) {
-			if host != "gateway-a-relays" {
-				t.Errorf("looked up %q", host)
-			}
-			return slices.Clone(peers), fail
+	lookup := func(_ context.Context, host string) ([]netip.Addr, error) {
+		if host != "gateway-a-relays" {
+			t.Errorf("looked up %q", host)
 		}
-	})
+		return slices.Clone(peers), fail
+	}
+	_, known := start(t, t.TempDir(), nil, func(o *Options) { o.Lookup = lookup })
+	_, fresh := start(t, t.TempDir(), nil, func(o *Options) { o.Lookup = lookup })
 	for _, tt := range []struct {
 		instance, address string
 		code              refusal.Code
@@ -687,13 +688,58 @@ func TestRoute(t *testing.T) {
 		{testInstance, "", refusal.UnknownInstance, nil},
 		{"kubernetes", "", refusal.UnknownInstance, nil},
 		{"", "", refusal.UnknownInstance, nil},
-		{"10-0-0-2", "", refusal.Internal, errors.New("no DNS")},
+		{"10-0-0-2", "10.0.0.2:8443", "", errors.New("no DNS")}, // known a moment ago
 	} {
+		client := known
 		fail = tt.fail
 		resp, err := client.Route(within(t), &admission.RouteRequest{Instance: tt.instance})
 		if err != nil || resp.Address != tt.address || resp.Error.GetCode() != string(tt.code) {
 			t.Errorf("%q: %v, %v; want %q, %q", tt.instance, resp, err, tt.address, tt.code)
 		}
+	}
+	fail = errors.New("no DNS")
+	if resp, err := fresh.Route(within(t), &admission.RouteRequest{Instance: "10-0-0-2"}); err != nil || resp.Error.GetCode() != string(refusal.Internal) {
+		t.Errorf("without DNS: %v, %v", resp, err)
+	}
+}
+
+// Whatever strangers ask for, the resolver is asked a few times a second, and a pod that has just come is found soon.
+func TestLookUpsAreBounded(t *testing.T) {
+	var asked, there atomic.Int32
+	_, client := start(t, t.TempDir(), nil, func(o *Options) {
+		o.Lookup = func(context.Context, string) ([]netip.Addr, error) {
+			asked.Add(1)
+			time.Sleep(10 * time.Millisecond)
+			addrs := []netip.Addr{netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("10.0.0.2")}
+			return addrs[:1+there.Load()], nil
+		}
+	})
+	began := time.Now()
+	var all sync.WaitGroup
+	for i := range 200 {
+		all.Go(func() {
+			if i%2 == 0 {
+				client.Route(within(t), &admission.RouteRequest{Instance: fmt.Sprintf("10-1-0-%d", i)})
+			} else {
+				client.Peers(within(t), &admission.PeersRequest{})
+			}
+		})
+	}
+	all.Wait()
+	if n, most := asked.Load(), int32(2+time.Since(began)/relaysAnew); n > most {
+		t.Errorf("200 requests made %d look-ups, want at most %d", n, most)
+	}
+	there.Store(1)
+	eventually(t, "the new pod is found", func() bool {
+		resp, err := client.Route(within(t), &admission.RouteRequest{Instance: "10-0-0-2"})
+		return err == nil && resp.Error == nil
+	})
+	before := asked.Load()
+	for range 100 {
+		client.Route(within(t), &admission.RouteRequest{Instance: "10-0-0-2"})
+	}
+	if n := asked.Load() - before; n > 1 {
+		t.Errorf("what is known was looked up %d times", n)
 	}
 }
 
@@ -721,6 +767,7 @@ func TestPeers(t *testing.T) {
 		t.Errorf("peers %q, want %q: all but this pod", got, want)
 	}
 	fail = errors.New("no DNS")
+	time.Sleep(relaysAnew)
 	if resp, err := client.Peers(within(t), &admission.PeersRequest{}); err != nil || resp.Error.GetCode() != string(refusal.Internal) || len(resp.Peers) > 0 {
 		t.Errorf("%v, %v", resp, err)
 	}

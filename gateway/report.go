@@ -4,6 +4,8 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"maps"
+	"slices"
 	"time"
 
 	"google.golang.org/grpc"
@@ -93,6 +95,10 @@ func (g *Gateway) reported(m *admission.RelayReport) {
 func (g *Gateway) forward(s *admission.Step) {
 	e := trace.Event{ActivityID: s.ActivityId, Step: int(s.Step), Component: "relay/" + g.instance, At: s.At.AsTime(),
 		Duration: time.Duration(s.DurationMicros) * time.Microsecond, Detail: s.Detail, Error: s.Error}
+	if s.ClientAddr != "" {
+		g.forwardAnonymous(e, s.ClientAddr)
+		return
+	}
 	g.mu.Lock()
 	o := g.owners.get(s.ActivityId)
 	w := g.workspaces[cmp.Or(s.Workspace, o.workspace)]
@@ -107,6 +113,18 @@ func (g *Gateway) forward(s *admission.Step) {
 		e.User = o.user
 	}
 	w.trace(e)
+}
+
+// forwardAnonymous tells every workspace of a client that was refused before anybody knew whose it is: its user, who is
+// shown nothing but a failure by many clients, finds it by time and address.
+func (g *Gateway) forwardAnonymous(e trace.Event, addr string) {
+	e.ClientAddr = addr
+	g.mu.Lock()
+	all := slices.Collect(maps.Values(g.workspaces))
+	g.mu.Unlock()
+	for _, w := range all {
+		w.trace(e)
+	}
 }
 
 // end has the relay end a session, where it is the workspace's.

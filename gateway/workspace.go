@@ -207,7 +207,9 @@ func (w *workspace) connect(ctx context.Context, r *admission.ConnectRequest, ac
 	case err != nil:
 		return "", w.unreadable()
 	case answer.Err != nil:
-		return "", answer.Err
+		return "", refusal.Received(answer.Err, refusal.Internal)
+	case !identity.IsLabel(answer.Pool) || !identity.IsLabel(answer.Host):
+		return "", w.unreadable()
 	}
 	return answer.Pool + "/" + answer.Host, nil
 }
@@ -230,7 +232,7 @@ func (w *workspace) enter(ctx context.Context, r *admission.EnterRequest) (bus.E
 	case err != nil:
 		return bus.EntryReply{}, w.unreadable()
 	case answer.Err != nil:
-		return answer, answer.Err
+		return answer, refusal.Received(answer.Err, refusal.Internal)
 	}
 	return answer, nil
 }
@@ -291,6 +293,7 @@ func (w *workspace) endSession(m *nats.Msg) {
 		w.log.Warn("a command that can't be read", "subject", m.Subject, "error", err)
 		return
 	}
+	cmd.Reason = refusal.Received(&refusal.Error{Message: cmd.Reason}, refusal.EndedByAdmin).Message
 	if err := w.g.end(w.name, cmd); err != nil {
 		w.log.Warn("session not ended", "session", cmd.SessionID, "error", err)
 	}

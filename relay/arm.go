@@ -135,8 +135,8 @@ func (r *Relay) serveArmEntry(v *visitor, req *request, activity string) {
 	if id := parseGUID(resp.ActivityId); id != "" {
 		activity = id
 	}
-	if resp.Error != nil {
-		v.refuseArm((&refusal.Error{Code: refusal.Code(resp.Error.Code), Message: resp.Error.Message}).With(activity), resp.Retry)
+	if e := received(resp.Error); e != nil {
+		v.refuseArm(e.With(activity), resp.Retry)
 		return
 	}
 	host := net.JoinHostPort(resp.Hostname, strconv.Itoa(int(resp.Port)))
@@ -174,6 +174,7 @@ func (v *visitor) refuseArm(e *refusal.Error, retry bool) {
 		code = codeHostStarting
 	}
 	v.r.metrics.Admissions.WithLabelValues(transportEntry, string(e.Code)).Inc()
+	v.r.reportStranger(v, e.ActivityID, e)
 	v.r.log.Info("entry refused", "activity", e.ActivityID, "peer", v.tcp.RemoteAddr().String(), "code", e.Code, "retry", retry, "error", e.Message)
 	v.SetWriteDeadline(time.Now().Add(lingerTime))
 	no := &answer{status: http.StatusBadRequest, reason: reasonPhrase(e.Error()), activity: e.ActivityID, close: true,

@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"container/list"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -55,13 +56,19 @@ type attempt struct {
 	agent *arrival
 
 	session *session // set by begin
+
+	// Guarded by Relay.mu.
+	place  *list.Element // among the places; nil once it is given back, or was taken
+	who    string        // whose it is: a user's, a ticket's, or empty for strangers
+	silent bool          // it waits for its client
 }
 
 // newAttempt reserves a place for a client. It is nil where there is none, and the client was told.
 func (r *Relay) newAttempt(v *visitor, transport, activity string) *attempt {
 	a := &attempt{r: r, v: v, from: v.leg, transport: transport, activity: activity, sessionID: newGUID(), requested: time.Now()}
 	a.secured = a.requested.Sub(v.accepted)
-	if e := r.reserve(); e != nil {
+	a.silent = transport != transportRaw
+	if e := r.reserve(a); e != nil {
 		e = a.refused(e)
 		v.sayNo(httpStatus(e.Code), e)
 		return nil
@@ -73,7 +80,7 @@ func (r *Relay) newAttempt(v *visitor, transport, activity string) *attempt {
 func (r *Relay) newWebSocket(v *visitor, req *request, transport, activity string) (a *attempt, ok *answer) {
 	ok, e := upgradeWebSocket(req, activity)
 	if e != nil {
-		v.refuse(http.StatusBadRequest, e)
+		v.refuseClient(http.StatusBadRequest, e)
 		return nil, nil
 	}
 	req.forget()
@@ -85,14 +92,28 @@ func (a *attempt) close() {
 	if a.session != nil {
 		return
 	}
-	a.r.release(nil)
+	a.r.release(a, nil)
 	if a.agent != nil {
 		a.agent.leg.tcp.Close()
 	}
 }
 
-// refused stamps, counts and logs a refusal.
+// refused stamps, counts, logs and reports a refusal.
 func (a *attempt) refused(e *refusal.Error) *refusal.Error {
+	if !a.checked {
+		a.r.reportStranger(a.v, a.activity, e)
+		return a.count(e)
+	}
+	return a.refusedAt(trace.StepAdmit, a.requested, time.Since(a.requested), e)
+}
+
+// refusedAt is refused in a step of a client whose ticket was looked at.
+func (a *attempt) refusedAt(n int, at time.Time, d time.Duration, e *refusal.Error) *refusal.Error {
+	a.step(n, at, d, e.Message, e.Code)
+	return a.count(e)
+}
+
+func (a *attempt) count(e *refusal.Error) *refusal.Error {
 	a.r.metrics.Admissions.WithLabelValues(a.transport, string(e.Code)).Inc()
 	a.r.log.Info("client refused", "activity", a.activity, "peer", a.v.tcp.RemoteAddr().String(), "transport", a.transport,
 		"workspace", a.workspace, "user", a.user, "code", e.Code, "error", e.Message)
@@ -117,9 +138,10 @@ func (a *attempt) authenticate(ticket string) *refusal.Error {
 	}
 	a.told(resp)
 	a.target, a.redirectFlags = resp.Target, resp.RedirectFlags
-	if resp.Error != nil {
-		e := &refusal.Error{Code: refusal.Code(resp.Error.Code), Message: resp.Error.Message}
-		a.step(trace.StepAdmit, a.asked, a.asking, e.Message, e.Code)
+	if e := received(resp.Error); e != nil {
+		return a.refusedTicket(e)
+	}
+	if e := a.r.known(a, userKey(a.workspace, a.user)); e != nil {
 		return a.refused(e)
 	}
 	a.v.vouch()
@@ -129,10 +151,14 @@ func (a *attempt) authenticate(ticket string) *refusal.Error {
 
 // trust leaves the check of the ticket to connect, which saves a call. The client counts as vouched for until then: a bad
 // ticket is refused at once, and it is a stranger again.
-func (a *attempt) trust(ticket string) {
+func (a *attempt) trust(ticket string) *refusal.Error {
 	a.asked = time.Now()
+	if e := a.r.known(a, ticketKey(ticket)); e != nil {
+		return a.refused(e)
+	}
 	a.v.vouch()
 	a.ticket = ticket
+	return nil
 }
 
 // told takes what the gateway container says of the ticket, the first time. No answer tells nothing.
@@ -155,6 +181,9 @@ func (a *attempt) told(resp interface {
 
 // connect has the session orchestrated and waits for the agent's leg. Its error is a *refusal.Error or errClientGone.
 func (a *attempt) connect(target string) error {
+	if !a.r.busy(a) {
+		return errClientGone
+	}
 	wait := time.Duration(a.r.config.Load().JoinTimeoutSeconds) * time.Second
 	timed, cancel := context.WithTimeout(context.Background(), wait)
 	defer cancel()
@@ -206,13 +235,28 @@ func (a *attempt) orchestrate(ctx context.Context, target string, wait time.Dura
 	if err != nil {
 		e = a.r.admissionFailed(a.activity, err)
 	} else {
-		e = &refusal.Error{Code: refusal.Code(resp.Error.Code), Message: resp.Error.Message}
+		e = received(resp.Error)
 	}
 	if a.user == "" {
 		a.v.doubt()
 	}
-	a.step(trace.StepAdmit, a.asked, a.asking, e.Message, e.Code)
-	return a.refused(e)
+	return a.refusedTicket(e)
+}
+
+// refusedTicket is refused with what the gateway container says, which may be that nobody knows whose the ticket is.
+func (a *attempt) refusedTicket(e *refusal.Error) *refusal.Error {
+	if a.user == "" {
+		a.r.reportStranger(a.v, a.activity, e)
+	}
+	return a.refusedAt(trace.StepAdmit, a.asked, a.asking, e)
+}
+
+// received is a refusal of the gateway container.
+func received(e *admission.Error) *refusal.Error {
+	if e == nil {
+		return nil
+	}
+	return refusal.Received(&refusal.Error{Code: refusal.Code(e.Code), Message: e.Message}, refusal.Internal)
 }
 
 // awaitAgent waits for the leg that the host has promised. The agent may have been quicker than the promise.
@@ -233,8 +277,7 @@ func (a *attempt) awaitAgent(ctx context.Context, w *joinWait, promised time.Tim
 		e = refusal.New(refusal.HostTimeout, "Host %s accepted the session, but its agent did not dial this gateway within %s: check the host's way out to %s, then connect again.",
 			a.host, wait, a.r.config.Load().Hostname)
 	}
-	a.step(trace.StepReverse, promised, time.Since(promised), e.Message, e.Code)
-	return a.refused(e)
+	return a.refusedAt(trace.StepReverse, promised, time.Since(promised), e)
 }
 
 // begin makes the session of the attempt.
@@ -250,7 +293,7 @@ func (a *attempt) begin(c *client) *session {
 	a.session = s
 	a.r.disown(a.v.tcp)
 	a.r.metrics.Admissions.WithLabelValues(a.transport, "ok").Inc()
-	a.r.release(s)
+	a.r.release(a, s)
 	return s
 }
 
@@ -263,14 +306,26 @@ func (r *Relay) admissionFailed(activity string, err error) *refusal.Error {
 	return refusal.New(refusal.AdmissionAway, "The gateway container beside this relay does not answer: try again in a few seconds; sessions that run go on.")
 }
 
-// upgradeWebSocket checks the request's WebSocket headers and makes the 101.
+// upgradeWebSocket checks the request's WebSocket headers and makes the 101. A key may be anything: clients in use send
+// such that RFC 6455 would not have them send, and nothing rests on it.
 func upgradeWebSocket(req *request, activity string) (*answer, *refusal.Error) {
-	accept, err := wsframe.AcceptKey(req.get("Sec-WebSocket-Key"))
-	if !req.has("Upgrade", "websocket") || !req.has("Connection", "Upgrade") || req.get("Sec-WebSocket-Version") != "13" || err != nil {
-		return nil, refusal.New(refusal.Protocol, "The request is no WebSocket upgrade of version 13 (RFC 6455): a proxy on the way may have taken its headers off; let it pass WebSocket through.").With(activity)
+	key := req.get("Sec-WebSocket-Key")
+	lacks := ""
+	switch {
+	case !req.has("Upgrade", "websocket"):
+		lacks = "Upgrade: websocket"
+	case !req.has("Connection", "Upgrade"):
+		lacks = "Connection: Upgrade"
+	case req.get("Sec-WebSocket-Version") != "13":
+		lacks = "Sec-WebSocket-Version: 13"
+	case key == "":
+		lacks = "Sec-WebSocket-Key"
+	}
+	if lacks != "" {
+		return nil, refusal.New(refusal.Protocol, "The WebSocket upgrade has no header %q (RFC 6455): a proxy on the way may have removed it; let it pass WebSocket through, or update the client.", lacks).With(activity)
 	}
 	ok := &answer{status: http.StatusSwitchingProtocols, activity: activity, header: []headerField{
-		{"Upgrade", "websocket"}, {"Connection", "Upgrade"}, {"Sec-WebSocket-Accept", accept}}}
+		{"Upgrade", "websocket"}, {"Connection", "Upgrade"}, {"Sec-WebSocket-Accept", wsframe.AcceptKey(key)}}}
 	if req.has("Sec-WebSocket-Protocol", "binary") {
 		ok.header = append(ok.header, headerField{"Sec-WebSocket-Protocol", "binary"})
 	}

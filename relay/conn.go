@@ -45,6 +45,7 @@ type conn struct {
 	early   []byte             // read, not handed out; afterwards, what came behind the handshake
 	onName  func()             // called where the server name is an instance's
 	foreign string             // the instance that the server name asks for, where it isn't this one
+	joining bool               // the server name is that of agents on their way to join
 	peer    bool               // the server name is a hop's: once its handshake is over, another relay is at the other end
 	mute    bool               // the handshake was given up: TLS must not send its alert
 

@@ -69,8 +69,7 @@ func (r *request) param(name string) string {
 
 // body says that a body follows the head.
 func (r *request) body() bool {
-	n := r.get("Content-Length")
-	return r.get("Transfer-Encoding") != "" || n != "" && n != "0"
+	return r.get("Transfer-Encoding") != "" || strings.Trim(r.get("Content-Length"), "0") != ""
 }
 
 // forget drops what may hold a ticket or a join secret.
@@ -137,10 +136,39 @@ func parseHead(head string) (*request, error) {
 		if len(r.header) == maxHeaders {
 			return bad("There are too many header lines.")
 		}
+		if reason := r.framing(name, value); reason != "" {
+			return bad(reason)
+		}
 		r.header = append(r.header, headerField{name, value})
+	}
+	if r.get("Content-Length") != "" && r.get("Transfer-Encoding") != "" {
+		return bad("The request has both Content-Length and Transfer-Encoding.")
 	}
 	r.close = r.close || r.has("Connection", "close")
 	return r, nil
+}
+
+// framing says why a header line would leave open where the request ends or whom it is for; "" where it doesn't. Only one
+// line of each such header may be there, an empty one included, and a length is digits alone: a proxy that took another
+// line than we do would hand us what it holds for somebody else's request.
+func (r *request) framing(name, value string) string {
+	for _, single := range []string{"Content-Length", "Transfer-Encoding", "Host"} {
+		if !strings.EqualFold(name, single) {
+			continue
+		}
+		for _, f := range r.header {
+			if strings.EqualFold(f.name, single) {
+				return "The header " + single + " is repeated."
+			}
+		}
+		switch {
+		case single == "Content-Length" && (value == "" || strings.Trim(value, "0123456789") != ""):
+			return "Content-Length is not a number."
+		case single == "Transfer-Encoding" && !strings.EqualFold(value, "chunked"):
+			return "Only the transfer encoding chunked is spoken here."
+		}
+	}
+	return ""
 }
 
 func isToken(s string) bool {

@@ -31,6 +31,7 @@ const (
 type half struct {
 	id   string
 	addr netip.Addr // of its client
+	out  *conn      // its own connection
 	in   chan *leg  // of one; nil where the IN channel broke
 
 	// Guarded by halves.mu.
@@ -45,19 +46,27 @@ type halves struct {
 	open map[string]*half
 }
 
-// enter adds an OUT channel; nil where the id is in use. leave must follow.
-func (t *halves) enter(id string, addr netip.Addr) *half {
+// enter adds an OUT channel; nil where another client has the id. leave must follow. The same client's older one ends: a
+// client whose network went away comes again with its id before anybody here has noticed. An addr that is not valid is
+// not compared: 128 bits that the client drew tell enough then.
+func (t *halves) enter(id string, addr netip.Addr, out *conn) (h *half, replaced bool) {
+	h = &half{id: id, addr: addr, out: out, in: make(chan *leg, 1)}
 	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.open[id] != nil {
-		return nil
+	old := t.open[id]
+	if old != nil && old.addr != addr {
+		t.mu.Unlock()
+		return nil, false
 	}
 	if t.open == nil {
 		t.open = map[string]*half{}
 	}
-	h := &half{id: id, addr: addr, in: make(chan *leg, 1)}
 	t.open[id] = h
-	return h
+	t.mu.Unlock()
+	if old != nil {
+		t.leave(old)
+		old.out.Close()
+	}
+	return h, old != nil
 }
 
 // claim finds the half that c is the IN channel of, or leads to; nil where it isn't here. deliver or release must follow.
@@ -138,7 +147,7 @@ func (v *visitor) addr() netip.Addr {
 func (r *Relay) serveOut(v *visitor, req *request, activity string) {
 	id := connectionID(req)
 	if id == "" || req.body() {
-		v.refuse(http.StatusBadRequest, refusal.New(refusal.Protocol, "RDG_OUT_DATA needs a header %s with a GUID, and no body: update the client.", headerConnection).With(activity))
+		v.refuseClient(http.StatusBadRequest, refusal.New(refusal.Protocol, "RDG_OUT_DATA needs a header %s with a GUID, and no body: update the client.", headerConnection).With(activity))
 		return
 	}
 	req.forget()
@@ -147,10 +156,13 @@ func (r *Relay) serveOut(v *visitor, req *request, activity string) {
 		return
 	}
 	defer a.close()
-	h := r.halves.enter(id, v.addr())
+	h, replaced := r.halves.enter(id, r.comparable(v.addr()), v.tcp)
 	if h == nil {
-		v.sayNo(http.StatusConflict, a.refused(refusal.New(refusal.Protocol, "Connection id %s is in use by another OUT channel: connect again.", id)))
+		v.sayNo(http.StatusConflict, a.refused(refusal.New(refusal.Protocol, "Connection id %s is in use by a client at another address: connect again.", id)))
 		return
+	}
+	if replaced {
+		r.log.Info("the client came again with its connection id: the older connection ends", "activity", a.activity, "connection", id, "peer", v.tcp.RemoteAddr().String())
 	}
 	defer r.halves.leave(h)
 	ok := &answer{status: http.StatusOK, activity: activity, stream: make([]byte, seedLen)}
@@ -226,7 +238,7 @@ func (in *inbound) close() {
 // serveIn takes one of an IN channel's requests; done says that the connection was used up.
 func (r *Relay) serveIn(v *visitor, req *request, activity string) (done bool) {
 	no := func(status int, e *refusal.Error) bool {
-		v.refuse(status, e.With(activity))
+		v.refuseClient(status, e.With(activity))
 		return true
 	}
 	id := connectionID(req)
@@ -262,17 +274,24 @@ func (r *Relay) serveIn(v *visitor, req *request, activity string) (done bool) {
 
 // claim finds the OUT channel that a client's IN channel belongs to.
 func (r *Relay) claim(v *visitor, id, activity string) (*inbound, *refusal.Error) {
-	addr := v.addr()
-	if r.config.Load().ClientAddressesHidden {
-		addr = netip.Addr{}
-	}
+	addr := r.comparable(v.addr())
 	h, e := r.halves.claim(id, addr, v.tcp)
-	if e != nil {
-		return nil, e
-	}
 	if h != nil {
 		r.metrics.Pairs.WithLabelValues("here").Inc()
 		return &inbound{r: r, id: id, half: h}, nil
 	}
-	return r.claimElsewhere(v, id, addr, activity)
+	// One that is here and has its IN channel may be what is left of the client's connection before this one.
+	in, elsewhere := r.claimElsewhere(v, id, addr, activity)
+	if in == nil && e != nil {
+		return nil, e
+	}
+	return in, elsewhere
+}
+
+// comparable is a client's address, where it tells clients apart; not valid where it is some node's.
+func (r *Relay) comparable(addr netip.Addr) netip.Addr {
+	if r.config.Load().ClientAddressesHidden {
+		return netip.Addr{}
+	}
+	return addr
 }

@@ -131,19 +131,28 @@ func TestLegacyPairing(t *testing.T) {
 			t.Errorf("%v; want one that says %q", e, says)
 		}
 	}
+	elsewhere := func(f func()) {
+		s.from = netip.MustParseAddr("127.0.0.2")
+		defer func() { s.from = netip.Addr{} }()
+		f()
+	}
 	t.Run("the first keep what they have", func(t *testing.T) {
 		id := newGUID()
 		c := s.dialLegacy(id)
-		_, _, _, e := s.openOut(id)
-		no(t, e, "in use by another OUT channel")
-		_, e = s.openIn(id)
+		elsewhere(func() {
+			_, _, _, e := s.openOut(id)
+			no(t, e, "in use by a client at another address")
+		})
+		_, e := s.openIn(id)
 		no(t, e, "has its IN channel already")
 		if typ, status := c.open(testTicket, testTarget); status != 0 {
 			t.Fatalf("packet %#x refused with %#x", typ, status)
 		}
 		a := s.agent()
-		_, _, _, e = s.openOut(strings.ToUpper(id)) // the same GUID
-		no(t, e, "in use by another OUT channel")
+		elsewhere(func() {
+			_, _, _, e := s.openOut(strings.ToUpper(id)) // the same GUID
+			no(t, e, "in use by a client at another address")
+		})
 		c.Write([]byte("still here"))
 		expect(t, a, "still here")
 		a.Write([]byte("me too"))
@@ -153,6 +162,40 @@ func TestLegacyPairing(t *testing.T) {
 		s.idle()
 		s.dialLegacy(id).Close() // free again
 		s.idle()
+	})
+	t.Run("the same client comes again", func(t *testing.T) {
+		for _, stage := range []string{"OUT alone", "a pair", "a session"} {
+			id := newGUID()
+			old, _, _, e := s.openOut(id)
+			if e != nil {
+				t.Fatal(e)
+			}
+			var host *agentLeg
+			switch stage {
+			case "a pair":
+				s.openIn(id)
+			case "a session":
+				old.Close()
+				first := s.dialLegacy(id)
+				first.open(testTicket, testTarget)
+				host, old = s.agent(), first.out
+			}
+			c := s.dialLegacy(strings.ToUpper(id)) // the old connection seems to live
+			ended(t, stage+": the older OUT channel", old)
+			if host != nil {
+				ended(t, stage+": the older session", host)
+				host.Close()
+			}
+			if typ, status := c.open(testTicket, testTarget); status != 0 {
+				t.Fatalf("%s: packet %#x refused with %#x", stage, typ, status)
+			}
+			a := s.agent()
+			c.Write([]byte("here again"))
+			expect(t, a, "here again")
+			c.Close()
+			a.Close()
+			s.idle()
+		}
 	})
 	t.Run("another address", func(t *testing.T) {
 		id := newGUID()
@@ -237,7 +280,8 @@ func TestUnpaired(t *testing.T) {
 func TestPairingTimer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var all halves
-		h := all.enter("id", netip.Addr{})
+		here, there := netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("127.0.0.2")
+		h, _ := all.enter("id", here, nil)
 		began := time.Now()
 		if in, late := h.await(30*time.Second, nil); in != nil || !late || time.Since(began) != 30*time.Second {
 			t.Errorf("%v %t after %s", in, late, time.Since(began))
@@ -246,8 +290,8 @@ func TestPairingTimer(t *testing.T) {
 		if all.deliver(h, &leg{}) {
 			t.Error("an IN channel was handed to an OUT channel that has gone")
 		}
-		h = all.enter("id", netip.Addr{})
-		if all.enter("id", netip.Addr{}) != nil {
+		h, _ = all.enter("id", here, nil)
+		if other, _ := all.enter("id", there, nil); other != nil {
 			t.Error("two OUT channels of one id")
 		}
 		want := &leg{}
@@ -333,6 +377,27 @@ func TestAcrossPods(t *testing.T) {
 			b.idle()
 		})
 	}
+	t.Run("the same client comes again, at the other pod", func(t *testing.T) {
+		id := newGUID()
+		old := b.dialLegacy(id) // seems to live
+		out, r, header, e := a.openOut(id)
+		if e != nil {
+			t.Fatal(e)
+		}
+		in, e := b.openIn(id)
+		if e != nil {
+			t.Fatalf("what is left of the older connection is in the way: %v", e)
+		}
+		c := &rdpClient{Conn: in, out: out, t: t, r: r, tsgu: true, header: header}
+		if typ, status := c.open(testTicket, testTarget); status != 0 {
+			t.Fatalf("packet %#x refused with %#x", typ, status)
+		}
+		a.agent().Close()
+		c.Close()
+		old.Close()
+		a.idle()
+		b.idle()
+	})
 	t.Run("refusals", func(t *testing.T) {
 		id := newGUID()
 		out, _, _, _ := a.openOut(id)

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"strings"
 	"sync"
 	"time"
@@ -44,8 +45,10 @@ type visitor struct {
 	in       *inbound // the claim of an IN channel
 
 	// Guarded by strangers.mu.
-	place *list.Element // among the strangers, nil once somebody vouched for it
-	agent bool          // it named an instance
+	place  *list.Element // among the strangers, nil once somebody vouched for it
+	agent  bool          // it named an instance
+	source netip.Addr    // of near
+	near   *list.Element // among those of its source
 }
 
 // vouch takes the visitor off the strangers: a good ticket or join secret stands for it now.
@@ -53,9 +56,9 @@ func (v *visitor) vouch() { v.r.strangers.leave(v) }
 
 // doubt puts the visitor among the strangers, where it may cost the oldest its place.
 func (v *visitor) doubt() {
-	if old := v.r.strangers.enter(v, int(v.r.config.Load().MaxPending)); old != nil {
+	if old := v.r.strangers.enter(v, source(v.r.comparable(v.addr())), int(v.r.config.Load().MaxPending)); old != nil {
 		v.r.metrics.handshakeFailed("limit")
-		v.r.log.Debug("too many strangers: the oldest has to go", "peer", old.tcp.RemoteAddr().String())
+		v.r.log.Debug("too many strangers: the oldest, or the oldest of this source, has to go", "peer", old.tcp.RemoteAddr().String())
 		old.tcp.SetLinger(0)
 		old.tcp.Close()
 	}
@@ -177,6 +180,7 @@ func (r *Relay) onHello(h *tls.ClientHelloInfo) (*tls.Config, error) {
 	}
 	instance, ok := strings.CutSuffix(name, ".join."+host)
 	if ok {
+		c.joining = true
 		c.onName()
 	}
 	if ok && host != "" && instance != r.instance {
@@ -192,7 +196,7 @@ func (r *Relay) route(v *visitor, req *request) (done bool) {
 	path := strings.ToLower(strings.TrimSuffix(req.path, "/"))
 	activity := activityOf(req)
 	no := func(status int, code refusal.Code, format string, args ...any) bool {
-		v.refuse(status, refusal.New(code, format, args...).With(activity))
+		v.refuseClient(status, refusal.New(code, format, args...).With(activity))
 		return true
 	}
 	switch {
@@ -201,6 +205,9 @@ func (r *Relay) route(v *visitor, req *request) (done bool) {
 		return true
 	case v.tcp.peer:
 		return no(http.StatusNotFound, refusal.BadRequest, "A hop between relays serves %s alone.", pathPair)
+	case v.tcp.joining && path != pathJoin && path != pathPing:
+		// Through another pod its address would be that pod's, in logs, traces and wherever clients' addresses are compared.
+		return no(http.StatusNotFound, refusal.BadRequest, "Under the name INSTANCE.join.%s agents join sessions, and nothing else is served: use the gateway's own name.", r.config.Load().Hostname)
 	case path == pathTSGU && req.method == "RDG_OUT_DATA" && req.has("Upgrade", "websocket"):
 		r.serveTSGU(v, req, activity)
 		return true
@@ -252,6 +259,12 @@ func bearer(req *request) string {
 func (v *visitor) refuse(status int, e *refusal.Error) {
 	v.r.log.Info("request refused", "activity", e.ActivityID, "peer", v.tcp.RemoteAddr().String(), "status", status, "code", e.Code, "error", e.Message)
 	v.sayNo(status, e)
+}
+
+// refuseClient is refuse for a client that nobody knows yet, and reports it.
+func (v *visitor) refuseClient(status int, e *refusal.Error) {
+	v.r.reportStranger(v, e.ActivityID, e)
+	v.refuse(status, e)
 }
 
 // sayNo answers with a refusal that is logged already, and closes without losing the answer.

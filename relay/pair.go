@@ -179,7 +179,7 @@ func (r *Relay) claimElsewhere(v *visitor, id string, addr netip.Addr, activity 
 		return nil, refusal.New(refusal.AdmissionAway, "The gateway container beside this relay does not answer: try again in a few seconds.")
 	}
 	if e := resp.Error; e != nil {
-		return nil, &refusal.Error{Code: refusal.Code(e.Code), Message: e.Message}
+		return nil, received(e)
 	}
 	if !r.splice(+1) {
 		return nil, refusal.New(refusal.GatewayFull, "This pod of gateway %s hands its limit of connections on to other pods: try again in a few seconds.", r.config.Load().Gateway)
@@ -284,7 +284,7 @@ func askHop(hop *leg, id string, addr netip.Addr, activity string) error {
 	if json.NewDecoder(io.LimitReader(resp.Body, maxHead)).Decode(&e) != nil || e.Error == nil {
 		return fmt.Errorf("relay: a peer answered %s", resp.Status)
 	}
-	return e.Error
+	return refusal.Received(e.Error, refusal.Internal)
 }
 
 // dialPeer opens a hop on which both sides have proved to hold cert.

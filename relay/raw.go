@@ -19,7 +19,10 @@ func (r *Relay) serveRaw(v *visitor, req *request, activity string) {
 		return
 	}
 	defer a.close()
-	a.trust(ticket)
+	if e := a.trust(ticket); e != nil {
+		v.sayNo(httpStatus(e.Code), e)
+		return
+	}
 	if err := a.connect(""); err != nil {
 		var e *refusal.Error
 		if errors.As(err, &e) {

@@ -5,7 +5,7 @@
 //
 //	listen.go   accept, TLS; an agent that was sent to another pod of this gateway is spliced there (splice.go)
 //	head.go     one HTTP/1.1 request head
-//	attempt.go  a client's way in: authenticate, connect, wait for the agent's leg (join.go)
+//	attempt.go  a client's way in: authenticate, connect, wait for the agent's leg (join.go); its place (places.go)
 //	tsgu.go     the client speaks MS-TSGU over WebSocket; raw.go: it speaks RDP in WebSocket frames
 //	legacy.go   it speaks MS-TSGU over two connections; pair.go: they reached two pods
 //	arm.go      it asks first which gateway is to serve it, then speaks RDP in WebSocket frames
@@ -83,7 +83,7 @@ type Relay struct {
 	legs      sync.WaitGroup // every connection's goroutine
 
 	mu       sync.Mutex
-	pending  int // attempts between request and session
+	places   places
 	splices  int
 	sessions map[string]*session
 	conns    map[net.Conn]struct{} // strangers' connections, to close at the end
@@ -192,7 +192,7 @@ func (r *Relay) drain() {
 	r.mu.Lock()
 	r.idle = make(chan struct{})
 	idle := r.idle
-	sessions, pending := len(r.sessions), r.pending
+	sessions, pending := len(r.sessions), r.places.queue.Len()
 	r.checkIdleLocked()
 	r.mu.Unlock()
 	r.log.Info("draining", "sessions", sessions, "pending", pending, "deadline", wait.String())
@@ -209,7 +209,7 @@ func (r *Relay) drain() {
 
 // checkIdleLocked tells drain when nothing is left.
 func (r *Relay) checkIdleLocked() {
-	if r.idle == nil || r.pending > 0 || r.splices > 0 || len(r.sessions) > 0 {
+	if r.idle == nil || r.places.queue.Len() > 0 || r.splices > 0 || len(r.sessions) > 0 {
 		return
 	}
 	select {
@@ -220,30 +220,35 @@ func (r *Relay) checkIdleLocked() {
 }
 
 // reserve takes a place for one attempt, or says why there is none.
-func (r *Relay) reserve() *refusal.Error {
+func (r *Relay) reserve(a *attempt) *refusal.Error {
 	c := r.config.Load()
 	if r.draining.Load() {
 		return refusal.New(refusal.GatewayDraining, "Gateway %s is being replaced on this pod and takes no new session: try again, another pod will answer.", c.Gateway)
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	switch {
-	case len(r.sessions)+r.pending >= int(c.MaxSessions):
+	if n := r.places.queue.Len(); n >= int(c.MaxPending) || n > 0 && len(r.sessions)+n >= int(c.MaxSessions) {
+		if silent := r.places.victim(time.Now()); silent != nil {
+			r.evict(silent)
+		}
+	}
+	switch pending := r.places.queue.Len(); {
+	case len(r.sessions)+pending >= int(c.MaxSessions):
 		return refusal.New(refusal.GatewayFull, "This pod of gateway %s holds its limit of %d sessions: try again later, or ask your administrator for more replicas or a higher relay.maxSessions.", c.Gateway, c.MaxSessions)
-	case r.pending >= int(c.MaxPending):
+	case pending >= int(c.MaxPending):
 		return refusal.New(refusal.GatewayFull, "This pod of gateway %s is setting up its limit of %d connects at once: try again in a few seconds.", c.Gateway, c.MaxPending)
 	}
-	r.pending++
-	r.metrics.Pending.Set(float64(r.pending))
+	r.places.enter(a)
+	r.metrics.Pending.Set(float64(r.places.queue.Len()))
 	return nil
 }
 
 // release gives an attempt's place back; with s, the attempt became that session.
-func (r *Relay) release(s *session) {
+func (r *Relay) release(a *attempt, s *session) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.pending--
-	r.metrics.Pending.Set(float64(r.pending))
+	r.places.leave(a)
+	r.metrics.Pending.Set(float64(r.places.queue.Len()))
 	if s != nil {
 		r.sessions[s.id] = s
 		r.metrics.Sessions.Set(float64(len(r.sessions)))

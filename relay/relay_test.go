@@ -421,13 +421,25 @@ func TestHTTPAnswers(t *testing.T) {
 		{"legacy in without an id", "RDG_IN_DATA /RemoteDesktopGateway HTTP/1.1\nHost: x\nTransfer-Encoding: chunked", 400, "RDG-Connection-Id"},
 		{"legacy in without out", "RDG_IN_DATA /RemoteDesktopGateway HTTP/1.1\nRDG-Connection-Id: " + testConnection + "\nContent-Length: 0", 409, "opens it first"},
 		{"legacy in with a plain body", "RDG_IN_DATA /RemoteDesktopGateway HTTP/1.1\nRDG-Connection-Id: " + testConnection + "\nContent-Length: 5", 400, "chunked"},
-		{"legacy in with two lengths", "RDG_IN_DATA /RemoteDesktopGateway HTTP/1.1\nRDG-Connection-Id: " + testConnection + "\nContent-Length: 5\nTransfer-Encoding: chunked", 400, "chunked"},
+		{"legacy in with two lengths", "RDG_IN_DATA /RemoteDesktopGateway HTTP/1.1\nRDG-Connection-Id: " + testConnection + "\nContent-Length: 5\nTransfer-Encoding: chunked", 400, "both"},
 		{"a hop's path", "GET /rendezvous/v1/pair HTTP/1.1\nHost: x\nConnection: Upgrade\nUpgrade: rendezvous-pair/1\nRDG-Connection-Id: " + testConnection, 404, "nothing at this path"},
 		{"RPC out", "RPC_OUT_DATA /rpc/rpcproxy.dll HTTP/1.1\nHost: x", 404, "RPC over HTTP"},
 		{"RPC", "RPC_IN_DATA /rpc/rpcproxy.dll?localhost:3388 HTTP/1.1\nHost: x", 404, "RPC over HTTP"},
 		{"GET where TSGU is", "GET /remoteDesktopGateway/ HTTP/1.1\nHost: x", 405, "Method GET"},
 		{"elsewhere", "GET / HTTP/1.1\nHost: x", 404, "nothing at this path"},
-		{"raw without upgrade", "GET /rendezvous/v1/connect HTTP/1.1\nHost: x", 400, "proxy"},
+		{"raw without upgrade", "GET /rendezvous/v1/connect HTTP/1.1\nHost: x", 400, "\"Upgrade: websocket\""},
+		{"an upgrade without a key", "GET /rendezvous/v1/connect HTTP/1.1\n" + strings.Replace(upgradeHeaders, "-Key:", "-Lock:", 1), 400, "\"Sec-WebSocket-Key\""},
+		{"an upgrade of another version", "GET /rendezvous/v1/connect HTTP/1.1\n" + strings.Replace(upgradeHeaders, "13", "8", 1), 400, "\"Sec-WebSocket-Version: 13\""},
+		{"two lengths", "GET /rendezvous/v1/ping HTTP/1.1\nHost: x\nContent-Length: 0\nContent-Length: 54", 400, "Content-Length is repeated"},
+		{"the same length twice", "GET /rendezvous/v1/ping HTTP/1.1\nHost: x\nContent-Length: 0\ncontent-length: 0", 400, "Content-Length is repeated"},
+		{"no length, then one", "GET /rendezvous/v1/ping HTTP/1.1\nHost: x\nContent-Length:\nContent-Length: 54", 400, "not a number"},
+		{"a list of lengths", "GET /rendezvous/v1/ping HTTP/1.1\nHost: x\nContent-Length: 0, 54", 400, "not a number"},
+		{"a negative length", "GET /rendezvous/v1/ping HTTP/1.1\nHost: x\nContent-Length: -1", 400, "not a number"},
+		{"a signed length", "GET /rendezvous/v1/ping HTTP/1.1\nHost: x\nContent-Length: +0", 400, "not a number"},
+		{"no transfer encoding, then one", "GET /rendezvous/v1/ping HTTP/1.1\nHost: x\nTransfer-Encoding:\nTransfer-Encoding: chunked", 400, "chunked"},
+		{"another transfer encoding", "GET /rendezvous/v1/ping HTTP/1.1\nHost: x\nTransfer-Encoding: gzip, chunked", 400, "chunked"},
+		{"chunked twice", "GET /rendezvous/v1/ping HTTP/1.1\nHost: x\nTransfer-Encoding: chunked\nTransfer-Encoding: chunked", 400, "repeated"},
+		{"two hosts", "GET /rendezvous/v1/ping HTTP/1.1\nHost: x\nHost: x", 400, "Host is repeated"},
 		{"join without upgrade", "GET /rendezvous/v1/join HTTP/1.1\nHost: x", 400, "update the agent"},
 		{"no ticket", "GET /rendezvous/v1/connect HTTP/1.1\n" + upgradeHeaders, 401, "again"},
 		{"malformed", "NONSENSE", 400, "malformed"},
@@ -458,6 +470,32 @@ func TestHTTPAnswers(t *testing.T) {
 			if resp, _ := s.request(c, r, "GET /rendezvous/v1/ping HTTP/1.1\nHost: x"); resp.StatusCode != http.StatusNoContent || parseGUID(resp.Header.Get("Activity-Id")) == "" {
 				t.Errorf("%s %v", resp.Status, resp.Header)
 			}
+		}
+	})
+	t.Run("a hidden request is not answered", func(t *testing.T) {
+		c, err := s.dial(s.addr, testHost)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		c.SetDeadline(time.Now().Add(patience))
+		fmt.Fprint(c, "GET /rendezvous/v1/ping HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nContent-Length: 54\r\n\r\nGET /rendezvous/v1/ping HTTP/1.1\r\nHost: smuggled\r\n\r\n")
+		all, _ := io.ReadAll(c)
+		if n := strings.Count(string(all), "HTTP/1.1 "); n != 1 || !strings.HasPrefix(string(all), "HTTP/1.1 400") {
+			t.Errorf("%d answers: %q", n, all)
+		}
+	})
+	t.Run("the key of FreeRDP 2.11.7", func(t *testing.T) {
+		const key = "VGBR@VFTW^RDEPL" // seen; no base64
+		c, err := s.dial(s.addr, testHost)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		head := "RDG_OUT_DATA /remoteDesktopGateway/ HTTP/1.1\n" + strings.Replace(upgradeHeaders, "dGhlIHNhbXBsZSBub25jZQ==", key, 1)
+		resp, body := s.request(c, bufio.NewReader(c), head)
+		if resp.StatusCode != http.StatusSwitchingProtocols || resp.Header.Get("Sec-WebSocket-Accept") != wsframe.AcceptKey(key) {
+			t.Errorf("%s %s", resp.Status, body)
 		}
 	})
 	t.Run("subprotocol binary is echoed", func(t *testing.T) {
@@ -581,7 +619,7 @@ func (s *stack) idle() {
 		defer s.relay.mu.Unlock()
 		s.relay.joins.mu.Lock()
 		defer s.relay.joins.mu.Unlock()
-		return s.relay.pending == 0 && len(s.relay.sessions) == 0 && len(s.relay.joins.waiting) == 0 && len(s.relay.conns) == 0 && s.relay.halves.len() == 0 && s.relay.strangers.len() == 0
+		return s.relay.places.queue.Len() == 0 && len(s.relay.places.held) == 0 && len(s.relay.sessions) == 0 && len(s.relay.joins.waiting) == 0 && len(s.relay.conns) == 0 && s.relay.halves.len() == 0 && s.relay.strangers.len() == 0
 	})
 }
 
@@ -744,6 +782,27 @@ func gone(t *testing.T, c net.Conn) {
 	}
 }
 
+// Under the name that agents join by, there is nothing for clients: by another pod they would have that pod's address.
+func TestAgentsNameIsForJoins(t *testing.T) {
+	s := newStack(t, nil)
+	for _, head := range []string{
+		"GET /rendezvous/v1/connect HTTP/1.1\n" + upgradeHeaders + "\nAuthorization: Bearer " + testTicket,
+		"RDG_OUT_DATA /remoteDesktopGateway/ HTTP/1.1\n" + upgradeHeaders,
+		"RDG_IN_DATA /remoteDesktopGateway/ HTTP/1.1\nRDG-Connection-Id: " + testConnection + "\nContent-Length: 0",
+		"POST /api/arm/v2/connections HTTP/1.1\nAuthorization: Bearer " + testTicket + "\nContent-Length: 0",
+	} {
+		c, err := s.dial(s.addr, testInstance+".join."+testHost)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp, body := s.request(c, bufio.NewReader(c), head)
+		c.Close()
+		if e := decodeRefusal(t, body); resp.StatusCode != 404 || !strings.Contains(e.Message, "agents join") {
+			t.Errorf("%.30s: %s %v", head, resp.Status, e)
+		}
+	}
+}
+
 // TestAgentsAreSpared: clients that say nothing more push each other out, and not the agent that is about to join; agents
 // that say nothing more push clients out, up to half of the places.
 func TestAgentsAreSpared(t *testing.T) {
@@ -868,7 +927,7 @@ func TestDrain(t *testing.T) {
 		}
 		waiting <- c
 	}()
-	eventually(t, "one client waits", func() bool { s.relay.mu.Lock(); defer s.relay.mu.Unlock(); return s.relay.pending == 1 })
+	eventually(t, "one client waits", func() bool { s.relay.mu.Lock(); defer s.relay.mu.Unlock(); return s.relay.places.queue.Len() == 1 })
 	if !s.relay.Ready() {
 		t.Error("not ready before the drain")
 	}

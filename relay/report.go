@@ -23,13 +23,15 @@ type reporter struct {
 	r     *Relay
 	queue chan *admission.RelayReport
 	lost  chan struct{} // of one: a session's report was dropped, a snapshot is due
+	// strangers bounds what is reported of them.
+	strangers rate
 
 	mu       sync.Mutex
 	deadline *timestamppb.Timestamp // set while draining
 }
 
 func newReporter(r *Relay) *reporter {
-	return &reporter{r: r, queue: make(chan *admission.RelayReport, maxReports), lost: make(chan struct{}, 1)}
+	return &reporter{r: r, queue: make(chan *admission.RelayReport, maxReports), lost: make(chan struct{}, 1), strangers: rate{most: maxStrangers}}
 }
 
 func (p *reporter) started(s *session) {
@@ -59,6 +61,41 @@ func (p *reporter) drainReport() *admission.RelayReport {
 func (p *reporter) step(activity, workspace string, n int, at time.Time, d time.Duration, detail string, code refusal.Code) {
 	p.put(&admission.RelayReport{Report: &admission.RelayReport_Step{Step: &admission.Step{ActivityId: activity, Workspace: workspace,
 		Step: uint32(n), Name: trace.Titles[n], At: timestamppb.New(at), DurationMicros: d.Microseconds(), Detail: detail, Error: string(code)}}}, false)
+}
+
+// maxStrangers refusals of clients that nobody knows are reported in a second, so that a flood of them is not passed on to
+// every broker. The log has them all.
+const maxStrangers = 10
+
+// reportStranger reports the refusal of a client that nobody knows yet, for its user to find by time and address. Where the
+// address is a node's, nobody could tell whose it is.
+func (r *Relay) reportStranger(v *visitor, activity string, e *refusal.Error) {
+	addr := r.comparable(v.addr())
+	if !addr.IsValid() || v.tcp.peer || v.tcp.joining || !r.reports.strangers.allow(time.Now()) {
+		return
+	}
+	r.reports.put(&admission.RelayReport{Report: &admission.RelayReport_Step{Step: &admission.Step{ActivityId: activity,
+		Step: trace.StepDialGateway, Name: trace.Titles[trace.StepDialGateway], At: timestamppb.New(v.accepted), DurationMicros: time.Since(v.accepted).Microseconds(),
+		Detail: e.Message, Error: string(e.Code), ClientAddr: addr.String()}}}, false)
+}
+
+// rate lets through so many events in a second.
+type rate struct {
+	most int
+
+	mu     sync.Mutex
+	second int64
+	seen   int
+}
+
+func (r *rate) allow(now time.Time) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if s := now.Unix(); s != r.second {
+		r.second, r.seen = s, 0
+	}
+	r.seen++
+	return r.seen <= r.most
 }
 
 func (p *reporter) put(m *admission.RelayReport, matters bool) {

@@ -107,7 +107,8 @@ type RelayLimits struct {
 	// +kubebuilder:validation:Minimum=1
 	// +kubebuilder:validation:Maximum=100000
 	MaxSessions *int32 `json:"maxSessions,omitempty"`
-	// maxPending connections of one pod that are not joined yet, 1 to 100000. Defaults to 1000.
+	// maxPending connections of one pod that are not joined yet, 1 to 100000. One user, and one address that opens
+	// connections and says nothing, has a quarter of them at most. Defaults to 1000.
 	// +optional
 	// +kubebuilder:validation:Minimum=1
 	// +kubebuilder:validation:Maximum=100000

@@ -42,6 +42,7 @@ const (
 // +kubebuilder:validation:XValidation:rule="!has(self.replicas) || has(self.template)",message="replicas needs template: only hosts that are pods can be made by the pool"
 // +kubebuilder:validation:XValidation:rule="!has(self.autoscaling) || has(self.template)",message="autoscaling needs template: only hosts that are pods can be made by the pool"
 // +kubebuilder:validation:XValidation:rule="!(has(self.replicas) && has(self.autoscaling))",message="set replicas or autoscaling, not both"
+// +kubebuilder:validation:XValidation:rule="!has(self.accounts) || !has(self.customRDPProperties) || self.customRDPProperties.all(p, !p.lowerAscii().matches('^(username|domain|prompt +for +credentials) *:'))",message="a pool with accounts logs people in to their own: customRDPProperties can't set username, domain or prompt for credentials"
 // +kubebuilder:validation:XValidation:rule="self.type == oldSelf.type",message="type can't be changed; make a new HostPool"
 // +kubebuilder:validation:XValidation:rule="self.workspaceRef.name == oldSelf.workspaceRef.name",message="workspaceRef can't be changed, because the hosts' certificates name the workspace; make a new HostPool"
 type HostPoolSpec struct {
@@ -74,14 +75,20 @@ type HostPoolSpec struct {
 	// without a warning. Unset, hosts keep their own.
 	// +optional
 	RDPCertificate *RDPCertificate `json:"rdpCertificate,omitempty"`
-	// customRDPProperties are lines to add to the pool's connection files, such as "audiocapturemode:i:1". They can't
-	// name the gateway, the address or a secret.
+	// customRDPProperties are lines to add to the pool's connection files, such as "use multimon:i:1". Names don't depend on
+	// case, nor on how many blanks stand between words. Refused are lines that Rendezvous sets: the gateway, the address, what
+	// authenticates, what is started, and the redirections, which are each resource's (spec.resources[].redirection of the
+	// Workspace); in a pool with accounts also the user name.
 	// +optional
 	// +listType=set
 	// +kubebuilder:validation:MaxItems=64
 	// +kubebuilder:validation:items:MaxLength=512
 	// +kubebuilder:validation:XValidation:rule="self.all(p, p.matches('^[A-Za-z][A-Za-z0-9 ]*:[ibs]:[^\\r\\n]*$'))",message="each property must read name:type:value, type being i, s or b"
-	// +kubebuilder:validation:XValidation:rule="self.all(p, !p.lowerAscii().matches('^(gateway[a-z]*|full address|alternate full address|signature|signscope|password 51|pcb|loadbalanceinfo) *:'))",message="gateway*, full address, signature, signscope, pcb, loadbalanceinfo and password properties are set by Rendezvous"
+	// +kubebuilder:validation:XValidation:rule="self.all(p, !p.lowerAscii().matches('^(gateway[a-z]*|full +address|alternate +full +address|signature|signscope|password +51|pcb|loadbalanceinfo) *:'))",message="gateway*, full address, signature, signscope, pcb, loadbalanceinfo and password properties are set by Rendezvous"
+	// +kubebuilder:validation:XValidation:rule="self.all(p, !p.lowerAscii().matches('^server +port *:'))",message="server port is set by Rendezvous: clients reach hosts through the gateway, and the agent knows its RDP server's port (its flag --rdp-addr)"
+	// +kubebuilder:validation:XValidation:rule="self.all(p, !p.lowerAscii().matches('^(audiomode|audiocapturemode|redirectclipboard|redirectdrives|redirectprinters|redirectsmartcards|redirectcomports|redirectposdevices|drivestoredirect|devicestoredirect|usbdevicestoredirect) *:'))",message="redirections are set by the Workspace for each resource: use spec.resources[].redirection there"
+	// +kubebuilder:validation:XValidation:rule="self.all(p, !p.lowerAscii().matches('^(authentication +level|enablecredsspsupport|negotiate +security +layer|enablerdsaadauth|kdcproxyname|rdgiskdcproxy|resourceprovider) *:'))",message="authentication level, enablecredsspsupport, negotiate security layer, kdcproxyname and the like are set by Rendezvous, so that clients verify hosts and send credentials nowhere else"
+	// +kubebuilder:validation:XValidation:rule="self.all(p, !p.lowerAscii().matches('^(alternate +shell|shell +working +directory|remoteapplication[a-z]*|disableremoteappcapscheck) *:'))",message="what a session starts is set by the Workspace: use a resource of type RemoteApp with program there"
 	CustomRDPProperties []string `json:"customRDPProperties,omitempty"`
 	// accounts says how a person who signed in becomes an account of the pool's Linux hosts, which then log that person in
 	// by the connection, with no password. Every host must be set up for it: pods are, and `agent service install` does it

@@ -132,13 +132,14 @@ func TestValidation(t *testing.T) {
 		})
 	}
 	const (
-		badHostname = "hostname must be a DNS name in lower case, without scheme, port or path"
-		badName     = "metadata.name must be a DNS label of at most 40 characters: it becomes part of other names"
-		badHostName = "metadata.name must be a DNS label of at most 52 characters: it becomes part of other names"
-		badIssuer   = "issuerURL must be an https:// URL without a query"
-		badResource = "name must be a DNS label: lower-case letters, digits and hyphens"
-		badProperty = "each property must read name:type:value, type being i, s or b"
-		ownProperty = "gateway*, full address, signature, signscope, pcb, loadbalanceinfo and password properties are set by Rendezvous"
+		badHostname    = "hostname must be a DNS name in lower case, without scheme, port or path"
+		badName        = "metadata.name must be a DNS label of at most 40 characters: it becomes part of other names"
+		badHostName    = "metadata.name must be a DNS label of at most 52 characters: it becomes part of other names"
+		badIssuer      = "issuerURL must be an https:// URL without a query"
+		badResource    = "name must be a DNS label: lower-case letters, digits and hyphens"
+		badProperty    = "each property must read name:type:value, type being i, s or b"
+		policyProperty = "redirections are set by the Workspace for each resource"
+		ownProperty    = "gateway*, full address, signature, signscope, pcb, loadbalanceinfo and password properties are set by Rendezvous"
 	)
 	rows := []row{
 		{"workspace: least", workspace(), ""},
@@ -229,7 +230,24 @@ func TestValidation(t *testing.T) {
 		{"pool: a token for 10000 hosts", hp(func(h *rdv.HostPool) { h.Spec.Registration.MaxHostsPerToken = new(int32(10000)) }), ""},
 		{"pool: a token for too many hosts", hp(func(h *rdv.HostPool) { h.Spec.Registration.MaxHostsPerToken = new(int32(10001)) }), "should be less than or equal to 10000"},
 		{"pool: token life too short", hp(func(h *rdv.HostPool) { h.Spec.Registration.TokenLifetimeSeconds = new(int32(60)) }), "should be greater than or equal to 3600"},
-		{"pool: properties", properties("audiocapturemode:i:1", "use multimon:i:0", "Camera:s:*"), ""},
+		{"pool: properties", properties("use multimon:i:0", "Camera:s:*", "username:s:EXAMPLE\\someone", "redirectwebauthn:i:1", "serverport:i:1", "desktop size id:i:1"), ""},
+		{"pool: property of the port", properties("server port:i:3390"), "server port is set by Rendezvous"},
+		{"pool: property of the port, with blanks", properties("Server   Port :i:3390"), "server port is set by Rendezvous"},
+		{"pool: property of the address, with blanks", properties("Full  Address:s:evil"), ownProperty},
+		{"pool: property of drives", properties("redirectdrives:i:1"), policyProperty},
+		{"pool: property of which drives", properties("DrivesToRedirect:s:*"), policyProperty},
+		{"pool: property of USB devices", properties("usbdevicestoredirect:s:*"), policyProperty},
+		{"pool: property of the microphone", properties("use multimon:i:1", "audiocapturemode:i:1"), policyProperty},
+		{"pool: property that verifies nobody", properties("authentication level:i:0"), "so that clients verify hosts"},
+		{"pool: property that verifies nobody, with blanks", properties("Authentication   Level :i:0"), "so that clients verify hosts"},
+		{"pool: property without NLA", properties("enablecredsspsupport:i:0"), "so that clients verify hosts"},
+		{"pool: property of a KDC proxy", properties("KDCProxyName:s:evil.example"), "so that clients verify hosts"},
+		{"pool: property of a shell", properties("alternate  shell:s:cmd.exe"), "use a resource of type RemoteApp"},
+		{"pool: property of an app", properties("remoteapplicationprogram:s:||cmd"), "use a resource of type RemoteApp"},
+		{"pool: property of the user in a pool with accounts", hp(func(h *rdv.HostPool) {
+			h.Spec.Accounts = &rdv.Accounts{Policy: rdv.AccountsCreate}
+			h.Spec.CustomRDPProperties = []string{"username:s:root"}
+		}), "logs people in to their own"},
 		{"pool: property without a type", properties("audiocapturemode=1"), badProperty},
 		{"pool: property of two lines", properties("a:s:b\r\nfull address:s:evil"), badProperty},
 		{"pool: property of the gateway", properties("GatewayHostname:s:evil"), ownProperty},

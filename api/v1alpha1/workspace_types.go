@@ -81,11 +81,17 @@ type OIDC struct {
 	// +kubebuilder:validation:MaxItems=16
 	// +kubebuilder:validation:items:MaxLength=256
 	Audiences []string `json:"audiences,omitempty"`
-	// usernameClaim is the claim that names the user in grants, tickets and assignments. Defaults to email.
+	// usernameClaim is the claim that names the user in grants, tickets and assignments: its name, or a path with dots
+	// between names. Names that differ in case alone are one user's, wherever they are written, except for claim sub. A user
+	// whose email_verified is false is refused where the claim is email; a token without email_verified is taken, since many
+	// providers never say: name another claim where people choose their own addresses. Defaults to email.
 	// +optional
 	// +kubebuilder:validation:MaxLength=128
 	UsernameClaim string `json:"usernameClaim,omitempty"`
-	// groupsClaim is the claim that lists the user's groups. Defaults to groups.
+	// groupsClaim is the claim that lists the user's groups: its name, whatever dots and slashes are in it, or a path with dots
+	// between names (realm_access.roles). It holds a list of texts, of numbers or of objects with a name, one text (which is one
+	// group, and never cut at commas or blanks), or an object of objects, whose keys are the groups. `rdv whoami` shows what
+	// is read. Defaults to groups.
 	// +optional
 	// +kubebuilder:validation:MaxLength=128
 	GroupsClaim string `json:"groupsClaim,omitempty"`

@@ -72,6 +72,9 @@ type Person struct {
 	Name string
 	// Claims of the token, those that Accounts.Claims names, where the token has them.
 	Claims map[string]string
+	// Spelling gives the spelling that Name has to a name on the list, which people edit and older brokers wrote. Nil leaves
+	// names as they are.
+	Spelling func(string) string
 }
 
 // Name gives the account's name by the pool's rule, without asking anybody. Its errors are *refusal.Error.
@@ -115,7 +118,7 @@ func (b *Book) Account(ctx context.Context, p *model.Pool, person Person) (*bus.
 			return nil, refusal.New(refusal.AccountRefused, "%s has no account on the hosts of pool %s: in claim %s, %v.", person.Name, p.Name, c, err)
 		}
 	}
-	w := &want{p: p, person: person.Name, name: name, uid: uid}
+	w := &want{p: p, person: person.Name, name: name, uid: uid, spelling: person.Spelling}
 	l := b.pool(p.Name)
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -178,6 +181,12 @@ type want struct {
 	p            *model.Pool
 	person, name string
 	uid          uint32 // 0: from the range, or the hosts' own
+	spelling     func(string) string
+}
+
+// is says whether somebody on the list is the person.
+func (w *want) is(owner string) bool {
+	return owner == w.person || w.spelling != nil && w.spelling(owner) == w.person
 }
 
 func (w *want) account() *bus.Account {
@@ -206,7 +215,7 @@ func (w *want) in(entries map[string]string) (*bus.Account, error) {
 	switch {
 	case !ok:
 		return nil, w.refuse(fmt.Sprintf("its entry reads %q, which is not `UID PERSON`", text))
-	case owner != w.person:
+	case !w.is(owner):
 		return nil, w.refuse(fmt.Sprintf("the account is %s's, and %s and %s would both have it", owner, owner, w.person))
 	case !w.p.Accounts.Create:
 		return &bus.Account{Name: w.name}, nil

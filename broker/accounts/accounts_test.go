@@ -68,7 +68,7 @@ func TestAccount(t *testing.T) {
 				k, v, _ := strings.Cut(f, "=")
 				claims[k] = v
 			}
-			a, err := b.Account(context.Background(), p, Person{s.user, claims})
+			a, err := b.Account(context.Background(), p, Person{Name: s.user, Claims: claims})
 			if why, refused := strings.CutPrefix(s.want, "!"); refused {
 				if r := refusal.From(err); err == nil || r.Code != refusal.AccountRefused || !strings.Contains(r.Message, why) {
 					t.Errorf("%s: %s: %v, %v, want %q", name, s.user, a, err, why)
@@ -200,4 +200,25 @@ func (e *edited) ReadAccounts(context.Context, string) (map[string]string, strin
 }
 func (e *edited) AddAccount(context.Context, string, string, string, string) error {
 	return model.ErrConflict
+}
+
+// A list that an older broker wrote, or a person edited, may spell people otherwise than their tokens are read now.
+func TestSpelling(t *testing.T) {
+	w := fake.New(&model.Snapshot{})
+	p := pooled(model.Accounts{Create: true})
+	ctx := context.Background()
+	old, err := New(w, nil).Account(ctx, p, Person{Name: "Alice@Example.com"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := New(w, nil)
+	if a, err := b.Account(ctx, p, Person{Name: "alice@example.com", Spelling: strings.ToLower}); err != nil || *a != *old {
+		t.Errorf("got %v, %v, want %v", a, err, old)
+	}
+	if _, err := b.Account(ctx, p, Person{Name: "alice@example.com"}); err == nil {
+		t.Error("names that count exactly are two persons")
+	}
+	if _, err := b.Account(ctx, p, Person{Name: "alice@other.example", Spelling: strings.ToLower}); err == nil {
+		t.Error("another person has the account")
+	}
 }

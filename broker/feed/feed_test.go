@@ -60,8 +60,17 @@ func golden(t *testing.T, name string, got []byte) {
 func TestLines(t *testing.T) {
 	custom := desktopFile()
 	custom.Properties = []string{
-		"Authentication Level:i:1", "audiocapturemode:i:1", "use multimon:i:1", "bad\r\ngatewayhostname:s:evil",
+		"Authentication Level:i:1", "audiocapturemode:i:1", "use  MultiMon :i:1", "autoreconnection   enabled:i:0", "bad\r\ngatewayhostname:s:evil",
 		"gatewayhostname:s:evil", "Full Address:s:evil", "signscope:s:", "pcb:s:x", "no colon",
+	}
+	policy := desktopFile()
+	policy.Properties = []string{
+		"redirectdrives:i:1", "DrivesToRedirect:s:*", "usbdevicestoredirect:s:*", "audiocapturemode:i:1", "redirectsmartcards:i:1", "redirectclipboard:i:0",
+		"Authentication  Level :i:0", "enablecredsspsupport:i:0", "negotiate security layer:i:0", "kdcproxyname:s:evil", "alternate   shell:s:cmd", "Full  Address:s:evil",
+		"server port:i:3390", "remoteapplicationmode:i:1", "remoteapplicationprogram:s:cmd", "resourceprovider:s:arm", "password  51:b:00",
+	}
+	if got, want := strings.Join(Lines(policy), "\n"), strings.Join(Lines(desktopFile()), "\n"); got != want {
+		t.Errorf("properties changed what is Rendezvous' to set:\n%s", got)
 	}
 	account := desktopFile()
 	account.Account = "alice"

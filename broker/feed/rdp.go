@@ -36,8 +36,17 @@ type File struct {
 	Properties []string
 }
 
-// reserved are the names that no property may set, beside all that begin with "gateway": the API refuses them too.
-var reserved = []string{"full address", "alternate full address", "server port", "signature", "signscope", "password 51", "pcb", "loadbalanceinfo"}
+// reserved are the names that no property may set, beside all that begin with "gateway" and "remoteapplication": the
+// address, what is secret or signed, the redirections, which are the resource's policy, what has the client verify the host
+// and keep credentials from others, and what a session starts. The API refuses them; a pool of before that is served
+// without.
+var reserved = []string{
+	"full address", "alternate full address", "server port", "signature", "signscope", "password 51", "pcb", "loadbalanceinfo",
+	"audiomode", "audiocapturemode", "redirectclipboard", "redirectdrives", "redirectprinters", "redirectsmartcards", "redirectcomports",
+	"redirectposdevices", "drivestoredirect", "devicestoredirect", "usbdevicestoredirect",
+	"authentication level", "enablecredsspsupport", "negotiate security layer", "enablerdsaadauth", "kdcproxyname", "rdgiskdcproxy",
+	"resourceprovider", "alternate shell", "shell working directory", "disableremoteappcapscheck",
+}
 
 // Lines gives the file's lines, in an order that is always the same.
 func Lines(f File) []string {
@@ -97,13 +106,20 @@ func Lines(f File) []string {
 	return lines
 }
 
-// set replaces the line of the same name, or adds one.
+// Reserved says whether a pool's property is one that Rendezvous sets.
+func Reserved(property string) bool {
+	name := nameOf(property)
+	return strings.HasPrefix(name, "gateway") || strings.HasPrefix(name, "remoteapplication") || slices.Contains(reserved, name)
+}
+
+// set replaces the line of the same name, or adds one. Blanks in the name are one each, as clients write them.
 func set(lines []string, line string) []string {
-	name, _, ok := strings.Cut(line, ":")
-	name = strings.ToLower(strings.TrimSpace(name))
-	if !ok || strings.HasPrefix(name, "gateway") || slices.Contains(reserved, name) {
+	name, value, ok := strings.Cut(line, ":")
+	if !ok || Reserved(line) {
 		return lines
 	}
+	line = strings.Join(strings.Fields(name), " ") + ":" + value
+	name = nameOf(line)
 	if i := slices.IndexFunc(lines, func(l string) bool { return nameOf(l) == name }); i >= 0 {
 		lines[i] = line
 		return lines
@@ -111,9 +127,10 @@ func set(lines []string, line string) []string {
 	return append(lines, line)
 }
 
+// nameOf is a line's name as it is compared.
 func nameOf(line string) string {
 	name, _, _ := strings.Cut(line, ":")
-	return strings.ToLower(name)
+	return strings.ToLower(strings.Join(strings.Fields(name), " "))
 }
 
 // printable keeps a value on its line.
@@ -135,7 +152,9 @@ const (
 	disablePnP       = 0x10
 )
 
-// RedirectFlags is a resource's policy as the gateway tells it to clients, so that an edited file doesn't escape it.
+// RedirectFlags is a resource's policy as the gateway tells it to clients. FreeRDP 3 goes by them, whatever an edited
+// file says (mstsc should, and was not tried). Others don't: FreeRDP 2 (and so Remmina of Debian 12) looks at its own switches alone, and no client is told so
+// in raw and ARM mode. What must not be shared the host has to refuse. Flags say nothing of audio, microphone and smart cards.
 // Plug-and-play devices have no policy, and are never shared.
 func RedirectFlags(r model.Redirection) uint32 {
 	flags := uint32(disablePnP)

@@ -50,6 +50,7 @@ func snapshot(o objects) *model.Snapshot {
 	for i := range o.hosts {
 		if h := &o.hosts[i]; s.Pools[h.Spec.HostPoolRef.Name] != nil && h.DeletionTimestamp == nil {
 			s.Hosts[h.Name] = host(h)
+			s.Hosts[h.Name].AssignedUser = s.Workspace.OIDC.User(h.Spec.AssignedUser)
 		}
 	}
 	selector := labels.Everything()
@@ -86,10 +87,12 @@ func workspace(w *v1alpha1.Workspace) *model.Workspace {
 		m.OIDC.Scopes = defaultScopes
 	}
 	for _, r := range w.Spec.Resources {
-		m.Resources = append(m.Resources, resource(r))
+		res := resource(r)
+		res.Users = m.OIDC.Users(res.Users)
+		m.Resources = append(m.Resources, res)
 	}
 	for _, r := range w.Spec.Revocations {
-		m.Revocations = append(m.Revocations, model.Revocation{User: r.User, Ticket: r.Ticket, Reason: r.Reason, Before: moment(r.Before)})
+		m.Revocations = append(m.Revocations, model.Revocation{User: m.OIDC.User(r.User), Ticket: r.Ticket, Reason: r.Reason, Before: moment(r.Before)})
 	}
 	return m
 }

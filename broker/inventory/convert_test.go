@@ -194,3 +194,22 @@ func TestRevokedTokens(t *testing.T) {
 		}
 	}
 }
+
+// Names of users are spelled one way, however people write them, but for the claim sub.
+func TestUserNames(t *testing.T) {
+	for claim, want := range map[string]string{"": "alice@example.com", "upn": "alice@example.com", "sub": "Alice@Example.com"} {
+		ws := testWorkspace()
+		ws.Spec.Identity.OIDC.UsernameClaim = claim
+		ws.Spec.Resources[0].Access.Users = []string{"Alice@Example.com"}
+		ws.Spec.Revocations = []v1alpha1.Revocation{{User: "Alice@Example.com"}}
+		h := testHost("h", "pool")
+		h.Spec.AssignedUser = "Alice@Example.com"
+		s := snapshot(objects{workspace: ws, pools: []v1alpha1.HostPool{testPool("pool", "ws")}, hosts: []v1alpha1.SessionHost{h}})
+		if got := []string{s.Workspace.Resources[0].Users[0], s.Workspace.Revocations[0].User, s.Hosts["h"].AssignedUser}; !slices.Equal(got, []string{want, want, want}) {
+			t.Errorf("claim %q: %q, want %q", claim, got, want)
+		}
+		if ws.Spec.Resources[0].Access.Users[0] != "Alice@Example.com" {
+			t.Error("the cache's object was changed")
+		}
+	}
+}

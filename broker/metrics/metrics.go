@@ -23,6 +23,9 @@ type Metrics struct {
 	SessionsEnded *prometheus.CounterVec
 	// Feed counts answers of the HTTPS API by path and code.
 	Feed *prometheus.CounterVec
+	// GroupsUnread counts requests with a token whose groups are none, or not all, by reason: "absent", "elsewhere" or
+	// "unreadable".
+	GroupsUnread *prometheus.CounterVec
 	// Enrolments by kind ("pool", "host", "renewal") and result.
 	Enrolments *prometheus.CounterVec
 	// Writes to the API server by object and result.
@@ -40,11 +43,12 @@ func New(reg prometheus.Registerer) *Metrics {
 		LoginsRefused:    counter("logins_refused_total", "Logins that session hosts refused because they were not the session's own.", "reason"),
 		SessionsEnded:    counter("sessions_ended_total", "Live sessions ended because access was taken back.", "cause"),
 		Feed:             counter("http_requests_total", "Requests to the feed and enrolment API.", "path", "code"),
+		GroupsUnread:     counter("groups_unread_total", "Requests with a token from which groups could not be read.", "reason"),
 		Enrolments:       counter("enrolments_total", "Certificates asked for by session hosts.", "kind", "result"),
 		Writes:           counter("writes_total", "Writes to the Kubernetes API.", "object", "result"),
 	}
 	if reg != nil {
-		reg.MustRegister(m.Connects, m.Entries, m.ConnectSeconds, m.PlacementSeconds, m.HostTries, m.LoginsRefused, m.SessionsEnded, m.Feed, m.Enrolments, m.Writes)
+		reg.MustRegister(m.Connects, m.Entries, m.ConnectSeconds, m.PlacementSeconds, m.HostTries, m.LoginsRefused, m.SessionsEnded, m.Feed, m.GroupsUnread, m.Enrolments, m.Writes)
 	}
 	return m
 }

@@ -11,6 +11,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"rendezvous.dev/rendezvous/wire/config"
 )
@@ -85,6 +87,11 @@ func (w *Workspace) Revoked(user, ticket string, since time.Time) *Revocation {
 	return nil
 }
 
+// GrantsGroups says whether some resource is granted to a group.
+func (w *Workspace) GrantsGroups() bool {
+	return slices.ContainsFunc(w.Resources, func(r Resource) bool { return len(r.Groups) > 0 })
+}
+
 // Resource finds a resource, nil if there is none of that name.
 func (w *Workspace) Resource(name string) *Resource {
 	for i := range w.Resources {
@@ -103,6 +110,34 @@ type OIDC struct {
 	UsernameClaim string
 	GroupsClaim   string
 	Scopes        []string
+}
+
+// User gives the spelling of a user's name by which everything compares it: names that differ in case alone are one
+// person's, as mail addresses and UPNs are. The claim sub is exact (OpenID Connect Core 1.0, section 2). A letter of
+// another script that has an ASCII letter for its lower case (the Kelvin sign) keeps its own: it is not that letter.
+func (o *OIDC) User(name string) string {
+	if o.UsernameClaim == "sub" {
+		return name
+	}
+	return strings.Map(func(r rune) rune {
+		lower := unicode.ToLower(r)
+		if (r < utf8.RuneSelf) != (lower < utf8.RuneSelf) {
+			return r
+		}
+		return lower
+	}, name)
+}
+
+// Users is User of several names.
+func (o *OIDC) Users(names []string) []string {
+	if names == nil {
+		return nil
+	}
+	all := make([]string, len(names))
+	for i, name := range names {
+		all[i] = o.User(name)
+	}
+	return all
 }
 
 // Resource types.

@@ -34,3 +34,17 @@ func TestRevoked(t *testing.T) {
 		})
 	}
 }
+
+func TestUserSpelling(t *testing.T) {
+	folds, exact := OIDC{UsernameClaim: "email"}, OIDC{UsernameClaim: "sub"}
+	for name, want := range map[string]string{
+		"Alice@Example.com": "alice@example.com", "ÄÖ": "äö", "K": "k", "\u212a": "\u212a", "\u0130": "\u0130", "ſ": "ſ", "": "", "\xff": "\ufffd",
+	} {
+		if got := folds.User(name); got != want || folds.User(got) != got {
+			t.Errorf("%q: %q, want %q", name, got, want)
+		}
+		if name != "\xff" && exact.User(name) != name {
+			t.Errorf("sub %q became %q", name, exact.User(name))
+		}
+	}
+}

@@ -13,11 +13,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net/http"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -26,6 +26,7 @@ import (
 
 	"rendezvous.dev/rendezvous/broker/model"
 	"rendezvous.dev/rendezvous/wire/idpurl"
+	"rendezvous.dev/rendezvous/wire/jwks"
 	"rendezvous.dev/rendezvous/wire/refusal"
 )
 
@@ -39,7 +40,6 @@ const (
 	// retryAfter holds off the next attempt, also where a token names a key that the provider doesn't have.
 	retryAfter   = 5 * time.Second
 	fetchTimeout = 10 * time.Second
-	maxDocument  = 1 << 20
 	// maxToken bounds a token before anything parses it: one of 1,000 groups by GUID has 52 KiB.
 	maxToken    = 64 << 10
 	maxUsername = 256
@@ -52,11 +52,13 @@ var algorithms = []jose.SignatureAlgorithm{
 
 // User is whom a token names.
 type User struct {
+	// Name in the spelling that everything compares (model.OIDC.User).
 	Name   string
 	Groups []string
-	// GroupsElsewhere says that the token leaves the groups out because they are too many, and points elsewhere for them:
-	// that a group isn't in Groups says nothing.
-	GroupsElsewhere bool
+	// GroupsProblem is why Groups are none, or not all: GroupsAbsent and so on, empty where they are read.
+	GroupsProblem string
+	// Expires is when the token does.
+	Expires time.Time
 	// SignedIn is when the token was issued, as far as it isn't in the future; zero where it doesn't say. User and groups
 	// are as of then.
 	SignedIn time.Time
@@ -67,18 +69,19 @@ type User struct {
 // maxClaim bounds a claim's value that Claims gives, in bytes.
 const maxClaim = 256
 
+// GroupsComplete says that a group that isn't in Groups is one that the user is not in.
+func (u User) GroupsComplete() bool {
+	return u.GroupsProblem == "" || u.GroupsProblem == GroupsAbsent
+}
+
 // Claims gives those of the token's claims that are texts or whole numbers, of the named ones.
 func (u User) Claims(names []string) map[string]string {
 	values := map[string]string{}
 	for _, name := range names {
+		raw := find(u.claims, name)
 		var text string
-		var number json.Number
-		switch raw := u.claims[name]; {
-		case raw == nil:
-			continue
-		case json.Unmarshal(raw, &text) == nil:
-		case json.Unmarshal(raw, &number) == nil:
-			text = number.String()
+		if json.Unmarshal(raw, &text) != nil {
+			text = wholeNumber(raw)
 		}
 		if text != "" && len(text) <= maxClaim {
 			values[name] = text
@@ -112,10 +115,12 @@ type keyring struct {
 	issuer string
 	ca     string
 	keys   []jose.JSONWebKey
-	doc    []byte    // the discovery document
-	heard  time.Time // when the keys were read
-	tried  time.Time // when they were last asked for
-	err    error     // of that attempt
+	// skipped are those that were told of.
+	skipped []string
+	doc     []byte    // the discovery document
+	heard   time.Time // when the keys were read
+	tried   time.Time // when they were last asked for
+	err     error     // of that attempt
 }
 
 // New makes a Validator. It asks nobody yet.
@@ -217,42 +222,22 @@ func user(t *gooidc.IDToken, cfg model.OIDC, now time.Time) (User, error) {
 	if raw, ok := claims["nbf"]; ok && json.Unmarshal(raw, &notBefore) == nil && now.Add(time.Minute).Before(time.Unix(int64(notBefore), 0)) {
 		return User{}, invalid(cfg, "it is not valid yet; compare the clocks")
 	}
-	u := User{claims: claims}
-	if json.Unmarshal(claims[cfg.UsernameClaim], &u.Name) != nil || u.Name == "" || len(u.Name) > maxUsername {
-		return User{}, invalid(cfg, "it has no claim %q, which names the user", cfg.UsernameClaim)
+	u := User{claims: claims, Expires: t.Expiry}
+	var name string
+	if json.Unmarshal(find(claims, cfg.UsernameClaim), &name) != nil || name == "" || len(name) > maxUsername {
+		return User{}, invalid(cfg, "it has no claim %q, which names the user; its claims are: %s", cfg.UsernameClaim, strings.Join(u.ClaimNames(), ", "))
 	}
-	// An address that the provider did not verify could be anybody's.
-	if raw, ok := claims["email_verified"]; ok && cfg.UsernameClaim == "email" {
-		var verified bool
-		if json.Unmarshal(raw, &verified) != nil || !verified {
-			return User{}, invalid(cfg, "the provider has not verified the address %q", u.Name)
-		}
+	u.Name = cfg.User(name)
+	// An address that the provider did not verify could be anybody's. Many providers (Entra ID, AD FS) never say: there an
+	// administrator gives out the addresses.
+	if raw, ok := claims["email_verified"]; ok && cfg.UsernameClaim == "email" && !isTrue(raw) {
+		return User{}, invalid(cfg, "the provider has not verified the address %q", u.Name)
 	}
-	if raw, ok := claims[cfg.GroupsClaim]; ok {
-		var one string
-		if json.Unmarshal(raw, &u.Groups) != nil && json.Unmarshal(raw, &one) == nil && one != "" {
-			u.Groups = []string{one}
-		}
-	} else {
-		u.GroupsElsewhere = elsewhere(claims, cfg.GroupsClaim)
-	}
+	u.Groups, u.GroupsProblem = readGroups(claims, cfg.GroupsClaim)
 	if u.SignedIn = t.IssuedAt; u.SignedIn.After(now) {
 		u.SignedIn = now.Truncate(time.Second)
 	}
 	return u, nil
-}
-
-// elsewhere says whether a token points elsewhere for a claim (OpenID Connect Core 1.0, section 5.6.2), or, as one of the
-// implicit flow of Entra ID, that there are groups too many for it.
-func elsewhere(claims map[string]json.RawMessage, claim string) bool {
-	var names map[string]json.RawMessage
-	if json.Unmarshal(claims["_claim_names"], &names) == nil {
-		if _, ok := names[claim]; ok {
-			return true
-		}
-	}
-	var many bool
-	return json.Unmarshal(claims["hasgroups"], &many) == nil && many
 }
 
 // keySet verifies signatures with the current keys of one issuer.
@@ -326,12 +311,15 @@ func (v *Validator) refresh(ctx context.Context, issuer string) keyring {
 	// Others wait for this answer too, so it does not end with the request that happened to ask.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), fetchTimeout)
 	defer cancel()
-	doc, keys, err := fetch(ctx, issuer, k.ca)
+	doc, set, err := fetch(ctx, issuer, k.ca)
 	k.tried, k.err = v.o.Now(), err
 	if err != nil {
 		v.o.Log.Warn("the identity provider does not answer", "issuer", issuer, "error", err, "lastHeard", k.heard)
 	} else {
-		k.doc, k.keys, k.heard = doc, keys, k.tried
+		if !slices.Equal(k.skipped, set.Skipped) && len(set.Skipped) > 0 {
+			v.o.Log.Info("the identity provider publishes keys that verify no signature here: they are skipped", "issuer", issuer, "keys", set.Skipped)
+		}
+		k.doc, k.keys, k.skipped, k.heard = doc, set.Keys, set.Skipped, k.tried
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -342,12 +330,12 @@ func (v *Validator) refresh(ctx context.Context, issuer string) keyring {
 }
 
 // fetch reads the provider's discovery document and the keys that it names.
-func fetch(ctx context.Context, issuer, ca string) (doc json.RawMessage, keys []jose.JSONWebKey, err error) {
+func fetch(ctx context.Context, issuer, ca string) (doc json.RawMessage, set jwks.Set, err error) {
 	tc := &tls.Config{MinVersion: tls.VersionTLS12}
 	if ca != "" {
 		tc.RootCAs = x509.NewCertPool()
 		if !tc.RootCAs.AppendCertsFromPEM([]byte(ca)) {
-			return nil, nil, errors.New("the CA bundle for the identity provider holds no certificate")
+			return nil, jwks.Set{}, errors.New("the CA bundle for the identity provider holds no certificate")
 		}
 	}
 	// One connection per look, minutes apart: none is worth keeping.
@@ -356,49 +344,20 @@ func fetch(ctx context.Context, issuer, ca string) (doc json.RawMessage, keys []
 	}}
 	p, err := gooidc.NewProvider(gooidc.ClientContext(ctx, client), issuer)
 	if err != nil {
-		return nil, nil, err
+		return nil, jwks.Set{}, err
 	}
 	var where idpurl.Endpoints
 	if err := errors.Join(p.Claims(&doc), p.Claims(&where)); err != nil {
-		return nil, nil, err
+		return nil, jwks.Set{}, err
 	}
 	if err := where.Check(issuer); err != nil {
-		return nil, nil, fmt.Errorf("the discovery document of %s is refused: %w", issuer, err)
+		return nil, jwks.Set{}, fmt.Errorf("the discovery document of %s is refused: %w", issuer, err)
 	}
 	if where.JWKS == "" {
-		return nil, nil, fmt.Errorf("the discovery document of %s names no keys (jwks_uri)", issuer)
+		return nil, jwks.Set{}, fmt.Errorf("the discovery document of %s names no keys (jwks_uri)", issuer)
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, where.JWKS, nil)
-	if err != nil {
-		return nil, nil, err
-	}
-	res, err := client.Do(req)
-	if err != nil {
-		return nil, nil, err
-	}
-	defer res.Body.Close()
-	if res.StatusCode != http.StatusOK {
-		return nil, nil, fmt.Errorf("%s answers %s", where.JWKS, res.Status)
-	}
-	var set struct {
-		Keys []json.RawMessage `json:"keys"`
-	}
-	if err := json.NewDecoder(io.LimitReader(res.Body, maxDocument)).Decode(&set); err != nil {
-		return nil, nil, fmt.Errorf("%s: %w", where.JWKS, err)
-	}
-	for _, raw := range set.Keys {
-		var k jose.JSONWebKey
-		if json.Unmarshal(raw, &k) != nil { // of a kind that isn't known here, beside those that sign
-			continue
-		}
-		if k.Use != "enc" && k.IsPublic() && k.Valid() {
-			keys = append(keys, k)
-		}
-	}
-	if len(keys) == 0 {
-		return nil, nil, fmt.Errorf("%s lists no key to verify signatures with", where.JWKS)
-	}
-	return doc, keys, nil
+	set, err = jwks.Fetch(ctx, client, where.JWKS)
+	return doc, set, err
 }
 
 func invalid(cfg model.OIDC, why string, args ...any) error {

@@ -1,6 +1,7 @@
 package oidc
 
 import (
+	"bytes"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -8,6 +9,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -319,8 +321,8 @@ func TestSignedIn(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			u, err := f.Validate(t.Context(), f.idp.token(f.claims(c.edit)))
-			if err != nil || !u.SignedIn.Equal(c.at) || u.GroupsElsewhere != c.elsewhere {
-				t.Errorf("got %v, %v, %v; want %v, %v", u.SignedIn, u.GroupsElsewhere, err, c.at, c.elsewhere)
+			if err != nil || !u.SignedIn.Equal(c.at) || !u.GroupsComplete() != c.elsewhere {
+				t.Errorf("got %v, %v, %v; want %v, %v", u.SignedIn, u.GroupsProblem, err, c.at, c.elsewhere)
 			}
 		})
 	}
@@ -363,8 +365,17 @@ func TestForeignKey(t *testing.T) {
 				}
 				old.ServeHTTP(w, r)
 			})
-			if _, err := f.Validate(t.Context(), f.idp.token(f.claims(nil))); err != nil {
-				t.Error(err)
+			var log bytes.Buffer
+			f.o.Log = slog.New(slog.NewTextHandler(&log, nil))
+			for range 3 {
+				if _, err := f.Validate(t.Context(), f.idp.token(f.claims(nil))); err != nil {
+					t.Error(err)
+				}
+				f.now = f.now.Add(retryAfter)
+				f.refresh(t.Context(), f.cfg.IssuerURL)
+			}
+			if n := strings.Count(log.String(), "they are skipped"); n != 1 {
+				t.Errorf("told %d times: %s", n, &log)
 			}
 		})
 	}

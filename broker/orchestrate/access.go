@@ -172,7 +172,7 @@ func (b *Orchestrator) endLostOnce(under map[string]*ending) {
 	}
 	there := map[string]bool{}
 	for _, s := range b.live.carried() {
-		h := holding{user: s.User, resource: s.Resource, ticket: s.TicketID, groups: s.Groups, since: s.SignedIn}
+		h := holding{user: ws.OIDC.User(s.User), resource: s.Resource, ticket: s.TicketID, groups: s.Groups, since: s.SignedIn}
 		if h.since.IsZero() {
 			h.since = s.IssuedAt
 		}

@@ -410,3 +410,32 @@ func TestEntryIsRefused(t *testing.T) {
 		t.Errorf("%s, %v", m.Data, err)
 	}
 }
+
+// Tickets and sessions of a broker that spelled users as their tokens do go on, as the same person's.
+func TestOlderSpelling(t *testing.T) {
+	w := newWorld(t, 1)
+	w.agent(0, "pool", "a", 2)
+	b := w.agent(0, "pool", "b", 2)
+	b.set(func() {
+		b.sessions = []bus.HostSession{{User: "Alice", State: bus.SessionDisconnected, Proof: w.proof("pool", "b", "Alice", nil)}}
+	})
+	gw := w.dial(0, identity.Gateway(ns, ws, "gw"))
+	older := w.ticket(func(c *ticket.Claims) { c.User = "Alice" })
+	if reply := connectVia(t, gw, request(older, nil)); reply.Host != "b" {
+		t.Errorf("got %+v, want the host with her own desktop", reply)
+	}
+	if asked := b.asked; len(asked) != 1 || asked[0].User != "alice" {
+		t.Errorf("the host was told %+v", asked)
+	}
+
+	pod := w.pod(0, b)
+	session := pod.connect(older)
+	eventually(t, "the session is reported", func() bool { return len(w.brokers[0].live.carried()) > 0 })
+	w.brokers[0].accessChanged()
+	time.Sleep(2 * endPause)
+	if got := pod.commands(session); len(got) > 0 {
+		t.Errorf("the session is ended: %+v", got)
+	}
+	w.revoke(model.Revocation{User: "alice"})
+	eventually(t, "it ends when she is disabled", func() bool { return len(pod.commands(session)) > 0 })
+}

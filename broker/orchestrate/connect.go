@@ -199,7 +199,7 @@ func (c *connect) assign(ctx context.Context, cand placement.Candidate) (mine bo
 	if err != nil {
 		return false, refusal.New(refusal.NoHost, "Host %s can't be assigned to you now: %v.", cand.Host, err)
 	}
-	return owner == c.claims.User, nil
+	return c.b.user(owner) == c.claims.User, nil
 }
 
 // authorise checks the ticket again, and against the Workspace as it is now.
@@ -218,6 +218,8 @@ func (c *connect) authorise() error {
 	if snap.Workspace == nil {
 		return refusal.New(refusal.BrokerAway, "Workspace %s does not exist, or its broker has not read it yet: try again in a moment.", o.Workspace)
 	}
+	c.claims.User = snap.Workspace.OIDC.User(claims.User) // an older broker's ticket has the token's spelling
+	claims = c.claims
 	h := holding{user: claims.User, resource: claims.Resource, ticket: claims.ID, groups: claims.Groups, since: claims.Since()}
 	if _, refused := b.lost(snap.Workspace, h); refused != nil {
 		return refused
@@ -242,7 +244,7 @@ func (c *connect) settleAccount(ctx context.Context) (err error) {
 	if pool == nil || pool.Accounts == nil {
 		return nil // place tells of a pool that is missing
 	}
-	c.account, err = c.b.accounts.Account(ctx, pool, accounts.Person{Name: c.claims.User, Claims: c.claims.Account})
+	c.account, err = c.b.accounts.Account(ctx, pool, accounts.Person{Name: c.claims.User, Claims: c.claims.Account, Spelling: c.b.user})
 	return err
 }
 

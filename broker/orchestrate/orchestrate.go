@@ -136,9 +136,18 @@ func New(o Options) *Orchestrator {
 		accounts: accounts.New(o.Writer, o.Now)}
 	b.standing, b.access = standing.New(o.Now), make(chan struct{}, 1)
 	b.live.proofs = proofSource{o.Namespace, o.Workspace, o.TicketKey}
+	b.live.spelling = b.user
 	b.live.refusedLogins = func(reason string, n uint64) { o.Metrics.LoginsRefused.WithLabelValues(reason).Add(float64(n)) }
 	b.status = newStatusWriter(b)
 	return b
+}
+
+// user gives the spelling of a user's name by which everything compares it.
+func (b *Orchestrator) user(name string) string {
+	if ws := b.o.Source.Snapshot().Workspace; ws != nil {
+		return ws.OIDC.User(name)
+	}
+	return name
 }
 
 // Start subscribes. Requests are answered from then on, until Drain or the end of ctx.

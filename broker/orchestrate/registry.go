@@ -23,6 +23,8 @@ type registry struct {
 
 	now    func() time.Time
 	proofs proofSource
+	// spelling gives the spelling of a user's name by which everything compares it.
+	spelling func(string) string
 
 	mu       sync.Mutex
 	hosts    map[hostKey]*liveHost
@@ -81,7 +83,7 @@ const maxBoots = 16
 const overtaken = time.Second
 
 func newRegistry(now func() time.Time) *registry {
-	return &registry{now: now, hosts: map[hostKey]*liveHost{}, gateways: map[gatewayKey]liveGateway{}, onTheWay: map[string]journey{}}
+	return &registry{now: now, spelling: func(name string) string { return name }, hosts: map[hostKey]*liveHost{}, gateways: map[gatewayKey]liveGateway{}, onTheWay: map[string]journey{}}
 }
 
 // host gives the entry of a host. mu is held.
@@ -284,7 +286,7 @@ func (r *registry) placementHosts(pool *model.Pool, hosts []poolHost) iter.Seq[p
 				if p.Ready && h.report.Logins != (pool.Accounts != nil) {
 					p.Ready, p.Message = false, otherLogin(pool)
 				}
-				p.Sessions, p.Reserved = h.taken(d.UID, now)
+				p.Sessions, p.Reserved = h.taken(d.UID, now, r.spelling)
 			}
 			if !yield(p) {
 				return
@@ -303,8 +305,8 @@ func otherLogin(pool *model.Pool) string {
 
 // taken gives the sessions that a host, whose SessionHost has this UID, reports or has accepted since, and those that it
 // is only being asked for.
-func (h *liveHost) taken(uid string, now time.Time) (sessions, reserved []placement.Session) {
-	sessions = slices.Clip(h.placementSessions(uid, now))
+func (h *liveHost) taken(uid string, now time.Time, spelling func(string) string) (sessions, reserved []placement.Session) {
+	sessions = slices.Clip(h.placementSessions(uid, now, spelling))
 	for id, p := range h.promises {
 		switch {
 		case now.After(p.until):

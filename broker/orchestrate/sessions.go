@@ -96,7 +96,7 @@ func (c checked) of(s *bus.HostSession, uid string) *proof.Claims {
 }
 
 // placementSessions gives the reported sessions as placement takes them. The registry's mu is held.
-func (h *liveHost) placementSessions(uid string, now time.Time) []placement.Session {
+func (h *liveHost) placementSessions(uid string, now time.Time, spelling func(string) string) []placement.Session {
 	if h.sessions != nil && h.madeFor == uid {
 		return h.sessions
 	}
@@ -105,7 +105,7 @@ func (h *liveHost) placementSessions(uid string, now time.Time) []placement.Sess
 		s := &h.report.Sessions[i]
 		one := placement.Session{Disconnected: s.State == bus.SessionDisconnected, Assumed: s.Assumed}
 		if p := h.proofs.of(s, uid); p != nil {
-			one.User, one.Sent = p.User, now.Sub(p.IssuedAt) < sentLately
+			one.User, one.Sent = spelling(p.User), now.Sub(p.IssuedAt) < sentLately
 		}
 		h.sessions = append(h.sessions, one)
 	}

@@ -169,7 +169,7 @@ func testRegistry(t *testing.T, now *time.Time) (r *registry, k hostKey, prove f
 func reported(r *registry, k hostKey, uid string) []placement.Session {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	sessions, _ := r.host(k).taken(uid, r.now())
+	sessions, _ := r.host(k).taken(uid, r.now(), r.spelling)
 	return sessions
 }
 

@@ -3,6 +3,7 @@
 package traces
 
 import (
+	"cmp"
 	"encoding/json"
 	"regexp"
 	"slices"
@@ -38,9 +39,14 @@ type Store struct {
 }
 
 type activity struct {
-	user   string
-	events []trace.Event
+	user    string
+	claimed string // whose it is by a gateway's word, where no broker has said
+	addr    string // of the client, where nobody knows whose it is
+	events  []trace.Event
 }
+
+// owner is whose the activity is, as far as anybody knows.
+func (a *activity) owner() string { return cmp.Or(a.user, a.claimed) }
 
 // New makes an empty store.
 func New() *Store { return &Store{activities: map[string]*activity{}} }
@@ -56,17 +62,19 @@ func (s *Store) Subscribe(nc *nats.Conn) error {
 	return err
 }
 
-// Hear takes in an event from a subject, which says whose it is: only brokers are believed on whose the activity is,
-// and agents and gateways speak for themselves alone.
+// Hear takes in an event from a subject, which says whose it is. Brokers are believed on whose the activity is; a gateway,
+// which has seen a ticket that no broker has, until a broker says otherwise. Agents and gateways speak for themselves alone.
 func (s *Store) Hear(subject string, e trace.Event) {
 	parts := strings.Split(strings.TrimPrefix(subject, "rdv.trace."), ".")
+	claimed := ""
 	switch {
 	case parts[0] == "broker":
+		e.ClientAddr = ""
 	case parts[0] == "agent" && len(parts) == 3:
-		e.User = ""
+		e.User, e.ClientAddr = "", ""
 		e.Component = "agent/" + parts[2]
 	case parts[0] == "gateway" && len(parts) == 2:
-		e.User = ""
+		claimed, e.User = e.User, ""
 		// The relay has no voice on the bus; its gateway speaks for it.
 		if !ofGateway(e.Component) {
 			e.Component = "gateway/" + parts[1]
@@ -74,7 +82,7 @@ func (s *Store) Hear(subject string, e trace.Event) {
 	default:
 		return
 	}
-	s.add(e)
+	s.add(e, claimed)
 }
 
 func ofGateway(component string) bool {
@@ -82,16 +90,20 @@ func ofGateway(component string) bool {
 	return role == "gateway" || role == "relay"
 }
 
-func (s *Store) add(e trace.Event) {
+func (s *Store) add(e trace.Event, claimed string) {
 	if !IsActivity(e.ActivityID) || e.Step < 0 || e.Step >= len(trace.Titles) {
 		return
 	}
-	e.Component, e.Detail, e.Error = clip(e.Component), clip(e.Detail), clip(e.Error)
+	e.Component, e.Detail, e.Error, e.ClientAddr = clip(e.Component), clip(e.Detail), clip(e.Error), clip(e.ClientAddr)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	a := s.activities[e.ActivityID]
+	// A stranger chooses the activity's id: he adds nothing to somebody's.
+	if e.ClientAddr != "" && a != nil && (a.user != "" || a.claimed != "") {
+		return
+	}
 	if a == nil {
-		a = &activity{}
+		a = &activity{addr: e.ClientAddr}
 		s.activities[e.ActivityID] = a
 		if e.User == "" {
 			s.unowned = s.push(s.unowned, maxUnowned, e.ActivityID, func(a *activity) bool { return a.user == "" })
@@ -100,6 +112,9 @@ func (s *Store) add(e trace.Event) {
 	if a.user == "" && e.User != "" {
 		a.user = e.User
 		s.owned = s.push(s.owned, maxActivities, e.ActivityID, func(*activity) bool { return true })
+	}
+	if a.claimed == "" {
+		a.claimed = claimed
 	}
 	if len(a.events) < maxEvents {
 		a.events = append(a.events, e)
@@ -122,12 +137,43 @@ func (s *Store) Get(id, user string) ([]trace.Event, bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	a := s.activities[id]
-	if a == nil || user == "" || a.user != user {
+	if a == nil || user == "" || a.owner() != user {
 		return nil, false
 	}
+	return a.sorted(), true
+}
+
+func (a *activity) sorted() []trace.Event {
 	events := slices.Clone(a.events)
 	slices.SortStableFunc(events, func(a, b trace.Event) int { return a.At.Compare(b.At) })
-	return events, true
+	return events
+}
+
+// List sums up a user's activities, the latest first, at most so many; with them those of clients at addr, where it is
+// given, that gateways refused before they knew whose they are.
+func (s *Store) List(user, addr string, most int) []trace.Summary {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	list := []trace.Summary{}
+	for id, a := range s.activities {
+		mine := user != "" && a.owner() == user
+		anonymous := a.owner() == "" && a.addr != "" && a.addr == addr
+		if !mine && !anonymous || len(a.events) == 0 {
+			continue
+		}
+		events := a.sorted()
+		last := events[len(events)-1]
+		for _, e := range events {
+			if e.Error != "" {
+				last = e
+			}
+		}
+		list = append(list, trace.Summary{ActivityID: id, At: events[0].At, Step: last.Step, Error: last.Error, Detail: last.Detail, Anonymous: anonymous})
+	}
+	slices.SortFunc(list, func(a, b trace.Summary) int {
+		return cmp.Or(b.At.Compare(a.At), strings.Compare(a.ActivityID, b.ActivityID))
+	})
+	return list[:min(len(list), most)]
 }
 
 // MayAdd says whether a user may add own steps to an activity: to the user's own, or to a new one.
@@ -135,7 +181,7 @@ func (s *Store) MayAdd(id, user string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	a := s.activities[id]
-	return a == nil || a.user == "" || a.user == user
+	return a == nil || a.owner() == "" || a.owner() == user
 }
 
 func clip(s string) string {

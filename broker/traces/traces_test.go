@@ -107,3 +107,62 @@ func TestOrder(t *testing.T) {
 		}
 	}
 }
+
+// A gateway has seen tickets that no broker has: it is believed on whose an activity is while no broker says otherwise.
+func TestGatewaysWord(t *testing.T) {
+	s := New()
+	s.Hear("rdv.trace.gateway.g", event(1, "alice"))
+	if _, ok := s.Get(id(1), "alice"); !ok {
+		t.Error("alice doesn't find what the gateway refused")
+	}
+	s.Hear("rdv.trace.gateway.g", event(1, "mallory"))
+	if _, ok := s.Get(id(1), "mallory"); ok || s.MayAdd(id(1), "mallory") {
+		t.Error("the activity became another's")
+	}
+	s.Hear(fromBroker, event(1, "bob"))
+	if _, ok := s.Get(id(1), "bob"); !ok {
+		t.Error("a broker is not believed")
+	}
+	if _, ok := s.Get(id(1), "alice"); ok {
+		t.Error("two owners")
+	}
+}
+
+func TestList(t *testing.T) {
+	s := New()
+	refused := event(2, "")
+	refused.Error, refused.Detail, refused.Step = "ticket-expired", "expired", trace.StepAdmit
+	s.Hear(fromBroker, event(1, "alice"))
+	s.Hear("rdv.trace.gateway.g", refused)
+	refused.User = "alice"
+	s.Hear("rdv.trace.gateway.g", refused)
+	s.Hear(fromBroker, event(3, "bob"))
+	stranger := event(4, "")
+	stranger.Error, stranger.ClientAddr = "protocol-error", "192.0.2.7"
+	s.Hear("rdv.trace.gateway.g", stranger)
+	s.Hear("rdv.trace.agent.p.h", trace.Event{ActivityID: id(5), ClientAddr: "192.0.2.7", Error: "x", At: time.Unix(5, 0)})
+	stranger.ActivityID = id(1)
+	s.Hear("rdv.trace.gateway.g", stranger) // under an id that is alice's
+	show := func(list []trace.Summary) (got []string) {
+		for _, a := range list {
+			got = append(got, fmt.Sprint(a.At.Unix(), a.Error, a.Anonymous))
+		}
+		return got
+	}
+	for _, c := range []struct {
+		user, addr string
+		most       int
+		want       string
+	}{
+		{"alice", "", 9, "[2ticket-expiredfalse 1false]"},
+		{"alice", "192.0.2.7", 9, "[4protocol-errortrue 2ticket-expiredfalse 1false]"},
+		{"alice", "192.0.2.7", 2, "[4protocol-errortrue 2ticket-expiredfalse]"},
+		{"alice", "192.0.2.8", 1, "[2ticket-expiredfalse]"},
+		{"bob", "", 9, "[3false]"},
+		{"", "", 9, "[]"},
+	} {
+		if got := fmt.Sprint(show(s.List(c.user, c.addr, c.most))); got != c.want {
+			t.Errorf("%q at %q: %s, want %s", c.user, c.addr, got, c.want)
+		}
+	}
+}

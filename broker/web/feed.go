@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"mime"
 	"net/http"
+	"net/netip"
 	"slices"
 	"strings"
 
@@ -71,7 +72,7 @@ func (a *api) resources(w http.ResponseWriter, r *request) error {
 	if err != nil {
 		return err
 	}
-	answer := brokerapi.Resources{User: r.user.Name, Resources: []brokerapi.Resource{}, Gateways: []brokerapi.Gateway{}}
+	answer := brokerapi.Resources{User: r.user.Name, Notice: groupsNotice(snap.Workspace, r), Resources: []brokerapi.Resource{}, Gateways: []brokerapi.Gateway{}}
 	for _, res := range granted(snap.Workspace, r) {
 		account := ""
 		if pool := snap.Pools[res.Pool]; pool != nil && pool.Accounts != nil {
@@ -89,6 +90,31 @@ func (a *api) resources(w http.ResponseWriter, r *request) error {
 				Name: g.Name, Region: g.Region, Hostname: g.Hostname, Port: g.Port, PingPath: pingPath, Connections: connections[g.Name],
 			})
 		}
+	}
+	return writeJSON(w, http.StatusOK, answer)
+}
+
+// whoAmI answers the token as it is read here: the user, the groups, and the account on the hosts of each resource.
+func (a *api) whoAmI(w http.ResponseWriter, r *request) error {
+	snap, err := a.declared()
+	if err != nil {
+		return err
+	}
+	o := snap.Workspace.OIDC
+	answer := brokerapi.Identity{
+		User: r.user.Name, UserClaim: o.UsernameClaim, Groups: r.user.Groups, GroupsClaim: o.GroupsClaim, GroupsNotice: groupsNotice(snap.Workspace, r),
+		Claims: r.user.ClaimNames(), SignedIn: r.user.SignedIn, Expires: r.user.Expires, Resources: []brokerapi.IdentityResource{},
+	}
+	for _, res := range granted(snap.Workspace, r) {
+		one := brokerapi.IdentityResource{Name: res.Name, HostPool: res.Pool}
+		if pool := snap.Pools[res.Pool]; pool == nil {
+			one.Problem = fmt.Sprintf("HostPool %s does not exist", res.Pool)
+		} else if pool.Accounts != nil {
+			if one.Account, err = accounts.Name(pool, accounts.Person{Name: r.user.Name, Claims: r.user.Claims(pool.Accounts.Claims())}); err != nil {
+				one.Problem = refusal.From(err).Message
+			}
+		}
+		answer.Resources = append(answer.Resources, one)
 	}
 	return writeJSON(w, http.StatusOK, answer)
 }
@@ -130,7 +156,11 @@ func (a *api) file(w http.ResponseWriter, r *request) error {
 	case res == nil || !isRDP && !isPNG:
 		return refusal.New(refusal.UnknownResource, "Workspace %s has no resource %q: `rdv list` shows what there is.", a.o.Workspace, name)
 	case !res.Grants(r.user.Name, r.user.Groups):
-		return refusal.New(refusal.NotGranted, "%s may not use %q: ask an administrator of workspace %s to name you, or a group of yours, in the resource's access.", r.user.Name, name, a.o.Workspace)
+		notice := ""
+		if len(res.Groups) > 0 {
+			notice = groupsNotice(snap.Workspace, r)
+		}
+		return refusal.New(refusal.NotGranted, "%s", strings.TrimSpace(fmt.Sprintf("%s may not use %q: ask an administrator of workspace %s to name you, or a group of yours, in the resource's access. %s", r.user.Name, name, a.o.Workspace, notice)))
 	case isPNG && len(res.Icon) == 0:
 		return refusal.New(refusal.UnknownResource, "Resource %q has no icon.", name)
 	case isPNG:
@@ -236,6 +266,18 @@ func (a *api) activity(w http.ResponseWriter, r *request) error {
 		return refusal.New(refusal.UnknownResource, "There is no activity %s of yours here. Brokers remember the latest few thousand since they started.", cmp.Or(id, "?"))
 	}
 	return writeJSON(w, http.StatusOK, events)
+}
+
+// maxListed bounds a list of activities.
+const maxListed = 50
+
+// activities lists the user's latest connects, and what gateways refused at the user's address without knowing whose it is.
+func (a *api) activities(w http.ResponseWriter, r *request) error {
+	addr := ""
+	if from, err := netip.ParseAddrPort(r.RemoteAddr); err == nil {
+		addr = from.Addr().Unmap().String()
+	}
+	return writeJSON(w, http.StatusOK, a.o.Traces.List(r.user.Name, addr, maxListed))
 }
 
 // addToActivity takes a client's own steps. They are its word: whose they are and that rdv says so is ours.

@@ -14,6 +14,7 @@ import (
 	"net/http"
 	"runtime/debug"
 	"strings"
+	"sync"
 	"time"
 
 	"rendezvous.dev/rendezvous/broker/enrol"
@@ -84,7 +85,12 @@ type Options struct {
 	Metrics *metrics.Metrics
 }
 
-type api struct{ o Options }
+type api struct {
+	o Options
+
+	mu    sync.Mutex
+	noted map[string]time.Time // when a problem with groups was last logged
+}
 
 // Server makes the HTTP server; the caller gives it its listener.
 func Server(o Options, tlsConfig *tls.Config) *http.Server {
@@ -108,14 +114,16 @@ func Handler(o Options) http.Handler {
 	if o.Metrics == nil {
 		o.Metrics = metrics.New(nil)
 	}
-	a := &api{o}
+	a := &api{o: o}
 	mux := http.NewServeMux()
 	for pattern, h := range map[string]handler{
 		"GET " + brokerapi.PathWorkspace:             a.workspace,
 		"GET " + brokerapi.PathResources:             a.signedIn(a.resources),
 		"GET " + brokerapi.PathResources + "/{file}": a.signedIn(a.file),
+		"GET " + brokerapi.PathWhoAmI:                a.signedIn(a.whoAmI),
 		"GET " + brokerapi.PathWebFeed:               a.signedIn(a.webFeed),
 		"GET " + brokerapi.PathActivities + "{id}":   a.signedIn(a.activity),
+		"GET " + brokerapi.PathActivities + "{$}":    a.signedIn(a.activities),
 		"POST " + brokerapi.PathActivities + "{id}":  a.signedIn(a.addToActivity),
 		"GET /{tenant}" + brokerapi.PathDiscovery:    a.discovery,
 		"GET " + brokerapi.PathEnroll:                a.preEnroll,
@@ -219,6 +227,7 @@ func (a *api) signedIn(h handler) handler {
 			return err // nobody's activity, so it is told to this client alone
 		}
 		r.user = user
+		a.noteGroups(r)
 		if err := a.stillUser(r); err != nil {
 			return err
 		}
@@ -227,6 +236,35 @@ func (a *api) signedIn(h handler) handler {
 		}
 		return h(w, r)
 	}
+}
+
+// noteGroups counts and, once a minute and reason, logs that groups can't be read where grants go by groups.
+func (a *api) noteGroups(r *request) {
+	problem := r.user.GroupsProblem
+	ws := a.o.Source.Snapshot().Workspace
+	if problem == "" || ws == nil || !ws.GrantsGroups() {
+		return
+	}
+	a.o.Metrics.GroupsUnread.WithLabelValues(problem).Inc()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.noted == nil {
+		a.noted = map[string]time.Time{}
+	}
+	if r.begin.Sub(a.noted[problem]) < time.Minute {
+		return
+	}
+	a.noted[problem] = r.begin
+	a.o.Log.Warn("a user's groups can't be read from the token", "activity", r.activity, "user", r.user.Name, "reason", problem,
+		"groupsClaim", ws.OIDC.GroupsClaim, "claims", r.user.ClaimNames())
+}
+
+// groupsNotice tells the user of it, where grants go by groups.
+func groupsNotice(ws *model.Workspace, r *request) string {
+	if !ws.GrantsGroups() {
+		return ""
+	}
+	return r.user.GroupsNotice(ws.OIDC)
 }
 
 // stillUser refuses a user whose token was taken back, and leaves of the user's groups those that later tokens have.
@@ -242,7 +280,7 @@ func (a *api) stillUser(r *request) error {
 		}
 	}
 	if a.o.Access != nil {
-		r.user.Groups = a.o.Access.SignedIn(r.user.Name, r.user.SignedIn, r.user.Groups, !r.user.GroupsElsewhere)
+		r.user.Groups = a.o.Access.SignedIn(r.user.Name, r.user.SignedIn, r.user.Groups, r.user.GroupsComplete())
 	}
 	return nil
 }

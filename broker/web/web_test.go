@@ -26,8 +26,11 @@ import (
 	"time"
 	"unicode/utf16"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"rendezvous.dev/rendezvous/broker/enrol"
 	"rendezvous.dev/rendezvous/broker/internal/fake"
+	"rendezvous.dev/rendezvous/broker/metrics"
 	"rendezvous.dev/rendezvous/broker/model"
 	"rendezvous.dev/rendezvous/broker/oidc"
 	"rendezvous.dev/rendezvous/broker/traces"
@@ -50,7 +53,11 @@ type people map[string][]string
 func (p people) Validate(_ context.Context, token string) (oidc.User, error) {
 	switch groups, ok := p[token]; {
 	case ok:
-		return oidc.User{Name: token, Groups: groups, SignedIn: now.Add(-time.Minute)}, nil
+		u := oidc.User{Name: token, Groups: groups, SignedIn: now.Add(-time.Minute)}
+		if token == "carol" {
+			u.GroupsProblem = oidc.GroupsAbsent
+		}
+		return u, nil
 	case token == "":
 		return oidc.User{}, refusal.New(refusal.TokenMissing, "sign in")
 	case token == "panic":
@@ -86,10 +93,11 @@ type fixture struct {
 	token   string
 	people  people
 	log     bytes.Buffer
+	metrics *prometheus.Registry
 }
 
 func setUp(t *testing.T) *fixture {
-	f := &fixture{t: t, lapsed: lapsed{}, traces: traces.New(), load: map[string]int32{"a": 5, "b": 2, "c": 0}, people: people{"alice": {"engineers", "x"}, "bob": nil, "carol": nil}}
+	f := &fixture{t: t, metrics: prometheus.NewRegistry(), lapsed: lapsed{}, traces: traces.New(), load: map[string]int32{"a": 5, "b": 2, "c": 0}, people: people{"alice": {"engineers", "x"}, "bob": nil, "carol": nil}}
 	f.token = "rdvreg.ns.linux.-." + base64.RawURLEncoding.EncodeToString(make([]byte, 32))
 	hash := sha256.Sum256([]byte(f.token))
 	f.world = fake.New(&model.Snapshot{
@@ -132,7 +140,7 @@ func setUp(t *testing.T) *fixture {
 		Gateways:  loads{f},
 		Access:    f.lapsed,
 		TicketKey: func() (ed25519.PrivateKey, error) { return f.key, nil },
-		Signer:    func() *tls.Certificate { return signer }, Now: clock, Log: slog.New(slog.NewTextHandler(&f.log, nil)),
+		Signer:    func() *tls.Certificate { return signer }, Now: clock, Log: slog.New(slog.NewTextHandler(&f.log, nil)), Metrics: metrics.New(f.metrics),
 	})
 	return f
 }
@@ -464,6 +472,105 @@ func TestRefusals(t *testing.T) {
 				t.Error("no WWW-Authenticate")
 			}
 		})
+	}
+}
+
+// The token as the workspace reads it.
+func TestWhoAmI(t *testing.T) {
+	f := setUp(t)
+	f.world.Edit(func(s *model.Snapshot) {
+		ws, pool := *s.Workspace, *s.Pools["linux"]
+		ws.OIDC.UsernameClaim, ws.OIDC.GroupsClaim = "email", "realm_access.roles"
+		pool.Accounts = &model.Accounts{Create: true}
+		s.Workspace, s.Pools = &ws, map[string]*model.Pool{"linux": &pool}
+	})
+	var alice, bob, carol brokerapi.Identity
+	f.get(brokerapi.PathWhoAmI, "alice", &alice)
+	if alice.User != "alice" || alice.UserClaim != "email" || alice.GroupsClaim != "realm_access.roles" || !slices.Equal(alice.Groups, []string{"engineers", "x"}) ||
+		alice.GroupsNotice != "" || !alice.SignedIn.Equal(now.Add(-time.Minute)) || !slices.Equal(alice.Resources, []brokerapi.IdentityResource{{Name: "desk", HostPool: "linux", Account: "alice"}}) {
+		t.Errorf("alice: %+v", alice)
+	}
+	f.get(brokerapi.PathWhoAmI, "bob", &bob)
+	if len(bob.Resources) != 2 || bob.Resources[0].Account != "bob" || !strings.Contains(bob.Resources[1].Problem, "HostPool none does not exist") {
+		t.Errorf("bob: %+v", bob)
+	}
+	f.get(brokerapi.PathWhoAmI, "carol", &carol)
+	if !strings.Contains(carol.GroupsNotice, `no claim "realm_access.roles"`) {
+		t.Errorf("carol: %+v", carol)
+	}
+	if w := f.do("GET", brokerapi.PathWhoAmI, "", ""); w.Code != http.StatusUnauthorized {
+		t.Errorf("nobody: %d", w.Code)
+	}
+}
+
+// Where groups can't be read, refusal, list, log and metric say so, and which claims there are.
+func TestGroupsThatCannotBeRead(t *testing.T) {
+	f := setUp(t)
+	f.world.Edit(func(s *model.Snapshot) {
+		ws := *s.Workspace
+		ws.OIDC.GroupsClaim = "groups"
+		s.Workspace = &ws
+	})
+	const says = `your token has no claim \"groups\"`
+	if w := f.do("GET", brokerapi.PathResources, "carol", ""); !strings.Contains(w.Body.String(), says) {
+		t.Errorf("the list says %s", w.Body)
+	}
+	if w := f.do("GET", brokerapi.PathResources+"/desk.rdp", "carol", ""); w.Code != http.StatusForbidden || !strings.Contains(w.Body.String(), says) {
+		t.Errorf("the refusal says %s", w.Body)
+	}
+	if w := f.do("GET", brokerapi.PathResources+"/own.rdp", "carol", ""); strings.Contains(w.Body.String(), says) {
+		t.Errorf("no group grants this one, and the refusal says %s", w.Body)
+	}
+	if w := f.do("GET", brokerapi.PathResources, "alice", ""); strings.Contains(w.Body.String(), "notice") {
+		t.Errorf("alice is told %s", w.Body)
+	}
+	if n := strings.Count(f.log.String(), "a user's groups can't be read from the token"); n != 1 {
+		t.Errorf("logged %d times in a minute: %s", n, &f.log)
+	}
+	counted := 0.
+	families, _ := f.metrics.Gather()
+	for _, family := range families {
+		if family.GetName() == "rendezvous_broker_groups_unread_total" {
+			counted = family.Metric[0].Counter.GetValue()
+		}
+	}
+	if counted != 3 {
+		t.Errorf("counted %v, want 3", counted)
+	}
+	f.world.Edit(func(s *model.Snapshot) {
+		ws := *s.Workspace
+		ws.Resources = slices.Clone(ws.Resources)
+		ws.Resources[0].Groups = nil
+		s.Workspace = &ws
+	})
+	if w := f.do("GET", brokerapi.PathResources, "carol", ""); strings.Contains(w.Body.String(), "notice") {
+		t.Errorf("nothing goes by groups, and the list says %s", w.Body)
+	}
+}
+
+// A user finds what was refused without knowing its id: the user's own, and what a gateway refused at the user's address.
+func TestActivities(t *testing.T) {
+	f := setUp(t)
+	hear := func(id int, e trace.Event) {
+		e.ActivityID = fmt.Sprintf("00000000-0000-4000-8000-%012d", id)
+		e.At, e.Step, e.Component = now.Add(time.Duration(id)*time.Second), trace.StepAdmit, "relay/x"
+		f.traces.Hear("rdv.trace.gateway.a", e)
+	}
+	hear(1, trace.Event{User: "alice", Error: "ticket-expired", Detail: "expired"})
+	hear(2, trace.Event{User: "bob", Error: "ticket-expired"})
+	hear(3, trace.Event{Error: "protocol-error", ClientAddr: "192.0.2.1"}) // httptest's
+	hear(4, trace.Event{Error: "protocol-error", ClientAddr: "192.0.2.2"})
+	var list []trace.Summary
+	f.get(brokerapi.PathActivities, "alice", &list)
+	want := []trace.Summary{
+		{ActivityID: "00000000-0000-4000-8000-000000000003", At: now.Add(3 * time.Second), Step: trace.StepAdmit, Error: "protocol-error", Anonymous: true},
+		{ActivityID: activity, At: now.Add(time.Second), Step: trace.StepAdmit, Error: "ticket-expired", Detail: "expired"},
+	}
+	if !slices.Equal(list, want) {
+		t.Errorf("got %+v, want %+v", list, want)
+	}
+	if w := f.do("GET", brokerapi.PathActivities, "", ""); w.Code != http.StatusUnauthorized {
+		t.Errorf("without a token: %d", w.Code)
 	}
 }
 

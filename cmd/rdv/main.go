@@ -47,7 +47,7 @@ func command() *cobra.Command {
 		},
 	}
 	root.PersistentFlags().StringVarP(&c.Workspace, "workspace", "w", "", "workspace to use, by name, host or URL (default: the one signed in to last)")
-	root.AddCommand(loginCommand(c), logoutCommand(c), listCommand(c), gatewaysCommand(c), connectCommand(c), explainCommand(c), versionCommand())
+	root.AddCommand(loginCommand(c), logoutCommand(c), listCommand(c), whoAmICommand(c), gatewaysCommand(c), connectCommand(c), explainCommand(c), versionCommand())
 	return root
 }
 
@@ -58,11 +58,16 @@ func loginCommand(c *client.Client) *cobra.Command {
 		Long: "Sign in at the workspace's identity provider, in a browser. The page to open is printed alone on one line of\nstandard output.",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			o.URL = args[0]
+			if o.RedirectPort < 0 || o.RedirectPort > 65535 {
+				return fmt.Errorf("--redirect-port %d: it is a port, 1 to 65535", o.RedirectPort)
+			}
 			return c.Login(cmd.Context(), o)
 		},
 	}
 	cmd.Flags().StringVar(&o.CAFile, "ca-file", "", "PEM file of a CA to trust for this workspace, its gateways and desktops, besides the machine's own")
 	cmd.Flags().BoolVar(&o.Device, "device", false, "sign in on another device")
+	cmd.Flags().IntVar(&o.RedirectPort, "redirect-port", 0, "loopback port that the provider knows the redirect URI by, http://localhost:PORT/callback (default: any free one, or that of the last login)")
+	cmd.Flags().StringVar(&o.SecretFile, "client-secret-file", "", "file with the client's secret, for providers that know no public clients; kept with the sign-in")
 	cmd.Flags().BoolVar(&o.NoBrowser, "no-browser", false, "print the page's address and open nothing")
 	return cmd
 }
@@ -84,6 +89,22 @@ func listCommand(c *client.Client) *cobra.Command {
 				return err
 			}
 			return c.List(cmd.Context(), asJSON)
+		},
+	}
+	addOutput(cmd, &output)
+	return cmd
+}
+
+func whoAmICommand(c *client.Client) *cobra.Command {
+	var output string
+	cmd := &cobra.Command{
+		Use: "whoami", Short: "Show who you are to the workspace: user, groups, accounts, and the claims they are read from", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			asJSON, err := isJSON(output)
+			if err != nil {
+				return err
+			}
+			return c.WhoAmI(cmd.Context(), asJSON)
 		},
 	}
 	addOutput(cmd, &output)
@@ -128,16 +149,25 @@ func connectCommand(c *client.Client) *cobra.Command {
 
 func explainCommand(c *client.Client) *cobra.Command {
 	var output string
+	var last bool
 	cmd := &cobra.Command{
-		Use: "explain ACTIVITY-ID", Short: "Show what happened in a connect, step by step", Args: cobra.ExactArgs(1),
+		Use: "explain [ACTIVITY-ID]", Short: "Show what happened in a connect, step by step; without an id, list the latest ones", Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			asJSON, err := isJSON(output)
-			if err != nil {
+			switch {
+			case err != nil:
 				return err
+			case last && len(args) > 0:
+				return fmt.Errorf("%q: an activity id or --last, not both", args[0])
+			case last:
+				return c.ExplainLast(cmd.Context(), asJSON)
+			case len(args) == 0:
+				return c.Recent(cmd.Context(), asJSON)
 			}
 			return c.Explain(cmd.Context(), args[0], asJSON)
 		},
 	}
+	cmd.Flags().BoolVar(&last, "last", false, "the latest connect")
 	addOutput(cmd, &output)
 	return cmd
 }

@@ -1321,7 +1321,10 @@ type Step struct {
 	DurationMicros int64                  `protobuf:"varint,6,opt,name=duration_micros,json=durationMicros,proto3" json:"duration_micros,omitempty"`
 	Detail         string                 `protobuf:"bytes,7,opt,name=detail,proto3" json:"detail,omitempty"`
 	// error is the refusal's code where the connect ended here.
-	Error         string `protobuf:"bytes,8,opt,name=error,proto3" json:"error,omitempty"`
+	Error string `protobuf:"bytes,8,opt,name=error,proto3" json:"error,omitempty"`
+	// client_addr is the IP address of a client that was refused before its ticket was known to be good, where it is the
+	// client's own: whoever comes to the feed from there may see the refusal. The activity id may be the client's word.
+	ClientAddr    string `protobuf:"bytes,9,opt,name=client_addr,json=clientAddr,proto3" json:"client_addr,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1408,6 +1411,13 @@ func (x *Step) GetDetail() string {
 func (x *Step) GetError() string {
 	if x != nil {
 		return x.Error
+	}
+	return ""
+}
+
+func (x *Step) GetClientAddr() string {
+	if x != nil {
+		return x.ClientAddr
 	}
 	return ""
 }
@@ -1635,7 +1645,7 @@ const file_admission_proto_rawDesc = "" +
 	"\asession\x18\x01 \x01(\v2 .rendezvous.admission.v1.SessionR\asession\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\"B\n" +
 	"\bDraining\x126\n" +
-	"\bdeadline\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\bdeadline\"\xf0\x01\n" +
+	"\bdeadline\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\bdeadline\"\x91\x02\n" +
 	"\x04Step\x12\x1f\n" +
 	"\vactivity_id\x18\x01 \x01(\tR\n" +
 	"activityId\x12\x1c\n" +
@@ -1645,7 +1655,9 @@ const file_admission_proto_rawDesc = "" +
 	"\x02at\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12'\n" +
 	"\x0fduration_micros\x18\x06 \x01(\x03R\x0edurationMicros\x12\x16\n" +
 	"\x06detail\x18\a \x01(\tR\x06detail\x12\x14\n" +
-	"\x05error\x18\b \x01(\tR\x05error\"K\n" +
+	"\x05error\x18\b \x01(\tR\x05error\x12\x1f\n" +
+	"\vclient_addr\x18\t \x01(\tR\n" +
+	"clientAddr\"K\n" +
 	"\fRelayCommand\x120\n" +
 	"\x03end\x18\x01 \x01(\v2\x1c.rendezvous.admission.v1.EndH\x00R\x03endB\t\n" +
 	"\acommand\"<\n" +

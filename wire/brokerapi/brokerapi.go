@@ -2,9 +2,11 @@
 //
 //	GET  /api/v1/workspace                    Workspace; no sign-in: where to sign in
 //	GET  /api/v1/resources                    Resources; bearer token
+//	GET  /api/v1/whoami                       Identity: the token as the workspace reads it; bearer token
 //	GET  /api/v1/resources/NAME.rdp           a signed .rdp file; bearer token; ?gateway=NAME ?activity=GUID ?form=arm
 //	GET  /RDWeb/Feed/webfeed.aspx             the same list as MS-TSWP XML; bearer token
 //	GET  /api/v1/activities/ID                []trace.Event; bearer token of the activity's user
+//	GET  /api/v1/activities/                  []trace.Summary, the latest first; bearer token
 //	POST /api/v1/activities/ID                []trace.Event from rdv, for its own steps; bearer token
 //	GET  /TENANT/v2.0/.well-known/openid-configuration   the identity provider's discovery document, for FreeRDP's type:arm
 //	POST /api/v1/enroll                       EnrollRequest -> EnrollResponse; the registration token is the credential
@@ -12,12 +14,17 @@
 // A refusal is the fitting HTTP status with {"error": refusal.Error}. Every answer carries the header Activity-Id.
 package brokerapi
 
-import "rendezvous.dev/rendezvous/wire/refusal"
+import (
+	"time"
+
+	"rendezvous.dev/rendezvous/wire/refusal"
+)
 
 // Paths.
 const (
 	PathWorkspace  = "/api/v1/workspace"
 	PathResources  = "/api/v1/resources"
+	PathWhoAmI     = "/api/v1/whoami"
 	PathWebFeed    = "/RDWeb/Feed/webfeed.aspx"
 	PathActivities = "/api/v1/activities/"
 	PathEnroll     = "/api/v1/enroll"
@@ -52,6 +59,34 @@ type Resources struct {
 	User      string     `json:"user"`
 	Resources []Resource `json:"resources"`
 	Gateways  []Gateway  `json:"gateways"`
+	// Notice is for the user, where something about the sign-in is not as it should be.
+	Notice string `json:"notice,omitempty"`
+}
+
+// Identity is a user's token as the workspace reads it.
+type Identity struct {
+	// User is the name in grants, tickets and assignments, from the claim UserClaim.
+	User      string   `json:"user"`
+	UserClaim string   `json:"userClaim"`
+	Groups    []string `json:"groups"`
+	// GroupsClaim is where groups are read from; GroupsNotice says why there are none, or not all.
+	GroupsClaim  string `json:"groupsClaim"`
+	GroupsNotice string `json:"groupsNotice,omitempty"`
+	// Claims are the names of what is in the token.
+	Claims   []string  `json:"claims"`
+	SignedIn time.Time `json:"signedIn,omitzero"`
+	Expires  time.Time `json:"expires,omitzero"`
+	// Resources are those that the user may use.
+	Resources []IdentityResource `json:"resources"`
+}
+
+// IdentityResource is who the user is on the hosts of one resource.
+type IdentityResource struct {
+	Name     string `json:"name"`
+	HostPool string `json:"hostPool"`
+	// Account is what the user is logged in to, empty where hosts ask for credentials; Problem is why there is none.
+	Account string `json:"account,omitempty"`
+	Problem string `json:"problem,omitempty"`
 }
 
 // Resource is one desktop or app.

@@ -153,21 +153,32 @@ func (t *Ticket) Verify(key ed25519.PublicKey, now time.Time) (Claims, error) {
 	err := std.ValidateWithLeeway(jwt.Expected{Issuer: Issuer(t.Namespace, t.Workspace), AnyAudience: jwt.Audience{Audience}, Time: now}, leeway)
 	switch {
 	case errors.Is(err, jwt.ErrExpired):
-		return Claims{}, refusal.New(refusal.TicketExpired, "The ticket in the connection file expired at %s: refresh the feed, or run `rdv connect` again, for a new one.", std.Expiry.Time().UTC().Format(time.RFC3339))
+		return t.verified(), refusal.New(refusal.TicketExpired, "The ticket in the connection file expired at %s: refresh the feed, or run `rdv connect` again, for a new one.", std.Expiry.Time().UTC().Format(time.RFC3339))
 	case err != nil:
 		return Claims{}, invalid(err.Error())
 	case std.Expiry == nil || std.IssuedAt == nil || std.Subject == "" || priv.Resource == "":
 		return Claims{}, invalid("it lacks a claim")
 	}
+	return t.verified(), nil
+}
+
+// verified gives the claims, whose signature was found good.
+func (t *Ticket) verified() Claims {
+	std, priv := &t.claims.Claims, &t.claims.private
 	c := Claims{
 		ID: std.ID, Namespace: t.Namespace, Workspace: t.Workspace, User: std.Subject, Groups: priv.Groups, Resource: priv.Resource,
 		Target: priv.Target, ActivityID: priv.ActivityID, RedirectFlags: priv.RedirectFlags, Account: priv.Account,
-		IssuedAt: std.IssuedAt.Time(), Expires: std.Expiry.Time(),
+	}
+	if std.IssuedAt != nil {
+		c.IssuedAt = std.IssuedAt.Time()
+	}
+	if std.Expiry != nil {
+		c.Expires = std.Expiry.Time()
 	}
 	if priv.SignedIn != 0 {
 		c.SignedIn = time.Unix(priv.SignedIn, 0)
 	}
-	return c, nil
+	return c
 }
 
 // Verify parses a ticket that must be of one workspace, and checks it as Ticket.Verify does.

@@ -42,4 +42,19 @@ type Event struct {
 	Error string `json:"error,omitempty"`
 	// User owns the activity: only that user (and administrators) may read it.
 	User string `json:"user,omitempty"`
+	// ClientAddr is the IP address of a client that a gateway refused before it knew whose it is.
+	ClientAddr string `json:"clientAddr,omitempty"`
+}
+
+// Summary is one activity in a list.
+type Summary struct {
+	ActivityID string    `json:"activityId"`
+	At         time.Time `json:"at"` // when it began
+	// Step is the last that was reported.
+	Step int `json:"step"`
+	// Error and Detail are those of the last step that failed, else of the last one.
+	Error  string `json:"error,omitempty"`
+	Detail string `json:"detail,omitempty"`
+	// Anonymous says that a gateway refused the client before it knew whose it is: it came from the reader's address.
+	Anonymous bool `json:"anonymous,omitempty"`
 }

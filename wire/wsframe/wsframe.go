@@ -329,11 +329,9 @@ func ParseClose(payload []byte) (code int, reason string) {
 	return int(binary.BigEndian.Uint16(payload)), string(payload[2:])
 }
 
-// AcceptKey answers the client's Sec-WebSocket-Key (RFC 6455, 4.2.2). A key that is not 16 bytes in base64 is an error.
-func AcceptKey(key string) (string, error) {
-	if raw, err := base64.StdEncoding.DecodeString(key); err != nil || len(raw) != 16 {
-		return "", breach("Sec-WebSocket-Key is not 16 bytes in base64")
-	}
+// AcceptKey answers the client's Sec-WebSocket-Key, whatever it holds: RFC 6455 (4.2.2) asks no server to decode it, and
+// FreeRDP 2 sends 15 characters that are not base64.
+func AcceptKey(key string) string {
 	sum := sha1.Sum([]byte(key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"))
-	return base64.StdEncoding.EncodeToString(sum[:]), nil
+	return base64.StdEncoding.EncodeToString(sum[:])
 }
