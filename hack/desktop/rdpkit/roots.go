@@ -68,17 +68,25 @@ func Ensure(ctx context.Context, log *slog.Logger) (Roots, error) {
 
 // EnsureMachine returns, as Ensure does, the root of a machine on which an administrator has installed Debian's xrdp and
 // configured nothing. It has systemd: see [BoxOptions].
-func EnsureMachine(ctx context.Context, log *slog.Logger) (string, error) {
+func EnsureMachine(ctx context.Context, log *slog.Logger) (string, error) { return ensureOne(ctx, log, "machine") }
+
+// EnsureDebian12 returns, as Ensure does, the root of a user's machine of the Debian before ours: FreeRDP 2.11, as xfreerdp.
+func EnsureDebian12(ctx context.Context, log *slog.Logger) (string, error) {
+	return ensureOne(ctx, log, "debian12")
+}
+
+// ensureOne builds a root that has a folder of its own in the recipe.
+func ensureOne(ctx context.Context, log *slog.Logger, kind string) (string, error) {
 	cache, common, err := openCache()
 	if err != nil {
 		return "", err
 	}
-	hash, err := hashRecipe(common, "machine")
+	hash, err := hashRecipe(common, kind)
 	if err != nil {
 		return "", err
 	}
-	root := filepath.Join(cache, "machine-"+hash)
-	return root, ensure(ctx, log, cache, common, "machine/build.sh", map[string]string{"machine": root})
+	root := filepath.Join(cache, kind+"-"+hash)
+	return root, ensure(ctx, log, cache, common, kind+"/build.sh", map[string]string{kind: root})
 }
 
 // openCache makes the cache's folder, and gives the hash of what all roots have in common.
