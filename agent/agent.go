@@ -33,6 +33,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 
+	"rendezvous.dev/rendezvous/agent/login/setup"
 	"rendezvous.dev/rendezvous/wire/identity"
 )
 
@@ -70,6 +71,8 @@ type Options struct {
 
 	timing   timing
 	desktops func() map[desktop]bool // readDesktops, but for some tests
+	// guarded says why logging people in by connection would not be safe on this machine; setup.Check, but for some tests.
+	guarded func() error
 }
 
 // timing is what tests shorten.
@@ -113,6 +116,12 @@ func (o Options) withDefaults() (Options, error) {
 	}
 	if o.desktops == nil {
 		o.desktops = func() map[desktop]bool { return readDesktops(o.UnixTable) }
+	}
+	if o.guarded == nil {
+		o.guarded = func() error { return nil } // an image has its own files, and a machine that asks for credentials none of ours
+		if o.LoginDir != "" && !o.LoginShared {
+			o.guarded = func() error { return setup.Check(o.LoginDir) }
+		}
 	}
 	if o.StateDir == "" {
 		return o, errors.New("--state-dir: give the folder that keeps this host's keys and certificates")
@@ -199,6 +208,9 @@ func (a *Agent) Run(ctx context.Context) error {
 		}
 		defer s.Close()
 		a.signIn, a.ledger.owner = s, s.records.ByUID
+		if err := a.opts.guarded(); err != nil {
+			a.log.Error("this host takes no sessions, because logging in by connection is not safe here: run `agent login install`", "why", err)
+		}
 	}
 	if health, err := a.serveHealth(); err != nil {
 		// Windows before 2019 has no Unix sockets; there the service manager looks after the process alone.

@@ -29,6 +29,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -1082,4 +1083,26 @@ func TestDisconnectedDesktop(t *testing.T) {
 	again.Close()
 	w.setDesktops(map[desktop]bool{})
 	w.eventually("nothing after the logout", func() bool { return len(w.last().Sessions) == 0 })
+}
+
+// A host on which others than the brokers' people could log in takes no sessions, says so, and is ready once that is mended.
+func TestUnsafeLogins(t *testing.T) {
+	w := newWorld(t)
+	o := w.options()
+	o.LoginDir = filepath.Join(filepath.Dir(o.StateDir), "login")
+	var unsafe atomic.Bool
+	unsafe.Store(true)
+	o.guarded = func() error {
+		if unsafe.Load() {
+			return errors.New("everybody can speak to sesman")
+		}
+		return nil
+	}
+	w.run(o)
+	w.eventually("a report that says what to do", func() bool {
+		r := w.last()
+		return !r.RDPReady && strings.Contains(r.Message, "everybody can speak to sesman") && strings.Contains(r.Message, "agent login install")
+	})
+	unsafe.Store(false)
+	w.ready(bus.HostConfig{Generation: 1, MaxSessions: 1})
 }

@@ -13,7 +13,9 @@ import (
 	"fmt"
 	"net/url"
 	"os"
+	"os/user"
 	"path/filepath"
+	"strconv"
 
 	"rendezvous.dev/rendezvous/wire/brokerapi"
 	"rendezvous.dev/rendezvous/wire/identity"
@@ -88,9 +90,28 @@ type installer interface {
 	Install(certificate, key []byte) error
 }
 
-// dirInstaller writes the files that xrdp and the desktop image read. The key is open to the folder's group, in which
-// the RDP server runs.
-type dirInstaller struct{ dir string }
+// dirInstaller writes the files that xrdp and the desktop image read. The key is open to xrdp's group, where the machine
+// has one, or else to that of the process.
+type dirInstaller struct {
+	dir string
+	gid int // -1 where there is no such group
+}
+
+// xrdpGroup has the user in it as which xrdp runs on Debian: not root.
+const xrdpGroup = "xrdp"
+
+func newDirInstaller(dir string) dirInstaller {
+	d := dirInstaller{dir, -1}
+	if os.Geteuid() != 0 {
+		return d
+	}
+	if g, err := user.LookupGroup(xrdpGroup); err == nil {
+		if n, err := strconv.Atoi(g.Gid); err == nil {
+			d.gid = n
+		}
+	}
+	return d
+}
 
 func (d dirInstaller) Install(certificate, key []byte) error {
 	if err := os.MkdirAll(d.dir, 0o755); err != nil {
@@ -98,7 +119,7 @@ func (d dirInstaller) Install(certificate, key []byte) error {
 	}
 	// The key first: a server that starts between the two fails once, and one with a new certificate over the old
 	// key would fail no less.
-	if err := writeAtomic(filepath.Join(d.dir, mtls.KeyFile), key, 0o640); err != nil {
+	if err := writeAtomicFor(d.gid, filepath.Join(d.dir, mtls.KeyFile), key, 0o640); err != nil {
 		return err
 	}
 	return writeAtomic(filepath.Join(d.dir, mtls.CertFile), certificate, 0o644)

@@ -34,5 +34,5 @@ func newInstaller(dir string) installer {
 	if dir == "" {
 		return nil
 	}
-	return dirInstaller{dir}
+	return newDirInstaller(dir)
 }

@@ -37,7 +37,7 @@ func newInstaller(dir string) installer {
 	if dir == "" {
 		return listenerInstaller{}
 	}
-	return dirInstaller{dir}
+	return newDirInstaller(dir)
 }
 
 // listenerInstaller gives the certificate to the RDP-Tcp listener of Windows: into LocalMachine\My with a key that the

@@ -114,6 +114,14 @@ func servesOurs(m *member, served *x509.Certificate, now time.Time) error {
 	return nil
 }
 
+// safeLogins says why nobody may be brought to this machine's RDP server: it lets in others than the agent says.
+func (a *Agent) safeLogins() error {
+	if err := a.opts.guarded(); err != nil {
+		return fmt.Errorf("login by connection is not set up, or not safe: %w; run `agent login install` there", err)
+	}
+	return nil
+}
+
 // keepProbing asks the RDP server every few seconds. One failure alone does not take a ready host away.
 func (a *Agent) keepProbing(ctx context.Context) {
 	failures := 0
@@ -121,6 +129,9 @@ func (a *Agent) keepProbing(ctx context.Context) {
 		served, err := probeRDP(ctx, a.opts.RDPAddr)
 		if err == nil {
 			err = servesOurs(a.current(), served, time.Now())
+		}
+		if err == nil {
+			err = a.safeLogins()
 		}
 		if ctx.Err() != nil {
 			return

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"path"
 	"strconv"
 	"strings"
 )
@@ -16,20 +17,44 @@ func quoteUnit(arg string) string {
 	return `"` + strings.NewReplacer(`\`, `\\`, `"`, `\"`, `%`, `%%`, `$`, `$$`, "\n", `\n`).Replace(arg) + `"`
 }
 
-// systemdUnit is the unit file that runs command at boot. It may write its state folder and the RDP certificate's,
-// and nothing else.
-func systemdUnit(command []string, writable []string, drainSeconds int) string {
+// unitOptions say what a unit may do beside its command.
+type unitOptions struct {
+	command      []string
+	writable     []string // folders; empty ones don't count
+	drainSeconds int
+	// loginDir is where PAM asks. The agent makes accounts then, which takes more rights.
+	loginDir string
+}
+
+// accountPaths is what useradd and mkhomedir_helper write: the lists of users with their locks, homes, and mail boxes where
+// the machine has these made.
+var accountPaths = []string{"/etc", "/home", "-/var/mail", "-/var/spool/mail"}
+
+// systemdUnit is the unit file that runs a command at boot. It may write its state folder, the RDP certificate's and what
+// making accounts needs, and nothing else.
+func systemdUnit(o unitOptions) string {
 	var exec, paths []string
-	for _, arg := range command {
+	for _, arg := range o.command {
 		exec = append(exec, quoteUnit(arg))
 	}
-	for _, p := range writable {
+	runtime := ""
+	if dir, ok := strings.CutPrefix(o.loginDir, "/run/"); ok && path.Clean(dir) == dir {
+		runtime = "RuntimeDirectory=" + quoteUnit(dir) + "\nRuntimeDirectoryMode=0755\n"
+	} else {
+		o.writable = append(o.writable, o.loginDir)
+	}
+	homes := "ProtectHome=read-only"
+	if o.loginDir != "" {
+		o.writable = append(o.writable, accountPaths...)
+		homes = `ReadOnlyPaths="/root" "-/run/user"` // with ProtectHome, /home could not be taken out
+	}
+	for _, p := range o.writable {
 		if p != "" {
 			paths = append(paths, quoteUnit(p))
 		}
 	}
-	return strings.NewReplacer("{description}", serviceDescription, "{exec}", strings.Join(exec, " "),
-		"{paths}", strings.Join(paths, " "), "{stop}", strconv.Itoa(drainSeconds+15)).Replace(`[Unit]
+	return strings.NewReplacer("{description}", serviceDescription, "{exec}", strings.Join(exec, " "), "{runtime}", runtime, "{homes}", homes,
+		"{paths}", strings.Join(paths, " "), "{stop}", strconv.Itoa(o.drainSeconds+15)).Replace(`[Unit]
 Description={description}
 Wants=network-online.target
 After=network-online.target xrdp.service
@@ -39,9 +64,9 @@ ExecStart={exec}
 Restart=always
 RestartSec=5
 TimeoutStopSec={stop}
-NoNewPrivileges=yes
+{runtime}NoNewPrivileges=yes
 ProtectSystem=strict
-ProtectHome=read-only
+{homes}
 ProtectKernelTunables=yes
 ProtectControlGroups=yes
 RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX

@@ -9,6 +9,9 @@ import (
 
 var errNoService = errors.New("installing a service is known for Linux (systemd) and Windows only: start `agent run` from this system's own service manager")
 
+// CheckService says so.
+func CheckService() error { return errNoService }
+
 // InstallService is not known on this system.
 func InstallService([]string, Options) error { return errNoService }
 

@@ -181,9 +181,19 @@ func (s store) prune(keep string) {
 
 // writeAtomic replaces path so that a reader sees the old or the new content and nothing between.
 func writeAtomic(path string, data []byte, mode os.FileMode) error {
+	return writeAtomicFor(-1, path, data, mode)
+}
+
+// writeAtomicFor does so, and gives the file to a group, unless that is negative.
+func writeAtomicFor(gid int, path string, data []byte, mode os.FileMode) error {
 	tmp := path + ".new"
 	if err := writeSynced(tmp, data, mode); err != nil {
 		return err
+	}
+	if gid >= 0 {
+		if err := os.Chown(tmp, -1, gid); err != nil {
+			return err
+		}
 	}
 	return os.Rename(tmp, path)
 }

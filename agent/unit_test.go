@@ -12,7 +12,10 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"os/user"
 	"path/filepath"
+	"reflect"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -21,6 +24,7 @@ import (
 	"time"
 
 	"rendezvous.dev/rendezvous/wire/bus"
+	"rendezvous.dev/rendezvous/wire/mtls"
 	"rendezvous.dev/rendezvous/wire/refusal"
 )
 
@@ -273,14 +277,22 @@ func TestPumpGrace(t *testing.T) {
 }
 
 func TestSystemdUnit(t *testing.T) {
-	unit := systemdUnit([]string{"/usr/bin/agent", "run", "--broker=https://b", `--host=a"b\c%d$e`}, []string{"/var/lib/agent", "", "/etc/xrdp certs"}, 30)
-	golden := filepath.Join("testdata", "rendezvous-agent.service")
-	want, err := os.ReadFile(golden)
-	if err != nil {
-		t.Fatal(err)
+	o := unitOptions{
+		command:  []string{"/usr/bin/agent", "run", "--broker=https://b", `--host=a"b\c%d$e`},
+		writable: []string{"/var/lib/agent", "", "/etc/xrdp certs"}, drainSeconds: 30,
 	}
-	if unit != string(want) {
-		t.Errorf("got:\n%s\nwant:\n%s", unit, want)
+	for golden, loginDir := range map[string]string{
+		"rendezvous-agent.service": "", "rendezvous-agent-login.service": "/run/rendezvous-login", "rendezvous-agent-elsewhere.service": "/srv/login",
+	} {
+		o.loginDir = loginDir
+		unit := systemdUnit(o)
+		want, err := os.ReadFile(filepath.Join("testdata", golden))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if unit != string(want) {
+			t.Errorf("%s: got:\n%s\nwant:\n%s", golden, unit, want)
+		}
 	}
 }
 
@@ -361,5 +373,28 @@ func TestJoinsResumeTLS(t *testing.T) {
 		}
 		c.Close()
 		(<-g.joins).Close()
+	}
+}
+
+// The key is xrdp's to read where the machine has a group of that name, and never everybody's.
+func TestKeyGroup(t *testing.T) {
+	if os.Geteuid() != 0 || runtime.GOOS == "windows" {
+		t.Skip("only root gives files away")
+	}
+	d := newDirInstaller(filepath.Join(t.TempDir(), "certs"))
+	_, err := user.LookupGroup(xrdpGroup)
+	if known := err == nil; known != (d.gid > 0) {
+		t.Errorf("group xrdp: %v, taken for %d", err, d.gid)
+	}
+	for _, gid := range []int{-1, 4711} {
+		d.gid = gid
+		for range 2 { // the second replaces
+			must(t, d.Install([]byte("certificate"), []byte("key")))
+		}
+		fi, err := os.Stat(filepath.Join(d.dir, mtls.KeyFile))
+		must(t, err)
+		if got := int(reflect.Indirect(reflect.ValueOf(fi.Sys())).FieldByName("Gid").Uint()); got != max(gid, 0) || fi.Mode().Perm() != 0o640 {
+			t.Errorf("the key is group %d's, mode %v; want %d", got, fi.Mode(), gid)
+		}
 	}
 }

@@ -24,6 +24,8 @@ const (
 	// watchEvery is how often the table is looked at while a session has yet to log in. An intruder's connection lasts for
 	// several round trips, a TLS handshake among them, before xrdp asks PAM.
 	watchEvery = 10 * time.Millisecond
+	// watchShare is the most of the time that goes into looking, as a divisor: the table of a busy machine is long.
+	watchShare = 10
 )
 
 // Session is one session that may log in.
@@ -159,11 +161,13 @@ func (l *Lease) pending(now time.Time) bool {
 // watch looks for intruders for as long as a session has yet to log in. One that closed its connection in the moment in
 // which PAM asks would not be seen then.
 func (b *Book) watch() {
-	for {
-		time.Sleep(watchEvery)
+	for pause := watchEvery; ; {
+		time.Sleep(pause)
+		began := time.Now()
 		if !b.lookForIntruders() {
 			return
 		}
+		pause = max(watchEvery, watchShare*time.Since(began))
 	}
 }
 

@@ -13,3 +13,6 @@ func Help(context.Context, string, func(string) string) error { return errNotHer
 
 // Ensure is for Linux.
 func Ensure(context.Context, bus.Account, string) (uint32, error) { return 0, errNotHere }
+
+// BeginSession is for Linux.
+func BeginSession(string) error { return errNotHere }

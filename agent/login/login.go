@@ -7,6 +7,8 @@
 //	protocol.go  what helper and agent say to each other over the agent's Unix socket
 //	server.go    the agent's end: is this login that session's?
 //	list.go      accounts for a container beside the agent's
+//	display.go   is a session's X display its user's own?
+//	elsewhere.go which connections can't be the agent's
 //	helper.go    the other end: what PAM runs, as root, where the desktops are; makes accounts
 //
 // The agent dials the RDP server of its own machine from an address of 127.0.0.0/8 that only this session has. xrdp's

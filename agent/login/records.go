@@ -60,7 +60,7 @@ func (r *Records) Check(account, person string, uid uint32) error {
 
 func (r *Records) check(account, person string, uid uint32) error {
 	if old, ok := r.accounts[account]; ok && old.Person != person {
-		return fmt.Errorf("account %q is %s's on this host, so %s can't have it: an administrator must give one of them another account, or remove the old one from %s", account, old.Person, person, r.path)
+		return fmt.Errorf("account %q is %s's on this host, so %s can't have it: an administrator must give one of them another account, or stop the agent and remove the entry from %s", account, old.Person, person, r.path)
 	}
 	if uid == 0 {
 		return nil

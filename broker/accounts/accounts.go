@@ -201,7 +201,7 @@ func (w *want) entry() string {
 }
 
 func (w *want) refuse(why string) error {
-	return refusal.New(refusal.AccountRefused, "%s can't be logged in to hosts of pool %s as %q: %s. An administrator can take names from a claim that tells the two apart (spec.accounts.nameClaim of HostPool %s), or free the account by removing its entry from ConfigMap %s-accounts and its home and entry in accounts.json from the hosts.",
+	return refusal.New(refusal.AccountRefused, "%s can't be logged in to hosts of pool %s as %q: %s. An administrator can take names from a claim that tells the two apart (spec.accounts.nameClaim of HostPool %s), or free the account: remove its entry from ConfigMap %s-accounts, and from each host its home folder and its entry in the agent's accounts.json.",
 		w.person, w.p.Name, w.name, why, w.p.Name, w.p.Name)
 }
 

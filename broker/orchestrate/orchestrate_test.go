@@ -400,10 +400,10 @@ func TestAccounts(t *testing.T) {
 	if got.Account == nil || got.Account.Name != "alice" || !got.Account.Create || got.Account.UID < 10000 {
 		t.Errorf("the host was told %+v", got.Account)
 	}
-	live := w.brokers[0].LiveSessions()
-	if len(live) != 1 || live[0].User != "alice@a.example" || live[0].Account != "alice" {
-		t.Errorf("live sessions: %+v", live)
-	}
+	eventually(t, "the session is hers, in her account", func() bool {
+		live := w.brokers[0].LiveSessions()
+		return len(live) == 1 && live[0].User == "alice@a.example" && live[0].Account == "alice"
+	})
 	if r := connect("alice@b.example"); r.Err == nil || r.Err.Code != refusal.AccountRefused || !strings.Contains(r.Err.Message, "alice@a.example and alice@b.example") {
 		t.Errorf("two people were given one account: %+v", r)
 	}

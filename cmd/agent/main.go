@@ -19,6 +19,7 @@ import (
 
 	"rendezvous.dev/rendezvous/agent"
 	"rendezvous.dev/rendezvous/agent/login"
+	"rendezvous.dev/rendezvous/agent/login/setup"
 	"rendezvous.dev/rendezvous/wire/version"
 )
 
@@ -40,7 +41,7 @@ func command() *cobra.Command {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.AddCommand(runCommand(), enrollCommand(), healthcheckCommand(), serviceCommand(), pamCommand(), versionCommand())
+	root.AddCommand(runCommand(), enrollCommand(), healthcheckCommand(), serviceCommand(), loginCommand(), pamCommand(), sessionCommand(), versionCommand())
 	return root
 }
 
@@ -196,8 +197,11 @@ func healthcheckCommand() *cobra.Command {
 func serviceCommand() *cobra.Command {
 	c := &cobra.Command{Use: "service", Short: "Install or remove the agent as a service of this machine"}
 	f := &flags{}
+	l := &loginFlags{}
+	dryRun := false
 	install := &cobra.Command{
 		Use: "install", Short: "Start the agent now and at each boot, with the flags given here", Args: cobra.NoArgs,
+		Long: "Start the agent now and at each boot, with the flags given here. On Linux, xrdp is set up to log people in by their connections;\nsee `agent login install --help`.",
 		RunE: func(c *cobra.Command, _ []string) error {
 			o, err := f.options()
 			if err != nil {
@@ -211,6 +215,40 @@ func serviceCommand() *cobra.Command {
 					return err
 				}
 			}
+			if err := agent.CheckService(); err != nil {
+				return err
+			}
+			s := setup.New(o.StateDir, c.OutOrStdout())
+			if l.off() {
+				if _, ok, err := s.Installed(); ok || err != nil {
+					return errors.Join(err, errors.New("--login=off: login by connection is set up on this machine, and without it nobody could log in: run `agent login uninstall` first"))
+				}
+			} else {
+				if o.LoginShared {
+					return errors.New("--login-shared is for an agent in a container: a service on a machine makes accounts itself")
+				}
+				if o.LoginDir == "" {
+					o.LoginDir = login.DefaultDir
+				}
+				if err := c.Flags().Set("login-dir", o.LoginDir); err != nil {
+					return err
+				}
+				so, err := l.options(o)
+				if err != nil {
+					return err
+				}
+				o.LoginDir, o.RDPCertDir = so.LoginDir, so.CertDir
+				if dryRun {
+					_, err := s.Plan(c.Context(), so)
+					return err
+				}
+				if err := s.Install(c.Context(), so); err != nil {
+					return err
+				}
+			}
+			if dryRun {
+				return nil
+			}
 			command, err := serviceCommandLine(c.Flags())
 			if err != nil {
 				return err
@@ -219,28 +257,50 @@ func serviceCommand() *cobra.Command {
 		},
 	}
 	f.add(install)
+	l.add(install)
+	install.Flags().BoolVar(&dryRun, "dry-run", false, "show what would change in this machine's own files, and change nothing")
+	var stateDir string
 	uninstall := &cobra.Command{
-		Use: "uninstall", Short: "Stop the agent and remove the service; the state folder stays", Args: cobra.NoArgs,
-		RunE: func(*cobra.Command, []string) error { return agent.UninstallService() },
+		Use: "uninstall", Short: "Stop the agent and remove the service; xrdp's files are restored, the state folder stays", Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			// Also where there is no service any more: files must not stay changed for that.
+			return errors.Join(agent.UninstallService(), setup.New(stateDir, c.OutOrStdout()).Uninstall(c.Context()))
+		},
 	}
+	uninstall.Flags().StringVar(&stateDir, "state-dir", defaultStateDir(), "the agent's state folder, which has the originals of the files that were changed")
 	c.AddCommand(install, uninstall)
 	return c
 }
 
 func pamCommand() *cobra.Command {
 	var dir string
+	var elsewhere bool
 	c := &cobra.Command{
 		Use: "pam", Short: "What PAM runs to ask the agent whose a connection is (pam_exec)", Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
+			if elsewhere {
+				return login.Elsewhere(os.Getenv("PAM_RHOST"))
+			}
 			return login.Help(c.Context(), filepath.Join(dir, login.SocketName), os.Getenv)
 		},
 	}
 	c.Flags().StringVar(&dir, "login-dir", login.DefaultDir, "the running agent's login folder")
+	c.Flags().BoolVar(&elsewhere, "elsewhere", false, "say only whether the connection comes from another machine, so that it can't be the agent's")
 	return c
+}
+
+func sessionCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "session PROGRAM", Short: "What xrdp starts for a user: make sure that the X display is the user's own, then become PROGRAM", Args: cobra.ExactArgs(1),
+		RunE: func(_ *cobra.Command, args []string) error { return login.BeginSession(args[0]) },
+	}
 }
 
 // pathFlags are files and folders: a service starts elsewhere, so they are made absolute.
 var pathFlags = map[string]bool{"ca-file": true, "token-file": true, "state-dir": true, "rdp-cert-dir": true, "login-dir": true, "log-file": true}
+
+// installFlags say how to install, and mean nothing to `agent run`.
+var installFlags = map[string]bool{"login": true, "login-sessions": true, "dry-run": true}
 
 // serviceCommandLine is `agent run` with the flags that were given.
 func serviceCommandLine(fs *pflag.FlagSet) ([]string, error) {
@@ -250,6 +310,9 @@ func serviceCommandLine(fs *pflag.FlagSet) ([]string, error) {
 	}
 	command := []string{exe, "run"}
 	fs.Visit(func(f *pflag.Flag) {
+		if installFlags[f.Name] {
+			return
+		}
 		value := f.Value.String()
 		if pathFlags[f.Name] && value != "" {
 			if abs, absErr := filepath.Abs(value); absErr == nil {

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -40,6 +41,8 @@ type BoxOptions struct {
 	Binds []Bind
 	// Env are further KEY=value settings for every command.
 	Env []string
+	// Systemd starts systemd as the box's first process, where the root has it, and waits until it has started the units.
+	Systemd bool
 }
 
 // Bind shows one file or directory of the host in a box.
@@ -57,6 +60,7 @@ type Bind struct {
 // the mounts exist only in there. What remains on disk after a kill is removed by the next NewBox.
 type Box struct {
 	dir   string
+	group string // control group, of a box with systemd
 	pid   int
 	env   []string
 	init  *exec.Cmd
@@ -91,7 +95,7 @@ func NewBox(ctx context.Context, root string, opts BoxOptions) (*Box, error) {
 	return b, nil
 }
 
-func (b *Box) start(ctx context.Context, root string, opts BoxOptions) error {
+func (b *Box) start(ctx context.Context, root string, opts BoxOptions) (err error) {
 	if err := b.prepare(opts); err != nil {
 		return err
 	}
@@ -99,8 +103,17 @@ func (b *Box) start(ctx context.Context, root string, opts BoxOptions) error {
 	if hostname == "" {
 		hostname = "box"
 	}
-	args := []string{"unshare", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child", "/bin/sh", "-c", boxScript, "box",
-		root, b.dir, hostname, opts.Netns}
+	args := []string{"unshare", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child"}
+	first := "sleep"
+	if opts.Systemd {
+		// systemd wants a control group of its own, and sees it as the root of all.
+		if b.group, err = makeGroup(b.dir); err != nil {
+			return err
+		}
+		args = append([]string{"/bin/sh", "-c", `echo $$ >"$0/cgroup.procs" && exec "$@"`, b.group}, append(args, "--cgroup")...)
+		first = "systemd"
+	}
+	args = append(args, "/bin/sh", "-c", boxScript, "box", root, b.dir, hostname, opts.Netns, first)
 	if opts.Netns != "" {
 		args = append([]string{"nsenter", "--net=/run/netns/" + opts.Netns}, args...)
 	}
@@ -134,8 +147,51 @@ func (b *Box) start(ctx context.Context, root string, opts BoxOptions) error {
 		}
 		return fmt.Errorf("%s", strings.TrimSpace(problems.String()))
 	}
-	b.pid, err = strconv.Atoi(strings.TrimSpace(strings.TrimPrefix(line, "ready ")))
+	if b.pid, err = strconv.Atoi(strings.TrimSpace(strings.TrimPrefix(line, "ready "))); err != nil || !opts.Systemd {
+		return err
+	}
+	return b.waitForSystemd(ctx)
+}
+
+// waitForSystemd returns when the units are started, or have failed.
+func (b *Box) waitForSystemd(ctx context.Context) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, 60*time.Second, errors.New("systemd was not ready in a minute"))
+	defer cancel()
+	state := ""
+	err := poll(ctx, 100*time.Millisecond, func() (bool, error) {
+		out, _ := b.Command(ctx, "systemctl", "is-system-running").CombinedOutput()
+		state = strings.TrimSpace(string(out))
+		return state == "running" || state == "degraded", nil
+	})
+	if err != nil {
+		err = fmt.Errorf("%w: %s", err, state)
+	}
 	return err
+}
+
+// makeGroup makes a control group that is named as the box is, in the unified hierarchy.
+func makeGroup(dir string) (string, error) {
+	for _, root := range []string{"/sys/fs/cgroup/unified", "/sys/fs/cgroup"} {
+		if exists(filepath.Join(root, "cgroup.procs")) {
+			group := filepath.Join(root, filepath.Base(dir))
+			return group, os.Mkdir(group, 0o755)
+		}
+	}
+	return "", errors.New("this machine has no control groups of version 2, which systemd needs")
+}
+
+// removeGroup removes an empty control group with those in it.
+func removeGroup(group string) {
+	var all []string
+	filepath.WalkDir(group, func(path string, d os.DirEntry, err error) error {
+		if err == nil && d.IsDir() {
+			all = append(all, path)
+		}
+		return nil
+	})
+	for _, dir := range slices.Backward(all) {
+		os.Remove(dir)
+	}
 }
 
 // prepare writes the files that make this box different from others of the same root.
@@ -231,6 +287,9 @@ func (b *Box) Close() error {
 				time.Sleep(5 * time.Millisecond)
 			}
 		}
+		if b.group != "" {
+			removeGroup(b.group)
+		}
 		b.closeErr = os.RemoveAll(b.dir)
 	})
 	return b.closeErr
@@ -242,6 +301,9 @@ func removeStaleBoxes() {
 	for _, dir := range dirs {
 		pid, _, _ := strings.Cut(strings.TrimPrefix(filepath.Base(dir), boxPrefix), "-")
 		if n, err := strconv.Atoi(pid); err == nil && !alive(n) {
+			for _, root := range []string{"/sys/fs/cgroup/unified", "/sys/fs/cgroup"} {
+				removeGroup(filepath.Join(root, filepath.Base(dir)))
+			}
 			os.RemoveAll(dir)
 		}
 	}

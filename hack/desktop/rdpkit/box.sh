@@ -1,8 +1,8 @@
-# First process of a box: box.sh ROOT DIR HOSTNAME NETNS [MODE HOST-PATH BOX-PATH]...
+# First process of a box: box.sh ROOT DIR HOSTNAME NETNS sleep|systemd [MODE HOST-PATH BOX-PATH]...
 # Runs in fresh namespaces; each mount made here vanishes with them.
 set -eu
-lower=$1 dir=$2 name=$3 netns=$4
-shift 4
+lower=$1 dir=$2 name=$3 netns=$4 first=$5
+shift 5
 # /proc is still the host's, so this is the number that the host knows this process by.
 read -r pid rest </proc/self/stat
 r=$dir/root
@@ -41,6 +41,17 @@ done
 hostname "$name"
 printf '127.0.1.1\t%s\n' "$name" >>"$r/etc/hosts"
 test -z "$netns" || ip link set lo up
+
+if test "$first" = systemd; then
+	mount -t sysfs -o ro sysfs "$r/sys"
+	mount -t cgroup2 cgroup2 "$r/sys/fs/cgroup"
+	# Not chroot: units with mount namespaces of their own need a real root.
+	cd "$r"
+	pivot_root . mnt
+	umount -l /mnt
+	echo "ready $pid"
+	exec env -i container=box PATH=/usr/sbin:/usr/bin:/sbin:/bin /lib/systemd/systemd >/dev/null 2>&1 </dev/null
+fi
 
 # From here on it only reaps what its children leave behind.
 exec chroot "$r" /bin/sh -c 'echo "ready $1"; exec >/dev/null 2>&1 </dev/null; while :; do sleep 3600 & wait; done' init "$pid"

@@ -51,17 +51,7 @@ func cacheDir() (string, error) {
 // network, when it has none. It may be killed at any point and called again, and by many processes at once.
 // RDV_DEBIAN_MIRROR names another Debian mirror than the one that this machine installs from.
 func Ensure(ctx context.Context, log *slog.Logger) (Roots, error) {
-	cache, err := cacheDir()
-	if err != nil {
-		return Roots{}, err
-	}
-	if os.Geteuid() != 0 {
-		return Roots{}, errors.New("building and running root file systems needs root")
-	}
-	if err := os.MkdirAll(cache, 0o755); err != nil {
-		return Roots{}, err
-	}
-	common, err := hashRecipe("", "build.sh", "dpkg-slim.cfg")
+	cache, common, err := openCache()
 	if err != nil {
 		return Roots{}, err
 	}
@@ -69,40 +59,86 @@ func Ensure(ctx context.Context, log *slog.Logger) (Roots, error) {
 	if err != nil {
 		return Roots{}, err
 	}
-	base := filepath.Join(cache, "base-"+common)
 	roots := Roots{
 		Desktop: filepath.Join(cache, "desktop-"+desktop),
 		Client:  filepath.Join(cache, "client-"+common),
 	}
-	if exists(roots.Desktop) && exists(roots.Client) {
-		return roots, nil
-	}
+	return roots, ensure(ctx, log, cache, common, "build.sh", map[string]string{"desktop": roots.Desktop, "client": roots.Client})
+}
 
+// EnsureMachine returns, as Ensure does, the root of a machine on which an administrator has installed Debian's xrdp and
+// configured nothing. It has systemd: see [BoxOptions].
+func EnsureMachine(ctx context.Context, log *slog.Logger) (string, error) { return ensureOne(ctx, log, "machine") }
+
+// EnsureDebian12 returns, as Ensure does, the root of a user's machine of the Debian before ours: FreeRDP 2.11, as xfreerdp.
+func EnsureDebian12(ctx context.Context, log *slog.Logger) (string, error) {
+	return ensureOne(ctx, log, "debian12")
+}
+
+// ensureOne builds a root that has a folder of its own in the recipe.
+func ensureOne(ctx context.Context, log *slog.Logger, kind string) (string, error) {
+	cache, common, err := openCache()
+	if err != nil {
+		return "", err
+	}
+	hash, err := hashRecipe(common, kind)
+	if err != nil {
+		return "", err
+	}
+	root := filepath.Join(cache, kind+"-"+hash)
+	return root, ensure(ctx, log, cache, common, kind+"/build.sh", map[string]string{kind: root})
+}
+
+// openCache makes the cache's folder, and gives the hash of what all roots have in common.
+func openCache() (cache, common string, err error) {
+	if cache, err = cacheDir(); err != nil {
+		return "", "", err
+	}
+	if os.Geteuid() != 0 {
+		return "", "", errors.New("building and running root file systems needs root")
+	}
+	if err := os.MkdirAll(cache, 0o755); err != nil {
+		return "", "", err
+	}
+	common, err = hashRecipe("", "build.sh", "dpkg-slim.cfg")
+	return cache, common, err
+}
+
+// ensure builds the roots that are missing, by kind, over the base.
+func ensure(ctx context.Context, log *slog.Logger, cache, common, script string, targets map[string]string) error {
+	missing := false
+	for _, target := range targets {
+		missing = missing || !exists(target)
+	}
+	if !missing {
+		return nil
+	}
 	unlock, err := lock(ctx, filepath.Join(cache, "lock"))
 	if err != nil {
-		return Roots{}, err
+		return err
 	}
 	defer unlock()
 	if err := removeUnfinished(cache); err != nil {
-		return Roots{}, err
+		return err
 	}
 	scripts, err := os.MkdirTemp(cache, "building-recipe-")
 	if err != nil {
-		return Roots{}, err
+		return err
 	}
 	defer os.RemoveAll(scripts)
 	if err := os.CopyFS(scripts, recipe); err != nil {
-		return Roots{}, err
+		return err
 	}
+	base := filepath.Join(cache, "base-"+common)
 	b := builder{cache: cache, script: filepath.Join(scripts, "recipe", "build.sh"), log: log}
-
 	if err := b.build(ctx, "base", base, ""); err != nil {
-		return Roots{}, err
+		return err
 	}
+	b.script = filepath.Join(scripts, "recipe", script)
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var wg sync.WaitGroup
-	for kind, target := range map[string]string{"desktop": roots.Desktop, "client": roots.Client} {
+	for kind, target := range targets {
 		wg.Go(func() {
 			if err := b.build(ctx, kind, target, base); err != nil {
 				cancel(err)
@@ -110,7 +146,7 @@ func Ensure(ctx context.Context, log *slog.Logger) (Roots, error) {
 		})
 	}
 	wg.Wait()
-	return roots, context.Cause(ctx)
+	return context.Cause(ctx)
 }
 
 // removeUnfinished removes what a killed process was making. Whoever holds the lock knows that nobody is at it any more.
