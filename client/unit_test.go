@@ -172,3 +172,28 @@ func TestClientEnv(t *testing.T) {
 		t.Errorf("environment %v without a CA", got)
 	}
 }
+
+func FuzzParseRDP(f *testing.F) {
+	f.Add([]byte("full address:s:x\r\ngatewayhostname:s:gw:443\r\ngatewayaccesstoken:s:t\r\n"), "arm")
+	f.Add([]byte{0xff, 0xfe, 'a', 0, ':', 0}, "raw")
+	f.Add([]byte("\xef\xbb\xbfresourceprovider:s:arm\n\x00"), "tsgu")
+	f.Fuzz(func(t *testing.T, data []byte, mode string) {
+		rdp, err := parseRDP(data)
+		if err != nil {
+			return
+		}
+		for _, l := range rdp.lines {
+			if strings.ContainsAny(l, "\n") {
+				t.Fatalf("a line holds a line break: %q", l)
+			}
+		}
+		options, err := rdp.gatewayOptions(mode, "https://ws.example.com")
+		if err == nil && mode != ModeTSGU && (len(options) == 0 || strings.ContainsAny(options[0], ", \t\"") && !strings.Contains(options[0], ",bearer:")) {
+			t.Fatalf("options %q", options)
+		}
+		again, err := parseRDP(rdp.withoutGateway())
+		if err != nil || again.get("gatewayaccesstoken") != "" {
+			t.Fatalf("without gateway: %v, %q", err, again.lines)
+		}
+	})
+}

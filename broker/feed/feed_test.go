@@ -244,3 +244,28 @@ func TestDocument(t *testing.T) {
 		t.Errorf("an empty list: %v\n%s", err, empty)
 	}
 }
+
+// Whatever a pool's properties say, the lines that Rendezvous sets stand as they were, each once and on one line.
+func FuzzProperties(f *testing.F) {
+	f.Add("use multimon:i:1")
+	f.Add("Full  Address:s:evil\r\ngatewayhostname:s:evil")
+	f.Add("authentication\u00a0level:i:0")
+	own := Lines(desktopFile())
+	f.Fuzz(func(t *testing.T, property string) {
+		file := desktopFile()
+		file.Properties = []string{property}
+		lines := Lines(file)
+		names := map[string]bool{}
+		for _, l := range lines {
+			if strings.ContainsAny(l, "\r\n\x00") || names[nameOf(l)] {
+				t.Fatalf("line %q", l)
+			}
+			names[nameOf(l)] = true
+		}
+		for _, l := range own {
+			if Reserved(l) && !strings.Contains(strings.Join(lines, "\n")+"\n", l+"\n") {
+				t.Fatalf("%q is gone from %q", l, lines)
+			}
+		}
+	})
+}

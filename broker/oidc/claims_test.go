@@ -1,11 +1,13 @@
 package oidc
 
 import (
+	"encoding/json"
 	"fmt"
 	"slices"
 	"strings"
 	"testing"
 
+	"rendezvous.dev/rendezvous/broker/model"
 	"rendezvous.dev/rendezvous/wire/refusal"
 )
 
@@ -134,4 +136,28 @@ func TestUserNames(t *testing.T) {
 	if got := fmt.Sprint(u.Claims([]string{"unix.uid", "unix.name", "unix", "none"})); got != "map[unix.name:ali unix.uid:4711]" {
 		t.Errorf("claims by path: %s", got)
 	}
+}
+
+func FuzzClaims(f *testing.F) {
+	f.Add([]byte(`{"realm_access":{"roles":["a",1,{"name":"b"}]},"a.b":"x"}`), "realm_access.roles")
+	f.Add([]byte(`{"_claim_names":{"groups":"src"},"hasgroups":"true","email_verified":1}`), "groups")
+	f.Add([]byte(`{"urn:x":{"a":{},"b":{}}}`), "urn:x")
+	f.Fuzz(func(t *testing.T, data []byte, path string) {
+		var claims map[string]json.RawMessage
+		if json.Unmarshal(data, &claims) != nil {
+			return
+		}
+		groups, problem := readGroups(claims, path)
+		if slices.Contains(groups, "") && !strings.Contains(string(data), `""`) {
+			t.Errorf("a group of no name: %q", groups)
+		}
+		u := User{claims: claims, Groups: groups, GroupsProblem: problem}
+		for _, name := range u.ClaimNames() {
+			if len(name) > 4*maxClaimName || strings.ContainsAny(name, "\x1b\n\u009b\u202e") {
+				t.Errorf("name %q", name)
+			}
+		}
+		u.Claims([]string{path})
+		u.GroupsNotice(model.OIDC{GroupsClaim: path})
+	})
 }
