@@ -43,7 +43,7 @@ type conn struct {
 	left    int                // bytes of the record's body that crypto/tls has not got
 	last    []byte             // the last record that crypto/tls wrote
 	early   []byte             // read, not handed out; afterwards, what came behind the handshake
-	onName  func()             // called where the server name is an instance's
+	onHello func(agent bool)   // called with the ClientHello: agent says that the server name is an instance's
 	foreign string             // the instance that the server name asks for, where it isn't this one
 	joining bool               // the server name is that of agents on their way to join
 	peer    bool               // the server name is a hop's: once its handshake is over, another relay is at the other end
@@ -155,7 +155,7 @@ func (c *conn) readInRecord(p []byte) (int, error) {
 // handshakeOver returns the last record of the handshake. What crypto/tls reads from now on is no longer cut.
 func (c *conn) handshakeOver() (last []byte) {
 	last = c.last
-	c.secrets, c.last, c.onName = nil, nil, nil
+	c.secrets, c.last, c.onHello = nil, nil, nil
 	c.early = bytes.Clone(c.early) // its buffer was larger
 	return last
 }

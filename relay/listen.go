@@ -1,7 +1,6 @@
 package relay
 
 import (
-	"container/list"
 	"crypto/tls"
 	"encoding/base64"
 	"errors"
@@ -45,10 +44,11 @@ type visitor struct {
 	in       *inbound // the claim of an IN channel
 
 	// Guarded by strangers.mu.
-	place  *list.Element // among the strangers, nil once somebody vouched for it
-	agent  bool          // it named an instance
-	source netip.Addr    // of near
-	near   *list.Element // among those of its source
+	all    member     // among the strangers, none once somebody vouched for it
+	near   member     // among those of its source
+	source netip.Addr // of near
+	spoke  bool       // it sent a ClientHello
+	agent  bool       // it named an instance
 }
 
 // vouch takes the visitor off the strangers: a good ticket or join secret stands for it now.
@@ -90,7 +90,7 @@ func (r *Relay) accept(l net.Listener) error {
 			tc.Close()
 			continue
 		}
-		v.tcp.onName = func() { r.strangers.name(v) }
+		v.tcp.onHello = func(agent bool) { r.strangers.spoke(v, agent) }
 		v.doubt()
 		r.legs.Go(func() { r.serve(v) })
 	}
@@ -175,14 +175,12 @@ func (r *Relay) onHello(h *tls.ClientHelloInfo) (*tls.Config, error) {
 	name, host := strings.ToLower(h.ServerName), strings.ToLower(r.config.Load().Hostname)
 	if hop, ok := strings.CutSuffix(name, ".pair."+host); ok && host != "" {
 		c.hello = nil
-		c.onName()
+		c.onHello(true)
 		return r.onPair(c, hop)
 	}
 	instance, ok := strings.CutSuffix(name, ".join."+host)
-	if ok {
-		c.joining = true
-		c.onName()
-	}
+	c.joining = ok
+	c.onHello(ok)
 	if ok && host != "" && instance != r.instance {
 		c.foreign, c.mute = instance, true
 		return nil, errForeign

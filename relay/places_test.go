@@ -171,6 +171,40 @@ func TestOneSourceTakesNoMoreThanAShare(t *testing.T) {
 	s.session(transportTSGU)
 }
 
+// Of a flood that says nothing its own connections go, also where the client behind the same address is slow.
+func TestMuteGoFirst(t *testing.T) {
+	for name, from := range map[string]string{"from one address": "192.0.2.1", "from many": ""} {
+		t.Run(name, func(t *testing.T) {
+			var s strangers
+			const most = 64
+			enter := func(n int) (*visitor, *visitor) {
+				v := &visitor{}
+				addr, _ := netip.ParseAddr(from)
+				if from == "" {
+					addr = netip.AddrFrom4([4]byte{192, 0, byte(n >> 8), byte(n)})
+				}
+				return v, s.enter(v, addr, most)
+			}
+			client, _ := enter(1 << 12)
+			s.spoke(client, false)
+			for n := range 10 * most {
+				if _, out := enter(n); out == client {
+					t.Fatalf("after %d silent connections the client had to go", n+1)
+				}
+			}
+			// Those who speak go by age all the same: nobody keeps a place by a ClientHello.
+			for n := range 10 * most {
+				v, out := enter(n)
+				s.spoke(v, false)
+				if out == client {
+					return
+				}
+			}
+			t.Error("the oldest stays, whoever comes")
+		})
+	}
+}
+
 func TestSources(t *testing.T) {
 	for addr, want := range map[string]string{
 		"192.0.2.7": "192.0.2.7", "::ffff:192.0.2.7": "192.0.2.7", "2001:db8:1:2:3:4:5:6": "2001:db8:1:2::", "fe80::1%eth0": "fe80::",
@@ -191,7 +225,7 @@ func TestSources(t *testing.T) {
 			t.Fatalf("somebody had to go for %s", from)
 		}
 		if agent {
-			s.name(v)
+			s.spoke(v, true)
 		}
 		all = append(all, v)
 		return v
@@ -203,7 +237,7 @@ func TestSources(t *testing.T) {
 	for _, v := range all {
 		s.leave(v)
 	}
-	if s.len() != 0 || len(s.sources) != 0 || s.agents != 0 {
+	if s.len() != 0 || s.all.mute.Len() != 0 || len(s.sources) != 0 || s.agents != 0 {
 		t.Errorf("left: %d, %d sources, %d agents", s.len(), len(s.sources), s.agents)
 	}
 }
