@@ -250,6 +250,7 @@ func FuzzProperties(f *testing.F) {
 	f.Add("use multimon:i:1")
 	f.Add("Full  Address:s:evil\r\ngatewayhostname:s:evil")
 	f.Add("authentication\u00a0level:i:0")
+	f.Add("x\u2028y:s:\u202ez\u009b")
 	own := Lines(desktopFile())
 	f.Fuzz(func(t *testing.T, property string) {
 		file := desktopFile()
@@ -257,7 +258,7 @@ func FuzzProperties(f *testing.F) {
 		lines := Lines(file)
 		names := map[string]bool{}
 		for _, l := range lines {
-			if strings.ContainsAny(l, "\r\n\x00") || names[nameOf(l)] {
+			if strings.ContainsAny(l, "\r\n\x00\u009b\u2028\u202e") || names[nameOf(l)] {
 				t.Fatalf("line %q", l)
 			}
 			names[nameOf(l)] = true

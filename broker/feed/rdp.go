@@ -133,10 +133,10 @@ func nameOf(line string) string {
 	return strings.ToLower(strings.Join(strings.Fields(name), " "))
 }
 
-// printable keeps a value on its line.
+// printable keeps a value on its line, and read in the direction that it has.
 func printable(s string) string {
 	return strings.Map(func(r rune) rune {
-		if unicode.IsControl(r) {
+		if unicode.IsControl(r) || unicode.In(r, unicode.Zl, unicode.Zp, unicode.Bidi_Control) {
 			return -1
 		}
 		return r

@@ -13,6 +13,7 @@ import (
 	"rendezvous.dev/rendezvous/broker/accounts"
 	"rendezvous.dev/rendezvous/broker/feed"
 	"rendezvous.dev/rendezvous/broker/model"
+	"rendezvous.dev/rendezvous/broker/oidc"
 	"rendezvous.dev/rendezvous/wire/brokerapi"
 	"rendezvous.dev/rendezvous/wire/refusal"
 	"rendezvous.dev/rendezvous/wire/ticket"
@@ -72,7 +73,7 @@ func (a *api) resources(w http.ResponseWriter, r *request) error {
 	if err != nil {
 		return err
 	}
-	answer := brokerapi.Resources{User: r.user.Name, Notice: groupsNotice(snap.Workspace, r), Resources: []brokerapi.Resource{}, Gateways: []brokerapi.Gateway{}}
+	answer := brokerapi.Resources{User: r.user.Name, Resources: []brokerapi.Resource{}, Gateways: []brokerapi.Gateway{}}
 	for _, res := range granted(snap.Workspace, r) {
 		account := ""
 		if pool := snap.Pools[res.Pool]; pool != nil && pool.Accounts != nil {
@@ -82,6 +83,10 @@ func (a *api) resources(w http.ResponseWriter, r *request) error {
 		answer.Resources = append(answer.Resources, brokerapi.Resource{
 			Name: res.Name, DisplayName: res.DisplayName, Type: res.Type, HostPool: res.Pool, Account: account, RDPFile: filePath(res.Name),
 		})
+	}
+	// A token without the claim is nothing to tell people of who have what they need: they may be in no group.
+	if len(answer.Resources) == 0 || r.user.GroupsProblem != oidc.GroupsAbsent {
+		answer.Notice = groupsNotice(snap.Workspace, r)
 	}
 	connections := a.o.Gateways.Connections()
 	for _, g := range snap.Gateways {

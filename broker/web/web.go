@@ -255,7 +255,11 @@ func (a *api) noteGroups(r *request) {
 		return
 	}
 	a.noted[problem] = r.begin
-	a.o.Log.Warn("a user's groups can't be read from the token", "activity", r.activity, "user", r.user.Name, "reason", problem,
+	level := slog.LevelWarn
+	if problem == oidc.GroupsAbsent { // as it may be for people in no group
+		level = slog.LevelInfo
+	}
+	a.o.Log.Log(r.Context(), level, "a user's groups can't be read from the token", "activity", r.activity, "user", r.user.Name, "reason", problem,
 		"groupsClaim", ws.OIDC.GroupsClaim, "claims", r.user.ClaimNames())
 }
 
