@@ -851,7 +851,7 @@ func TestRefusalsAreFound(t *testing.T) {
 		t.Fatal(err)
 	}
 	lines := strings.Split(strings.TrimSpace(out.String()), "\n")
-	if len(lines) != 4 || !strings.Contains(lines[1], "ERROR protocol-error") || !strings.Contains(lines[1], "at your address") ||
+	if len(lines) != 4 || !strings.Contains(lines[1], "ERROR protocol-error") || !strings.Contains(lines[1], "before any ticket") ||
 		!strings.Contains(lines[2], "a2") || !strings.Contains(lines[3], "ok") || strings.Contains(out.String(), "\x1b") {
 		t.Errorf("listed:\n%s", out)
 	}

@@ -36,7 +36,7 @@ func (c *Client) Explain(ctx context.Context, activity string, asJSON bool) erro
 	return explain(c.out(), activity, events)
 }
 
-// Recent prints the user's latest connects, and what gateways refused at this address before they knew whose it is.
+// Recent prints the user's latest connects, and what gateways refused before they knew whose it is.
 func (c *Client) Recent(ctx context.Context, asJSON bool) error {
 	f, err := c.open(ctx)
 	if err != nil {
@@ -65,7 +65,7 @@ func (c *Client) Recent(ctx context.Context, asJSON bool) error {
 		}
 		detail := s.Detail
 		if s.Anonymous {
-			detail = "(before any sign-in, at your address) " + detail
+			detail = "(before any ticket was shown; it may be somebody else's) " + detail
 		}
 		fmt.Fprintf(w, "%s\t%s\t%d\t%s\t%s\n", s.At.Local().Format(time.DateTime), oneLine(s.ActivityID), s.Step, oneLine(result), oneLine(detail))
 	}

@@ -376,6 +376,7 @@ func TestRefusals(t *testing.T) {
 		{"another workspace's key", stolen.ticket(nil), "", refusal.TicketInvalid, "again", true},
 		{"a workspace not served", other.ticket(nil), "", refusal.TicketInvalid, "other", true},
 		{"another namespace", w.ticket(func(c *ticket.Claims) { c.Namespace = "evil" }), "", refusal.TicketInvalid, "evil/demo", true},
+		{"a namespace that is no name", w.ticket(func(c *ticket.Claims) { c.Namespace = "call 555" }), "", refusal.TicketInvalid, "no workspace", true},
 		{"expired", w.ticket(func(c *ticket.Claims) { c.Expires = time.Now().Add(-time.Minute) }), "", refusal.TicketExpired, "refresh the feed", true},
 		{"workspace without keys", unsetWorld.ticket(nil), "", refusal.BrokerAway, "unset", true},
 		{"wrong target", good, "evil.example", refusal.WrongTarget, "evil.example", false},

@@ -215,7 +215,7 @@ func (r *Relay) route(v *visitor, req *request) (done bool) {
 	case path == pathTSGU && req.method == "RDG_IN_DATA":
 		return r.serveIn(v, req, activity)
 	case path == pathTSGU:
-		return no(http.StatusMethodNotAllowed, refusal.Protocol, "Method %s is not of MS-TSGU: point an RDP client at this gateway.", req.method)
+		return no(http.StatusMethodNotAllowed, refusal.Protocol, "Method %.16s is not of MS-TSGU: point an RDP client at this gateway.", req.method)
 	case path == pathConnect && req.method == http.MethodGet:
 		r.serveRaw(v, req, activity)
 		return true

@@ -67,16 +67,22 @@ func (p *reporter) step(activity, workspace string, n int, at time.Time, d time.
 // every broker. The log has them all.
 const maxStrangers = 10
 
-// reportStranger reports the refusal of a client that nobody knows yet, for its user to find by time and address. Where the
-// address is a node's, nobody could tell whose it is.
+// reportStranger reports the refusal of a client that nobody knows yet, for its user to find by time and address, or, where
+// the address is a node's, by time alone.
 func (r *Relay) reportStranger(v *visitor, activity string, e *refusal.Error) {
-	addr := r.comparable(v.addr())
-	if !addr.IsValid() || v.tcp.peer || v.tcp.joining || !r.reports.strangers.allow(time.Now()) {
+	addr, detail := trace.UnknownClient, e.Message
+	if e.Code == refusal.TicketInvalid { // its message may be of the stranger's making, and others read this
+		detail = "The ticket was refused: it is altered, or another workspace's. Download the connection file again."
+	}
+	if a := r.comparable(v.addr()); a.IsValid() {
+		addr = a.String()
+	}
+	if v.tcp.peer || v.tcp.joining || !r.reports.strangers.allow(time.Now()) {
 		return
 	}
 	r.reports.put(&admission.RelayReport{Report: &admission.RelayReport_Step{Step: &admission.Step{ActivityId: activity,
 		Step: trace.StepDialGateway, Name: trace.Titles[trace.StepDialGateway], At: timestamppb.New(v.accepted), DurationMicros: time.Since(v.accepted).Microseconds(),
-		Detail: e.Message, Error: string(e.Code), ClientAddr: addr.String()}}}, false)
+		Detail: detail, Error: string(e.Code), ClientAddr: addr}}}, false)
 }
 
 // rate lets through so many events in a second.

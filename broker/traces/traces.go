@@ -21,8 +21,13 @@ const (
 	// maxUnowned bounds activities of which no broker has said whose they are, so that an agent that makes them up
 	// pushes out no user's.
 	maxUnowned = 1024
-	maxEvents  = 128
-	maxText    = 1024
+	// maxStrangersKept bounds those of clients that were refused before anybody knew whose they are, apart from all others:
+	// strangers make as many as they like.
+	maxStrangersKept = 256
+	maxEvents        = 128
+	maxText          = 1024
+	// maxStrangers bounds what a list has of others', so that they push nobody's own off it.
+	maxStrangers = 10
 )
 
 var guid = regexp.MustCompile(`^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
@@ -36,6 +41,7 @@ type Store struct {
 	activities map[string]*activity
 	owned      []string // oldest first
 	unowned    []string // oldest first; may name activities that got an owner since
+	strangers  []string // oldest first, of clients that nobody knows; likewise
 }
 
 type activity struct {
@@ -105,7 +111,10 @@ func (s *Store) add(e trace.Event, claimed string) {
 	if a == nil {
 		a = &activity{addr: e.ClientAddr}
 		s.activities[e.ActivityID] = a
-		if e.User == "" {
+		switch {
+		case e.ClientAddr != "":
+			s.strangers = s.push(s.strangers, maxStrangersKept, e.ActivityID, func(a *activity) bool { return a.owner() == "" })
+		case e.User == "":
 			s.unowned = s.push(s.unowned, maxUnowned, e.ActivityID, func(a *activity) bool { return a.user == "" })
 		}
 	}
@@ -149,15 +158,15 @@ func (a *activity) sorted() []trace.Event {
 	return events
 }
 
-// List sums up a user's activities, the latest first, at most so many; with them those of clients at addr, where it is
-// given, that gateways refused before they knew whose they are.
+// List sums up a user's activities, the latest first, at most so many; with them those that gateways refused before they
+// knew whose they are, of clients at addr, where it is given, or at nobody knows which.
 func (s *Store) List(user, addr string, most int) []trace.Summary {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	list := []trace.Summary{}
 	for id, a := range s.activities {
 		mine := user != "" && a.owner() == user
-		anonymous := a.owner() == "" && a.addr != "" && a.addr == addr
+		anonymous := a.owner() == "" && a.addr != "" && (a.addr == addr || a.addr == trace.UnknownClient)
 		if !mine && !anonymous || len(a.events) == 0 {
 			continue
 		}
@@ -172,6 +181,13 @@ func (s *Store) List(user, addr string, most int) []trace.Summary {
 	}
 	slices.SortFunc(list, func(a, b trace.Summary) int {
 		return cmp.Or(b.At.Compare(a.At), strings.Compare(a.ActivityID, b.ActivityID))
+	})
+	strangers := 0
+	list = slices.DeleteFunc(list, func(a trace.Summary) bool {
+		if a.Anonymous {
+			strangers++
+		}
+		return a.Anonymous && strangers > maxStrangers
 	})
 	return list[:min(len(list), most)]
 }

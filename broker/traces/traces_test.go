@@ -143,6 +143,9 @@ func TestList(t *testing.T) {
 	s.Hear("rdv.trace.agent.p.h", trace.Event{ActivityID: id(5), ClientAddr: "192.0.2.7", Error: "x", At: time.Unix(5, 0)})
 	stranger.ActivityID = id(1)
 	s.Hear("rdv.trace.gateway.g", stranger) // under an id that is alice's
+	unknown := event(6, "")
+	unknown.Error, unknown.ClientAddr, unknown.At = "protocol-error", trace.UnknownClient, time.Unix(0, 0)
+	s.Hear("rdv.trace.gateway.g", unknown)
 	show := func(list []trace.Summary) (got []string) {
 		for _, a := range list {
 			got = append(got, fmt.Sprint(a.At.Unix(), a.Error, a.Anonymous))
@@ -154,15 +157,23 @@ func TestList(t *testing.T) {
 		most       int
 		want       string
 	}{
-		{"alice", "", 9, "[2ticket-expiredfalse 1false]"},
-		{"alice", "192.0.2.7", 9, "[4protocol-errortrue 2ticket-expiredfalse 1false]"},
+		{"alice", "", 9, "[2ticket-expiredfalse 1false 0protocol-errortrue]"},
+		{"alice", "192.0.2.7", 9, "[4protocol-errortrue 2ticket-expiredfalse 1false 0protocol-errortrue]"},
 		{"alice", "192.0.2.7", 2, "[4protocol-errortrue 2ticket-expiredfalse]"},
 		{"alice", "192.0.2.8", 1, "[2ticket-expiredfalse]"},
-		{"bob", "", 9, "[3false]"},
-		{"", "", 9, "[]"},
+		{"bob", "", 9, "[3false 0protocol-errortrue]"},
+		{"", "", 9, "[0protocol-errortrue]"},
 	} {
 		if got := fmt.Sprint(show(s.List(c.user, c.addr, c.most))); got != c.want {
 			t.Errorf("%q at %q: %s, want %s", c.user, c.addr, got, c.want)
 		}
+	}
+	for n := range 500 {
+		e := event(1000+n, "")
+		e.Error, e.ClientAddr = "protocol-error", trace.UnknownClient
+		s.Hear("rdv.trace.gateway.g", e)
+	}
+	if got := s.List("alice", "", 50); len(got) != maxStrangers+2 || got[maxStrangers].Anonymous {
+		t.Errorf("a flood of strangers leaves alice %d entries", len(got))
 	}
 }

@@ -1322,8 +1322,8 @@ type Step struct {
 	Detail         string                 `protobuf:"bytes,7,opt,name=detail,proto3" json:"detail,omitempty"`
 	// error is the refusal's code where the connect ended here.
 	Error string `protobuf:"bytes,8,opt,name=error,proto3" json:"error,omitempty"`
-	// client_addr is the IP address of a client that was refused before its ticket was known to be good, where it is the
-	// client's own: whoever comes to the feed from there may see the refusal. The activity id may be the client's word.
+	// client_addr is the IP address of a client that was refused before its ticket was known to be good, or "unknown" where
+	// it would be a node's: whoever comes to the feed from there may see the refusal. The activity id may be the client's word.
 	ClientAddr    string `protobuf:"bytes,9,opt,name=client_addr,json=clientAddr,proto3" json:"client_addr,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -14,6 +14,7 @@ import (
 	"github.com/go-jose/go-jose/v4"
 	"github.com/go-jose/go-jose/v4/jwt"
 
+	"rendezvous.dev/rendezvous/wire/identity"
 	"rendezvous.dev/rendezvous/wire/refusal"
 )
 
@@ -137,7 +138,7 @@ func Parse(raw string) (*Ticket, error) {
 	}
 	name, ok := strings.CutPrefix(t.claims.Issuer, "rendezvous:")
 	namespace, workspace, ok2 := strings.Cut(name, "/")
-	if !ok || !ok2 {
+	if !ok || !ok2 || !identity.IsLabel(namespace) || !identity.IsLabel(workspace) { // refusals name them
 		return nil, invalid("its issuer is no workspace")
 	}
 	t.Namespace, t.Workspace = namespace, workspace

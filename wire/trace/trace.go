@@ -42,9 +42,13 @@ type Event struct {
 	Error string `json:"error,omitempty"`
 	// User owns the activity: only that user (and administrators) may read it.
 	User string `json:"user,omitempty"`
-	// ClientAddr is the IP address of a client that a gateway refused before it knew whose it is.
+	// ClientAddr is the IP address of a client that a gateway refused before it knew whose it is; UnknownClient where the
+	// gateway sees nodes' addresses alone.
 	ClientAddr string `json:"clientAddr,omitempty"`
 }
+
+// UnknownClient stands for an address that nobody knows.
+const UnknownClient = "unknown"
 
 // Summary is one activity in a list.
 type Summary struct {
@@ -55,6 +59,7 @@ type Summary struct {
 	// Error and Detail are those of the last step that failed, else of the last one.
 	Error  string `json:"error,omitempty"`
 	Detail string `json:"detail,omitempty"`
-	// Anonymous says that a gateway refused the client before it knew whose it is: it came from the reader's address.
+	// Anonymous says that a gateway refused the client before it knew whose it is: it came from the reader's address, or from
+	// one that nobody knows.
 	Anonymous bool `json:"anonymous,omitempty"`
 }
