@@ -73,21 +73,13 @@ func demo(ctx context.Context, root string) error {
 		return err
 	}
 	fmt.Print(list)
-	say.Say("alice: rdv connect linux-desktop")
-	d, err := alice.Connect(ctx, "linux-desktop", "tsgu")
+	pctx, cancel := context.WithTimeout(ctx, 90*time.Second)
+	defer cancel()
+	d, err := connect(pctx, s, alice, say)
 	if err != nil {
 		return err
 	}
 	defer d.Stop()
-	want, err := s.DesktopColor(ctx, "linux")
-	if err != nil {
-		return err
-	}
-	pctx, cancel := context.WithTimeout(ctx, time.Minute)
-	defer cancel()
-	if _, err := alice.WaitForColor(pctx, want, 0.3); err != nil {
-		return fmt.Errorf("the desktop did not appear: %w\n%s\n`rdv explain %s` on the stage says how far it got", err, d.Output(), d.ActivityID)
-	}
 	say.Say("the desktop is there; alice types")
 	picture, err := typed(pctx, alice, "uname -n; id -un; echo reached with no inbound port\n")
 	if err != nil {
@@ -109,6 +101,39 @@ func demo(ctx context.Context, root string) error {
 	fmt.Printf("\n$ kubectl get rdv -n %s\n%s\n", stage.Namespace, all)
 	fmt.Printf("The picture is %s. Look around with KUBECONFIG=%s; `make cluster-down` removes it all.\n", file, s.Kubeconfig)
 	return nil
+}
+
+// connect connects alice and waits for her desktop. On a stage of before its host may be just being replaced: she is told
+// so, and tries again.
+func connect(ctx context.Context, s *stage.Stage, alice *stage.User, say *stage.Progress) (*stage.Desktop, error) {
+	for {
+		say.Say("alice: rdv connect linux-desktop")
+		d, err := alice.Connect(ctx, "linux-desktop", "tsgu")
+		if err != nil {
+			return nil, err
+		}
+		want, err := s.DesktopColor(ctx, "linux")
+		if err != nil {
+			d.Stop()
+			return nil, err
+		}
+		shown, stop := context.WithCancel(ctx)
+		go func() {
+			<-d.Done() // refused
+			stop()
+		}()
+		_, err = alice.WaitForColor(shown, want, 0.3)
+		stop()
+		if err == nil {
+			return d, nil
+		}
+		d.Stop()
+		if ctx.Err() != nil {
+			return nil, fmt.Errorf("the desktop did not appear: %w\n%s\n`rdv explain %s` on the stage says how far it got", err, d.Output(), d.ActivityID)
+		}
+		fmt.Fprintln(os.Stderr, d.Output())
+		time.Sleep(3 * time.Second)
+	}
 }
 
 // runFleet brings the stage about and the fleet on it.
