@@ -5,8 +5,10 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -39,9 +41,9 @@ type Session struct {
 
 // Options of a Book.
 type Options struct {
-	// Sockets lists the machine's TCP sockets that want picks, both ends of a connection each its own.
-	// nil means the kernel's table.
-	Sockets func(want func(Socket) bool) ([]Socket, error)
+	// Sockets lists the machine's TCP sockets that have one of the IPv4 addresses at either end, both ends of a connection
+	// each its own. nil means the kernel's table.
+	Sockets func(addresses ...netip.Addr) ([]Socket, error)
 	// UID that the agent's own sockets have.
 	UID uint32
 	Now func() time.Time // time.Now if nil
@@ -103,7 +105,7 @@ func (b *Book) Lease(s Session) (*Lease, error) {
 		if old := b.leases[a]; old != nil && (old.released.IsZero() || now.Sub(old.released) <= restFor) {
 			continue
 		}
-		taken, err := b.o.Sockets(func(s Socket) bool { return s.Local.Addr() == a || s.Remote.Addr() == a })
+		taken, err := b.o.Sockets(a)
 		if err != nil {
 			return nil, fmt.Errorf("the machine's sockets can't be read: %w", err)
 		}
@@ -186,11 +188,7 @@ func (b *Book) lookForIntruders() bool {
 		b.watching = false
 		return false
 	}
-	all, err := b.o.Sockets(func(s Socket) bool {
-		_, local := ends[s.Local.Addr()]
-		_, remote := ends[s.Remote.Addr()]
-		return local || remote
-	})
+	all, err := b.o.Sockets(slices.Collect(maps.Keys(ends))...)
 	if err != nil {
 		return true // PAM's question meets the same, and is refused
 	}
@@ -259,7 +257,7 @@ func (b *Book) admit(user, remote string) (*Lease, error) {
 	case l.local == netip.AddrPort{}:
 		return nil, refuse(NotConnected, "a login as %q came from %s before its session had dialled", clip(user), address).at(l)
 	}
-	ends, err := b.o.Sockets(func(s Socket) bool { return s.Local.Addr() == l.address || s.Remote.Addr() == l.address })
+	ends, err := b.o.Sockets(l.address)
 	if err != nil {
 		return nil, refuse(NotConnected, "the machine's sockets can't be read: %v", err).at(l)
 	}

@@ -18,10 +18,10 @@ import (
 // table is a stand-in for the kernel's, where a test needs sockets that it can't make.
 type table struct{ sockets []Socket }
 
-func (t *table) list(want func(Socket) bool) ([]Socket, error) {
+func (t *table) list(addresses ...netip.Addr) ([]Socket, error) {
 	var found []Socket
 	for _, s := range t.sockets {
-		if want(s) {
+		if slices.Contains(addresses, s.Local.Addr()) || slices.Contains(addresses, s.Remote.Addr()) {
 			found = append(found, s)
 		}
 	}
@@ -192,7 +192,7 @@ func TestAddresses(t *testing.T) {
 // An address from which anything comes already, as from before a crash of the agent, is not given out.
 func TestUsedAddressIsNotLent(t *testing.T) {
 	asked := 0
-	b := NewBook(Options{Sockets: func(want func(Socket) bool) ([]Socket, error) {
+	b := NewBook(Options{Sockets: func(...netip.Addr) ([]Socket, error) {
 		if asked++; asked < 5 {
 			return []Socket{{}}, nil
 		}
@@ -201,11 +201,11 @@ func TestUsedAddressIsNotLent(t *testing.T) {
 	if _, err := b.Lease(Session{}); err != nil || asked != 5 {
 		t.Errorf("%v after %d looks", err, asked)
 	}
-	b.o.Sockets = func(func(Socket) bool) ([]Socket, error) { return []Socket{{}}, nil }
+	b.o.Sockets = func(...netip.Addr) ([]Socket, error) { return []Socket{{}}, nil }
 	if _, err := b.Lease(Session{}); err == nil {
 		t.Error("a used address was lent")
 	}
-	b.o.Sockets = func(func(Socket) bool) ([]Socket, error) { return nil, errors.New("no /proc") }
+	b.o.Sockets = func(...netip.Addr) ([]Socket, error) { return nil, errors.New("no /proc") }
 	if _, err := b.Lease(Session{}); err == nil || !strings.Contains(err.Error(), "no /proc") {
 		t.Errorf("unreadable table: %v", err)
 	}
@@ -262,17 +262,19 @@ func TestKernel(t *testing.T) {
 
 func TestParseSockets(t *testing.T) {
 	const titles = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
+	own, other := netip.MustParseAddrPort("127.5.6.7:45508"), netip.MustParseAddrPort("127.0.0.1:3389")
 	got, err := parseSockets(strings.NewReader(titles+
 		"   0: 0706057F:B1C4 0100007F:0D3D 01 00000000:00000000 00:00000000 00000000 10345        0 12345 1 x 20 4 30 10 -1\n"+
-		"   1: 0000000000000000FFFF00000100007F:0D3D 0000000000000000FFFF00000706057F:B1C4 01 00000000:00000000 00:00000000 00000000   108        0 1\n"),
-		func(Socket) bool { return true })
-	own, other := netip.MustParseAddrPort("127.5.6.7:45508"), netip.MustParseAddrPort("127.0.0.1:3389")
+		"   1: 0100007F:0D3D 0806057F:B1C4 01 00000000:00000000 00:00000000 00000000   108        0 1\n"+
+		"   2: somebody else's, and broken\n"+
+		"   3: 0000000000000000FFFF00000100007F:0D3D 0000000000000000FFFF00000706057F:B1C4 01 00000000:00000000 00:00000000 00000000   108        0 1\n"),
+		[]netip.Addr{own.Addr()})
 	want := []Socket{{own, other, 1, 10345}, {other, own, 1, 108}}
 	if err != nil || !slices.Equal(got, want) {
 		t.Errorf("%v %v, want %v", got, err, want)
 	}
-	for _, bad := range []string{"x\n", "0: 0706057F 0100007F:0D3D 01 0:0 0:0 0 0\n", "0: 0706057F:1 0100007F:0D3D ZZ 0:0 0:0 0 0\n", "0: 07:1 0100007F:0D3D 01 0:0 0:0 0 0\n", "0: 0706057F:1 0100007F:0D3D 01 0:0 0:0 0 x\n"} {
-		if _, err := parseSockets(strings.NewReader(titles+bad), func(Socket) bool { return true }); err == nil {
+	for _, bad := range []string{"0: 0706057F: x\n", "0: 0706057F 0706057F:0D3D 01 0:0 0:0 0 0\n", "0: 0706057F:1 0100007F:0D3D ZZ 0:0 0:0 0 0\n", "0: 07:1 0706057F:0D3D 01 0:0 0:0 0 0\n", "0: 0706057F:1 0100007F:0D3D 01 0:0 0:0 0 x\n"} {
+		if _, err := parseSockets(strings.NewReader(titles+bad), []netip.Addr{own.Addr()}); err == nil {
 			t.Errorf("%q: no error", bad)
 		}
 	}
@@ -281,9 +283,15 @@ func TestParseSockets(t *testing.T) {
 func FuzzParseSockets(f *testing.F) {
 	f.Add("titles\n0: 0706057F:B1C4 0100007F:0D3D 01 0:0 0:0 0 0 0 1\n")
 	f.Fuzz(func(t *testing.T, text string) {
-		got, err := parseSockets(strings.NewReader(text), func(Socket) bool { return true })
-		if err == nil && len(got) > strings.Count(text, "\n") {
+		own := netip.MustParseAddr("127.5.6.7")
+		got, err := parseSockets(strings.NewReader(text), []netip.Addr{own})
+		if err == nil && len(got) > strings.Count(text, "0706057F:") {
 			t.Errorf("%d sockets of %q", len(got), text)
+		}
+		for _, s := range got {
+			if s.Local.Addr() != own && s.Remote.Addr() != own {
+				t.Errorf("%v has nothing to do with %s", s, own)
+			}
 		}
 	})
 }

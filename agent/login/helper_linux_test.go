@@ -1,8 +1,13 @@
 package login
 
 import (
+	"net"
+	"net/netip"
 	"os"
+	"slices"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestLookUpInFiles(t *testing.T) {
@@ -42,4 +47,58 @@ func TestLookUpInFiles(t *testing.T) {
 	if _, sure := lookUpInFiles("alice", func(string) ([]byte, error) { return nil, os.ErrPermission }); sure {
 		t.Error("sure without having read anything")
 	}
+}
+
+// Netlink and /proc/net tell of the same sockets.
+func TestBothTables(t *testing.T) {
+	l, err := net.Listen("tcp", "[::]:0")
+	if err != nil {
+		if l, err = net.Listen("tcp4", "127.0.0.1:0"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	defer l.Close()
+	_, port, _ := net.SplitHostPort(l.Addr().String())
+	own := netip.MustParseAddr("127.91.92.93")
+	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: own.AsSlice()}}
+	c, err := d.Dial("tcp4", "127.0.0.1:"+port)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	accepted, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer accepted.Close()
+	proc, err := procSockets([]netip.Addr{own})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var diag []Socket
+	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
+		some, err := diagSockets(family, []netip.Addr{own})
+		if err != nil {
+			t.Skip("no netlink for this: ", err)
+		}
+		diag = append(diag, some...)
+	}
+	byLocal := func(a, b Socket) int { return a.Local.Compare(b.Local) }
+	slices.SortFunc(proc, byLocal)
+	slices.SortFunc(diag, byLocal)
+	if len(diag) != 2 || !slices.Equal(proc, diag) {
+		t.Errorf("netlink: %v, /proc: %v", diag, proc)
+	}
+}
+
+func FuzzParseDiag(f *testing.F) {
+	f.Add(append([]byte{88, 0, 0, 0, 20, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 1}, make([]byte, 70)...))
+	f.Add([]byte{20, 0, 0, 0, 3, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0})
+	f.Fuzz(func(t *testing.T, data []byte) {
+		var found []Socket
+		parseDiag(data, []netip.Addr{netip.MustParseAddr("0.0.0.0")}, &found)
+		if len(found) > len(data)/diagMessage {
+			t.Errorf("%d sockets in %d bytes", len(found), len(data))
+		}
+	})
 }

@@ -3,13 +3,26 @@ package login
 import (
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 
 	"golang.org/x/sys/unix"
 )
 
-// kernelSockets reads the kernel's tables, in which a pod's containers see each other's sockets.
-func kernelSockets(want func(Socket) bool) ([]Socket, error) {
+// kernelSockets reads the kernel's tables, in which a pod's containers see each other's sockets: by netlink, or where that
+// is not to be had, from /proc/net.
+func kernelSockets(addresses ...netip.Addr) ([]Socket, error) {
+	all, err := diagSockets(unix.AF_INET, addresses)
+	if err == nil {
+		var six []Socket
+		if six, err = diagSockets(unix.AF_INET6, addresses); err == nil {
+			return append(all, six...), nil
+		}
+	}
+	return procSockets(addresses)
+}
+
+func procSockets(addresses []netip.Addr) ([]Socket, error) {
 	var all []Socket
 	for _, table := range []string{"/proc/net/tcp", "/proc/net/tcp6"} {
 		f, err := os.Open(table)
@@ -19,7 +32,7 @@ func kernelSockets(want func(Socket) bool) ([]Socket, error) {
 		if err != nil {
 			return nil, err
 		}
-		some, err := parseSockets(f, want)
+		some, err := parseSockets(f, addresses)
 		f.Close()
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", table, err)
