@@ -143,7 +143,7 @@ func TestAllTheWay(t *testing.T) {
 			Config: config.Broker{Namespace: ns, Workspace: ws, BusURLs: []string{"tls://bus"}, InternalIssuer: config.Issuer{Name: "internal"}}, ConfigDir: configDir,
 			TLSDir: dir(public), BusDir: dir(testca.IdentitySpec(identity.Broker(ns, ws))), SigningDir: dir(testca.Spec{CommonName: "Publisher"}),
 			TicketsDir: ca.Dir(ca.IssueEd25519(testca.IdentitySpec(identity.TicketSigner(ns, ws)))),
-			Name:       "broker-0", Host: "127.0.0.1", FeedPort: -1, BusPort: -1, BusWebSocketPort: -1, BusRoutePort: -1, MetricsAddr: "127.0.0.1:0",
+			Name:       "broker-0", Host: "127.0.0.1", FeedPort: -1, BusPort: -1, BusWebSocketPort: -1, BusRoutePort: -1, SessionsPort: -1, MetricsAddr: "127.0.0.1:0",
 			Inventory: world, Log: slog.New(slog.DiscardHandler), Started: func(a Addresses) { started <- a },
 		})
 	}()

@@ -99,7 +99,9 @@ func TestPermissions(t *testing.T) {
 			t.Errorf("%s may %s %s: %v, want %v", c.who, verb, c.subject, got, c.want)
 		}
 	}
-	if _, err := PermissionsFor(identity.TicketSigner("ns", "ws")); err == nil {
-		t.Error("a ticket signer has a place on the bus")
+	for _, id := range []identity.ID{identity.TicketSigner("ns", "ws"), identity.Operator("ns", "ws")} {
+		if _, err := PermissionsFor(id); err == nil {
+			t.Errorf("%s has a place on the bus", id)
+		}
 	}
 }
