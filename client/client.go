@@ -9,6 +9,7 @@
 //	rdpfile.go   reading .rdp files
 //	launch.go    finding and starting the RDP client
 //	explain.go   the timeline
+//	sessions.go  the user's own sessions
 package client
 
 import (
