@@ -104,7 +104,7 @@ func TestHelper(t *testing.T) {
 	r, closeIt := serve(1000)
 	defer closeIt()
 	time.Sleep(1500 * time.Millisecond) // a helper that isn't root tries
-	if err := r.LogOff(ctx, Desktop{7, 10}); !errors.Is(err, errNoHelper) {
+	if err := r.LogOff(ctx, Desktop{7, 10}); !errors.Is(err, ErrNoHelper) {
 		t.Errorf("told a helper that isn't root: %v", err)
 	}
 	stop()

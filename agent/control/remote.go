@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// errNoHelper names the way out where a desktop's container has no helper.
-var errNoHelper = errors.New("the desktop's container has no session helper: its entrypoint must run `login session-helper` from the login folder, as root; see hack/desktop/rdpkit/recipe/desktop")
+// ErrNoHelper is of a desktop's container that runs no helper; it names the way out.
+var ErrNoHelper = errors.New("the desktop's container has no session helper: its entrypoint must run `login session-helper` from the login folder, as root; see hack/desktop/rdpkit/recipe/desktop")
 
 // Remote tells the helper in the desktop's container. The newest helper counts. Safe for concurrent use.
 type Remote struct {
@@ -87,7 +87,7 @@ func (r *Remote) tell(ctx context.Context, c command) error {
 	conn := r.conn
 	if conn == nil {
 		r.mu.Unlock()
-		return errNoHelper
+		return ErrNoHelper
 	}
 	if r.wait == nil {
 		r.wait = map[uint64]chan result{}
