@@ -167,6 +167,24 @@ func TestAllTheWay(t *testing.T) {
 		}
 	}
 
+	// The listener for the operator takes its identity, of this workspace, and no other.
+	for id, want := range map[identity.ID]bool{
+		identity.Operator(ns, ws): true, identity.Operator(ns, "other"): false, identity.Agent(ns, ws, "pool", "h1"): false,
+		identity.Gateway(ns, ws, "gw"): false, identity.Broker(ns, ws): false,
+	} {
+		r := ca.Reloader(id)
+		conf := mtls.ClientConfig(*r.Certificate(), r.Roots(), "", mtls.AllowRole(ns, ws, identity.RoleBroker))
+		hc := &http.Client{Transport: &http.Transport{TLSClientConfig: conf}}
+		res, err := hc.Get("https://" + a.Sessions.String() + brokerapi.PathAllSessions)
+		if err == nil {
+			res.Body.Close()
+		}
+		if ok := err == nil && res.StatusCode == http.StatusOK; ok != want {
+			t.Errorf("%s lists all sessions: %t (%v)", id, ok, err)
+		}
+		hc.CloseIdleConnections()
+	}
+
 	// 0: a machine enrols and comes on the bus with what it got.
 	id := identity.Agent(ns, ws, "pool", "h1")
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
