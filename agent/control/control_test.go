@@ -155,6 +155,11 @@ func TestLogOffFindsTheSession(t *testing.T) {
 	fakeProcess(t, root, 40, 1, 10003, "Xorg", "/usr/lib/xorg/Xorg :12 -auth .Xauthority") // lost its manager
 	fakeProcess(t, root, 50, 1, 10002, "xrdp-sesexec", "fake")
 	fakeProcess(t, root, 51, 50, 10002, "Xorg", "Xorg :10 :11")
+	fakeProcess(t, root, 60, 1, 10004, "Xorg", "Xorg :13")
+	status := filepath.Join(root, "60", "status")
+	if err := os.WriteFile(status, []byte("Name:\tXorg\nState:\tZ (zombie)\nPPid:\t1\nUid:\t10004\t10004\t10004\t10004\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
 	var told []string
 	l := &Local{proc: root, signal: func(pid int, s syscall.Signal) error {
 		told = append(told, fmt.Sprintf("%d %v", pid, s))
@@ -176,7 +181,7 @@ func TestLogOffFindsTheSession(t *testing.T) {
 			t.Errorf("%s: %v, %q", c.d, err, told)
 		}
 	}
-	for _, d := range []Desktop{{10001, 10}, {10001, 11}, {10009, 10}} {
+	for _, d := range []Desktop{{10001, 10}, {10001, 11}, {10009, 10}, {10004, 13}} {
 		if err := l.LogOff(t.Context(), d); !errors.Is(err, ErrNoDesktop) {
 			t.Errorf("%s: %v, want that there is none", d, err)
 		}

@@ -61,6 +61,10 @@ func (l *Local) process(pid int) (p process, err error) {
 		switch key {
 		case "Name":
 			p.name = f[0]
+		case "State":
+			if f[0] == "Z" { // it has ended, and its parent has yet to take note
+				return p, os.ErrNotExist
+			}
 		case "PPid":
 			p.parent, err = strconv.Atoi(f[0])
 		case "Uid":
