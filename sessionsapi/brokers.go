@@ -160,11 +160,11 @@ func (b *WorkspaceBrokers) client(ctx context.Context, namespace, workspace stri
 	}
 	cert, err := tls.X509KeyPair(secret.Data[corev1.TLSCertKey], secret.Data[corev1.TLSPrivateKeyKey])
 	if err != nil {
-		return nil, fmt.Errorf("Secret %s: %w", name, err)
+		return nil, fmt.Errorf("the Secret %s: %w", name, err)
 	}
 	roots := x509.NewCertPool()
 	if !roots.AppendCertsFromPEM(secret.Data[mtls.CAFile]) {
-		return nil, errors.New("Secret " + name + " has no " + mtls.CAFile)
+		return nil, errors.New("the Secret " + name + " has no " + mtls.CAFile)
 	}
 	m = &member{read: time.Now(), http: &http.Client{Transport: &http.Transport{
 		TLSClientConfig: mtls.ClientConfig(cert, roots, "", mtls.AllowRole(namespace, workspace, identity.RoleBroker)),

@@ -322,12 +322,16 @@ func TestKubectl(t *testing.T) {
 	check(editor, false, "which sessions?", plugin, "disconnect", "-n", "team")
 	check(editor, true, "(dry run)", plugin, "logoff", "--all", "-n", "team", "--dry-run")
 	check(editor, true, "disconnected", plugin, "disconnect", "session/s-bob", "-n", "team")
+	check(editor, true, "Success", kubectl, "create", "--raw", "/apis/live.rendezvous.dev/v1alpha1/namespaces/team/sessions/s-bob/disconnect", "-f", os.DevNull)
+	check(viewer, true, "yes", kubectl, "auth", "can-i", "list", "sessions.live.rendezvous.dev", "-n", "team")
+	check(viewer, false, "no", kubectl, "auth", "can-i", "delete", "sessions.live.rendezvous.dev", "-n", "team")
 	check(editor, true, "(server dry run)", kubectl, "delete", "session", "s-bob", "-n", "team", "--dry-run=server")
 	check(editor, true, "deleted", kubectl, "delete", "session", "s-alice", "-n", "team", "--timeout=20s")
 	check(editor, true, "deleted", kubectl, "delete", "sessions", "-n", "team", "--field-selector", "user=bob@example.com", "--timeout=20s")
 	check(editor, false, "forbidden", kubectl, "delete", "session", "s-carol", "-n", "other")
 	want := []string{
 		`message team/office/s-alice "Save your work.\nWe restart at 12:00." by eddie`, `disconnect team/office/s-bob "" by eddie`,
+		`disconnect team/office/s-bob "" by eddie`,
 		`end team/office/s-alice "" by eddie`, `end team/office/s-bob "" by eddie`,
 	}
 	if done := d.acts(); strings.Join(done, "\n") != strings.Join(want, "\n") {

@@ -121,7 +121,7 @@ func (s *Server) settleOnce(ctx context.Context) error {
 	}
 	cert, err := tls.X509KeyPair(secret.Data[corev1.TLSCertKey], secret.Data[corev1.TLSPrivateKeyKey])
 	if err != nil {
-		return fmt.Errorf("Secret %s/%s: %w: delete it, and another is made", s.Namespace, ServingSecret, err)
+		return fmt.Errorf("the Secret %s/%s: %w: delete it, and another is made", s.Namespace, ServingSecret, err)
 	}
 	s.cert.Store(&cert)
 	return s.trust(ctx, secret.Data["ca.crt"])
@@ -157,7 +157,7 @@ func (s *Server) secret(ctx context.Context) (*corev1.Secret, error) {
 		err = s.Client.Patch(ctx, secret, client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{}))
 	}
 	if err != nil {
-		return nil, fmt.Errorf("Secret %s/%s: %w", s.Namespace, ServingSecret, err)
+		return nil, fmt.Errorf("the Secret %s/%s: %w", s.Namespace, ServingSecret, err)
 	}
 	return secret, nil
 }
@@ -214,7 +214,7 @@ func (s *Server) trust(ctx context.Context, ca []byte) error {
 	u.SetKind("APIService")
 	err := s.Reader.Get(ctx, client.ObjectKey{Name: APIService}, u)
 	if apierrors.IsNotFound(err) {
-		return fmt.Errorf("APIService %s is not installed: apply config/sessions, or start the operator with --sessions-addr= if you don't want it", APIService)
+		return fmt.Errorf("there is no APIService %s: apply config/sessions, or start the operator with --sessions-addr= if you don't want it", APIService)
 	}
 	if err != nil {
 		return fmt.Errorf("APIService %s: %w", APIService, err)
