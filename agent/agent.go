@@ -10,6 +10,7 @@
 //	ledger.go    the host's own word on whether one session more fits
 //	desktops*.go which sessions the RDP server holds
 //	presence.go  whose those are, and what is told of them
+//	act.go       what an administrator or the user wants done to a session; package control has the workings
 //	reverse.go   steps 9 to 11: dial the gateway, join, copy
 //	signin.go    who logs in by which connection; package login has the workings
 //	probe.go     whether the RDP server really answers, and with which certificate
@@ -33,6 +34,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 
+	"rendezvous.dev/rendezvous/agent/control"
 	"rendezvous.dev/rendezvous/agent/login/setup"
 	"rendezvous.dev/rendezvous/wire/identity"
 )
@@ -71,6 +73,7 @@ type Options struct {
 
 	timing   timing
 	desktops func() map[desktop]bool // readDesktops, but for some tests
+	control  control.Control         // for some tests
 	// guarded says why logging people in by connection would not be safe on this machine; setup.Check, but for some tests.
 	guarded func() error
 }
@@ -152,8 +155,9 @@ type Agent struct {
 	log     *slog.Logger
 	store   store
 	ledger  *ledger
-	install installer // nil where the host keeps its own RDP certificate
-	signIn  *signIn   // nil where the RDP server asks for credentials itself; set by Run
+	install installer       // nil where the host keeps its own RDP certificate
+	signIn  *signIn         // nil where the RDP server asks for credentials itself; set by Run
+	control control.Control // nil where this host's desktops can't be acted on; set by Run
 	boot    string
 	// tlsSessions with gateway instances, to resume.
 	tlsSessions tls.ClientSessionCache
@@ -208,6 +212,11 @@ func (a *Agent) Run(ctx context.Context) error {
 		}
 		defer s.Close()
 		a.signIn, a.ledger.owner = s, s.records.ByUID
+		closeControl, err := a.openControl()
+		if err != nil {
+			return err
+		}
+		defer closeControl()
 		if err := a.opts.guarded(); err != nil {
 			a.log.Error("this host takes no sessions, because logging in by connection is not safe here: run `agent login install`", "why", err)
 		}

@@ -182,6 +182,9 @@ func (a *Agent) dialBusURL(raw string, m *member, creds *mtls.Reloader) (*nats.C
 		_, err = conn.Subscribe(bus.HostDisplacedSubject(m.Pool, m.Host), func(msg *nats.Msg) { a.onDisplaced(conn, msg) })
 	}
 	if err == nil {
+		_, err = conn.Subscribe(bus.HostSessionSubject(m.Pool, m.Host), a.onSession)
+	}
+	if err == nil {
 		err = conn.FlushTimeout(busDialTimeout) // the subscriptions stand before the first report says so
 	}
 	if err != nil {

@@ -68,6 +68,7 @@ type Options struct {
 	// Host to listen on, all addresses if empty. Ports 0 are the standard ones, -1 free ones.
 	Host                                              string
 	FeedPort, BusPort, BusWebSocketPort, BusRoutePort int
+	SessionsPort                                      int
 	// MetricsAddr serves /metrics, /healthz and /readyz.
 	MetricsAddr string
 	Inventory   Inventory
@@ -81,7 +82,7 @@ type Options struct {
 
 // Addresses of the listeners.
 type Addresses struct {
-	Feed, Bus, BusWebSocket, BusRoutes, Metrics net.Addr
+	Feed, Bus, BusWebSocket, BusRoutes, Metrics, Sessions net.Addr
 }
 
 // Run runs a broker until ctx ends, then lets go of its clients and stops.
@@ -162,11 +163,18 @@ func Run(ctx context.Context, o Options) error {
 		return fmt.Errorf("broker: feed: %w", err)
 	}
 	defer feedListener.Close()
-	feed := web.Server(web.Options{
+	sessionsListener, err := net.Listen("tcp", net.JoinHostPort(o.Host, strconv.Itoa(port(o.SessionsPort, config.PortSessions))))
+	if err != nil {
+		return fmt.Errorf("broker: sessions: %w", err)
+	}
+	defer sessionsListener.Close()
+	options := web.Options{
 		Namespace: o.Config.Namespace, Workspace: o.Config.Workspace, Name: o.Name, Source: o.Inventory, Identity: validator, Enrol: enrolment,
-		Traces: store, Trace: orch.Trace, Gateways: orch, Access: orch, TicketKey: ticketPrivateKey(reloaders[o.TicketsDir]),
+		Traces: store, Trace: orch.Trace, Gateways: orch, Access: orch, Sessions: orch, TicketKey: ticketPrivateKey(reloaders[o.TicketsDir]),
 		Signer: reloaders[o.SigningDir].Certificate, Log: log, Metrics: m,
-	}, reloaders[o.TLSDir].ServerConfig())
+	}
+	feed := web.Server(options, reloaders[o.TLSDir].ServerConfig())
+	sessions := web.SessionsServer(options, reloaders[o.BusDir].MutualServerConfig(mtls.AllowRole(o.Config.Namespace, o.Config.Workspace, identity.RoleOperator)))
 
 	gauges(reg, o, b, orch, validator)
 	ready := func() error {
@@ -189,6 +197,7 @@ func Run(ctx context.Context, o Options) error {
 
 	work, workCtx := errgroup.WithContext(life)
 	work.Go(func() error { return served(feed.ServeTLS(feedListener, "", "")) })
+	work.Go(func() error { return served(sessions.ServeTLS(sessionsListener, "", "")) })
 	work.Go(func() error { return served(monitor.Serve(monitorListener)) })
 	work.Go(func() error { return o.Inventory.Run(workCtx) })
 	work.Go(func() error { validator.Run(workCtx); return nil })
@@ -208,6 +217,7 @@ func Run(ctx context.Context, o Options) error {
 		defer cancel()
 		orch.Drain(stop)
 		feed.Shutdown(stop)
+		sessions.Shutdown(stop)
 		b.Shutdown(stop)
 		monitor.Shutdown(stop)
 		end()
@@ -215,7 +225,7 @@ func Run(ctx context.Context, o Options) error {
 	})
 	log.Info("broker runs", "workspace", o.Config.Workspace, "feed", feedListener.Addr().String(), "bus", b.Addr().String())
 	if o.Started != nil {
-		o.Started(Addresses{Feed: feedListener.Addr(), Bus: b.Addr(), BusWebSocket: b.WebSocketAddr(), BusRoutes: b.RouteAddr(), Metrics: monitorListener.Addr()})
+		o.Started(Addresses{Feed: feedListener.Addr(), Bus: b.Addr(), BusWebSocket: b.WebSocketAddr(), BusRoutes: b.RouteAddr(), Metrics: monitorListener.Addr(), Sessions: sessionsListener.Addr()})
 	}
 	err = work.Wait()
 	orch.Wait()

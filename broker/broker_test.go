@@ -143,7 +143,7 @@ func TestAllTheWay(t *testing.T) {
 			Config: config.Broker{Namespace: ns, Workspace: ws, BusURLs: []string{"tls://bus"}, InternalIssuer: config.Issuer{Name: "internal"}}, ConfigDir: configDir,
 			TLSDir: dir(public), BusDir: dir(testca.IdentitySpec(identity.Broker(ns, ws))), SigningDir: dir(testca.Spec{CommonName: "Publisher"}),
 			TicketsDir: ca.Dir(ca.IssueEd25519(testca.IdentitySpec(identity.TicketSigner(ns, ws)))),
-			Name:       "broker-0", Host: "127.0.0.1", FeedPort: -1, BusPort: -1, BusWebSocketPort: -1, BusRoutePort: -1, MetricsAddr: "127.0.0.1:0",
+			Name:       "broker-0", Host: "127.0.0.1", FeedPort: -1, BusPort: -1, BusWebSocketPort: -1, BusRoutePort: -1, SessionsPort: -1, MetricsAddr: "127.0.0.1:0",
 			Inventory: world, Log: slog.New(slog.DiscardHandler), Started: func(a Addresses) { started <- a },
 		})
 	}()
@@ -165,6 +165,24 @@ func TestAllTheWay(t *testing.T) {
 				t.Fatalf("never happened: %s", what)
 			}
 		}
+	}
+
+	// The listener for the operator takes its identity, of this workspace, and no other.
+	for id, want := range map[identity.ID]bool{
+		identity.Operator(ns, ws): true, identity.Operator(ns, "other"): false, identity.Agent(ns, ws, "pool", "h1"): false,
+		identity.Gateway(ns, ws, "gw"): false, identity.Broker(ns, ws): false,
+	} {
+		r := ca.Reloader(id)
+		conf := mtls.ClientConfig(*r.Certificate(), r.Roots(), "", mtls.AllowRole(ns, ws, identity.RoleBroker))
+		hc := &http.Client{Transport: &http.Transport{TLSClientConfig: conf}}
+		res, err := hc.Get("https://" + a.Sessions.String() + brokerapi.PathAllSessions)
+		if err == nil {
+			res.Body.Close()
+		}
+		if ok := err == nil && res.StatusCode == http.StatusOK; ok != want {
+			t.Errorf("%s lists all sessions: %t (%v)", id, ok, err)
+		}
+		hc.CloseIdleConnections()
 	}
 
 	// 0: a machine enrols and comes on the bus with what it got.

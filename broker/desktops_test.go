@@ -142,7 +142,7 @@ func TestBackToOnesOwnDesktop(t *testing.T) {
 				Namespace: ns, Workspace: ws, BusURLs: []string{fmt.Sprintf("tls://127.0.0.1:%d", busPort)}, InternalIssuer: config.Issuer{Name: "internal"},
 			},
 			ConfigDir: t.TempDir(), TLSDir: ca.Dir(certPEM, keyPEM), BusDir: ca.Dir(ca.Issue(local)), SigningDir: ca.Dir(certPEM, keyPEM), TicketsDir: tickets,
-			Name: "broker-0", Host: "127.0.0.1", FeedPort: -1, BusPort: busPort, BusWebSocketPort: -1, BusRoutePort: -1, MetricsAddr: "127.0.0.1:0",
+			Name: "broker-0", Host: "127.0.0.1", FeedPort: -1, BusPort: busPort, BusWebSocketPort: -1, BusRoutePort: -1, SessionsPort: -1, MetricsAddr: "127.0.0.1:0",
 			Inventory: world, Log: slog.New(slog.DiscardHandler), Started: func(a broker.Addresses) { started <- a },
 		})
 	})

@@ -57,7 +57,7 @@ func TestMachineIsOneKeyAllTheWay(t *testing.T) {
 			},
 			ConfigDir: t.TempDir(), TLSDir: ca.Dir(ca.Issue(public)), BusDir: ca.Dir(ca.Issue(local)), SigningDir: ca.Dir(ca.Issue(public)),
 			TicketsDir: ca.Dir(ca.IssueEd25519(testca.IdentitySpec(identity.TicketSigner("ns", "ws")))),
-			Name:       "broker-0", Host: "127.0.0.1", FeedPort: -1, BusPort: busPort, BusWebSocketPort: -1, BusRoutePort: -1, MetricsAddr: "127.0.0.1:0",
+			Name:       "broker-0", Host: "127.0.0.1", FeedPort: -1, BusPort: busPort, BusWebSocketPort: -1, BusRoutePort: -1, SessionsPort: -1, MetricsAddr: "127.0.0.1:0",
 			Inventory: world, Log: slog.New(slog.DiscardHandler), Started: func(a broker.Addresses) { started <- a },
 		})
 	})

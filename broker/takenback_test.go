@@ -146,7 +146,7 @@ func newChain(t *testing.T) *chain {
 			Config:    config.Broker{Namespace: ns, Workspace: ws, BusURLs: busURLs, InternalIssuer: config.Issuer{Name: "internal"}},
 			ConfigDir: dir, TLSDir: c.ca.Dir(certPEM, keyPEM), BusDir: c.ca.Dir(c.ca.Issue(local)), SigningDir: c.ca.Dir(c.ca.Issue(testca.Spec{CommonName: "Publisher"})),
 			TicketsDir: c.ca.Dir(signerPEM, signerKey),
-			Name:       "broker-0", Host: "127.0.0.1", FeedPort: -1, BusPort: busPort, BusWebSocketPort: -1, BusRoutePort: -1, MetricsAddr: "127.0.0.1:0",
+			Name:       "broker-0", Host: "127.0.0.1", FeedPort: -1, BusPort: busPort, BusWebSocketPort: -1, BusRoutePort: -1, SessionsPort: -1, MetricsAddr: "127.0.0.1:0",
 			Inventory: c.world, Log: slog.New(slog.DiscardHandler), Started: func(a broker.Addresses) { started <- a },
 		})
 	})

@@ -12,6 +12,7 @@
 //	explain.go   the timeline
 //	clean.go     what others wrote, for a terminal
 //	whoami.go    the token as the workspace reads it
+//	sessions.go  the user's own sessions
 package client
 
 import (

@@ -371,7 +371,7 @@ func (w *world) issue(t *testing.T, ns, name string) {
 // issueAll issues every Certificate of the Workspace.
 func (w *world) issueAll(t *testing.T, ns, workspace string) {
 	t.Helper()
-	for _, name := range []string{"-internal-ca", "-tls", "-broker-identity", "-tickets", "-signing"} {
+	for _, name := range []string{"-internal-ca", "-tls", "-broker-identity", "-tickets", "-signing", "-operator-identity"} {
 		w.issue(t, ns, workspace+name)
 	}
 }

@@ -65,6 +65,10 @@ type workspaceScope struct {
 // +kubebuilder:rbac:groups="",resources=configmaps;services;serviceaccounts,verbs=create;get;list;patch;watch
 // +kubebuilder:rbac:groups="",resources=secrets,verbs=create;delete;get;list;patch;watch
 // +kubebuilder:rbac:groups=rbac.authorization.k8s.io,resources=roles;rolebindings,verbs=create;get;list;patch;watch
+// Sessions (package sessionsapi): the API server is asked whether an administrator may see or end them, and told by which CA it
+// knows this operator.
+// +kubebuilder:rbac:groups=authorization.k8s.io,resources=subjectaccessreviews,verbs=create
+// +kubebuilder:rbac:groups=apiregistration.k8s.io,resources=apiservices,resourceNames=v1alpha1.live.rendezvous.dev,verbs=get;patch
 // +kubebuilder:rbac:groups=policy,resources=poddisruptionbudgets,verbs=create;get;list;patch;watch
 // +kubebuilder:rbac:groups=networking.k8s.io,resources=networkpolicies,verbs=create;get;list;patch;watch
 
@@ -241,6 +245,7 @@ func (r *workspaceReconciler) applyCertificates(ctx context.Context, s *workspac
 	s.certificatesIssued = true
 	for _, cert := range []*certmanager.Certificate{
 		r.render.FeedCertificate(ws), r.render.BrokerIdentityCertificate(ws), render.TicketCertificate(ws), render.SigningCertificate(ws),
+		render.OperatorIdentityCertificate(ws),
 	} {
 		if err := r.applyAll(ctx, &s.pass, ws, cert); err != nil {
 			return err
@@ -260,7 +265,7 @@ func (r *workspaceReconciler) applyAccess(ctx context.Context, s *workspaceScope
 	return r.applyAll(ctx, &s.pass, ws,
 		render.BrokerServiceAccount(ws), render.BrokerRole(ws), render.BrokerRoleBinding(ws),
 		render.BrokerNetworkPolicy(ws),
-		render.BrokerService(ws), render.BusService(ws), render.BrokerPeersService(ws),
+		render.BrokerService(ws), render.BusService(ws), render.BrokerPeersService(ws), render.BrokerSessionsService(ws),
 		render.BrokerDisruptionBudget(ws))
 }
 
@@ -306,6 +311,7 @@ func (r *workspaceReconciler) prune(ctx context.Context, s *workspaceScope) erro
 	wanted := map[string]bool{
 		render.WorkspaceTLS(ws.Name): true, render.WorkspaceBrokerIdentity(ws.Name): true,
 		render.WorkspaceTickets(ws.Name): true, render.WorkspaceSigning(ws.Name): true,
+		render.WorkspaceOperatorIdentity(ws.Name): true,
 	}
 	return errors.Join(
 		r.Prune(ctx, ws, certmanager.SchemeGroupVersion.WithKind(certmanager.IssuerKind), mine, nil),

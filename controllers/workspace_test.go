@@ -330,7 +330,7 @@ func TestWorkspaceOtherInternalIssuer(t *testing.T) {
 		}
 		return nil
 	})
-	for _, name := range []string{"demo-tls", "demo-broker-identity", "demo-tickets", "demo-signing"} {
+	for _, name := range []string{"demo-tls", "demo-broker-identity", "demo-tickets", "demo-signing", "demo-operator-identity"} {
 		read(t, w, ns, name, &certmanager.Certificate{})
 		read(t, w, ns, name, &corev1.Secret{})
 	}

@@ -21,6 +21,9 @@ type Metrics struct {
 	// SessionsEnded counts live sessions that brokers had ended, by cause: "user-revoked", "ticket-revoked", "grant-removed",
 	// "resource-removed" or "group-lost".
 	SessionsEnded *prometheus.CounterVec
+	// SessionActs counts what was asked to be done to sessions, by act ("end", "disconnect", "message") and result: "done", or
+	// the refusal's code.
+	SessionActs *prometheus.CounterVec
 	// Feed counts answers of the HTTPS API by path and code.
 	Feed *prometheus.CounterVec
 	// GroupsUnread counts requests with a token whose groups are none, or not all, by reason: "absent", "elsewhere" or
@@ -42,13 +45,14 @@ func New(reg prometheus.Registerer) *Metrics {
 		HostTries:        counter("host_tries_total", "Session hosts asked for a session.", "result"),
 		LoginsRefused:    counter("logins_refused_total", "Logins that session hosts refused because they were not the session's own.", "reason"),
 		SessionsEnded:    counter("sessions_ended_total", "Live sessions ended because access was taken back.", "cause"),
+		SessionActs:      counter("session_acts_total", "What users and administrators asked to be done to sessions.", "act", "result"),
 		Feed:             counter("http_requests_total", "Requests to the feed and enrolment API.", "path", "code"),
 		GroupsUnread:     counter("groups_unread_total", "Requests with a token from which groups could not be read.", "reason"),
 		Enrolments:       counter("enrolments_total", "Certificates asked for by session hosts.", "kind", "result"),
 		Writes:           counter("writes_total", "Writes to the Kubernetes API.", "object", "result"),
 	}
 	if reg != nil {
-		reg.MustRegister(m.Connects, m.Entries, m.ConnectSeconds, m.PlacementSeconds, m.HostTries, m.LoginsRefused, m.SessionsEnded, m.Feed, m.GroupsUnread, m.Enrolments, m.Writes)
+		reg.MustRegister(m.Connects, m.Entries, m.ConnectSeconds, m.PlacementSeconds, m.HostTries, m.LoginsRefused, m.SessionsEnded, m.SessionActs, m.Feed, m.GroupsUnread, m.Enrolments, m.Writes)
 	}
 	return m
 }

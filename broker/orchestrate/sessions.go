@@ -142,6 +142,8 @@ type LiveSession struct {
 	// Connected says that a gateway pod, Claims.Gateway and Claims.Instance, carries it now, as the session Claims.SessionID.
 	// Otherwise it is a desktop that its user has left: the claims are of the connect that brought them there last.
 	Connected bool
+	// Proof is the text of it, by which the host knows the session too.
+	Proof string
 }
 
 // LiveSessions gives the sessions with good proofs of all hosts that this broker hears, its own and others', by pool, host
@@ -174,7 +176,7 @@ func (r *registry) liveSessions(declared func(hostKey) (uid string, timeout time
 			}
 			seen[p.SessionID] = true
 			all = append(all, LiveSession{
-				Claims: *p, State: s.State, Since: s.Since, Connected: s.SessionID != "" && s.State != bus.SessionDisconnected,
+				Claims: *p, Proof: s.Proof, State: s.State, Since: s.Since, Connected: s.SessionID != "" && s.State != bus.SessionDisconnected,
 			})
 		}
 	}
@@ -202,6 +204,6 @@ func (c *connect) prove(host string) (string, error) {
 		Namespace: c.b.o.Namespace, Workspace: c.b.o.Workspace, Pool: c.pool.Name, Host: host, HostUID: declared.UID,
 		User: c.claims.User, Resource: c.resource.Name, Groups: c.claims.Groups, TicketID: c.claims.ID, SessionID: c.req.SessionID,
 		ActivityID: c.req.ActivityID, SignedIn: c.claims.Since(),
-		Gateway: c.req.Gateway, Instance: c.req.Instance, Account: account, IssuedAt: now, Expires: now.Add(proof.Lifetime),
+		Gateway: c.req.Gateway, Instance: c.req.Instance, Account: account, Client: c.req.ClientAddr, IssuedAt: now, Expires: now.Add(proof.Lifetime),
 	}, key)
 }

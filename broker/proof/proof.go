@@ -6,7 +6,7 @@
 // A proof is a compact JWS (RFC 7515) over JWT claims (RFC 7519), signed by EdDSA with the workspace's ticket key:
 //
 //	header   {"alg":"EdDSA","typ":"rendezvous-session+jwt"}, exactly these bytes
-//	claims   iss aud sub iat exp jti as in a JWT; pool host uid res grp tkt sgn act gw ins acc are ours
+//	claims   iss aud sub iat exp jti as in a JWT; pool host uid res grp tkt sgn act gw ins acc cli are ours
 //
 // The audience and the type keep it apart from a ticket (wire/ticket), which the same key signs: neither is ever taken
 // for the other. Only brokers read proofs, so there is no older or newer form to tell apart: a reader ignores claims that
@@ -60,7 +60,9 @@ type Claims struct {
 	// Gateway and Instance name the pod that held the client.
 	Gateway, Instance string
 	// Account is where the session logs in on the host, empty where the RDP server asks for credentials itself.
-	Account           string
+	Account string
+	// Client is the address that came to the gateway, empty where that didn't say.
+	Client            string
 	IssuedAt, Expires time.Time
 }
 
@@ -83,6 +85,7 @@ type wire struct {
 	Gateway  string   `json:"gw,omitempty"`
 	Instance string   `json:"ins,omitempty"`
 	Account  string   `json:"acc,omitempty"`
+	Client   string   `json:"cli,omitempty"`
 }
 
 // Sign makes the proof with the workspace's ticket key. Claims that Verify would refuse are an error.
@@ -91,7 +94,7 @@ func Sign(c Claims, key ed25519.PrivateKey) (string, error) {
 		Issuer: ticket.Issuer(c.Namespace, c.Workspace), Audience: Audience, User: c.User, Session: c.SessionID,
 		IssuedAt: c.IssuedAt.Unix(), Expires: c.Expires.Unix(), Pool: c.Pool, Host: c.Host, HostUID: c.HostUID,
 		Resource: c.Resource, Groups: c.Groups, Ticket: c.TicketID, Gateway: c.Gateway, Instance: c.Instance, Account: c.Account,
-		Activity: c.ActivityID,
+		Activity: c.ActivityID, Client: c.Client,
 	}
 	if !c.SignedIn.IsZero() {
 		w.SignedIn = c.SignedIn.Unix()
@@ -152,7 +155,7 @@ func Verify(raw string, key ed25519.PublicKey, namespace, workspace string, now 
 	c := Claims{
 		Namespace: namespace, Workspace: workspace, Pool: w.Pool, Host: w.Host, HostUID: w.HostUID, User: w.User, Resource: w.Resource,
 		Groups: w.Groups, TicketID: w.Ticket, SessionID: w.Session, Gateway: w.Gateway, Instance: w.Instance, Account: w.Account,
-		ActivityID: w.Activity, IssuedAt: issued, Expires: expires,
+		ActivityID: w.Activity, Client: w.Client, IssuedAt: issued, Expires: expires,
 	}
 	if w.SignedIn != 0 {
 		c.SignedIn = time.Unix(w.SignedIn, 0)

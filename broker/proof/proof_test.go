@@ -31,7 +31,7 @@ func claims(edit ...func(*Claims)) Claims {
 	c := Claims{
 		Namespace: "ns", Workspace: "ws", Pool: "pool", Host: "h1", HostUID: "uid-1", User: "alice", Resource: "desk",
 		Groups: []string{"engineers"}, TicketID: "t1", SessionID: "s1", Gateway: "gw", Instance: "10-0-0-1", Account: "al",
-		ActivityID: "a1", SignedIn: now.Add(-time.Hour), IssuedAt: now, Expires: now.Add(Lifetime),
+		ActivityID: "a1", Client: "192.0.2.1:9", SignedIn: now.Add(-time.Hour), IssuedAt: now, Expires: now.Add(Lifetime),
 	}
 	for _, e := range edit {
 		e(&c)
@@ -54,7 +54,7 @@ func TestRoundTrip(t *testing.T) {
 		claims(),
 		claims(func(c *Claims) {
 			c.Groups, c.TicketID, c.Gateway, c.Instance, c.Account = nil, "", "", "", ""
-			c.ActivityID, c.SignedIn = "", time.Time{}
+			c.ActivityID, c.Client, c.SignedIn = "", "", time.Time{}
 		}),
 	} {
 		got, err := Verify(sign(t, want, private), public, "ns", "ws", now)

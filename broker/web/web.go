@@ -62,6 +62,14 @@ type Access interface {
 	SignedIn(user string, at time.Time, groups []string, complete bool) []string
 }
 
+// Sessions knows the workspace's live sessions and acts on them; *orchestrate.Orchestrator does.
+type Sessions interface {
+	// Sessions lists them, by pool, host and id.
+	Sessions() []brokerapi.Session
+	// Act does something to one. Where user isn't empty, the session must be that user's.
+	Act(ctx context.Context, req brokerapi.ActRequest, user string) (detail string, err error)
+}
+
 // Options of the API. All but Access, Now, Log and Metrics are required.
 type Options struct {
 	Namespace, Workspace string
@@ -74,6 +82,7 @@ type Options struct {
 	// Trace publishes a step of a connect to all replicas, this one included.
 	Trace    func(trace.Event)
 	Gateways Gateways
+	Sessions Sessions
 	// Access, where it is nil, believes every token.
 	Access Access
 	// TicketKey signs tickets.
@@ -103,8 +112,8 @@ func Server(o Options, tlsConfig *tls.Config) *http.Server {
 	}
 }
 
-// Handler is the API without its listener.
-func Handler(o Options) http.Handler {
+// newAPI fills in what may be left out.
+func newAPI(o Options) *api {
 	if o.Now == nil {
 		o.Now = time.Now
 	}
@@ -114,7 +123,12 @@ func Handler(o Options) http.Handler {
 	if o.Metrics == nil {
 		o.Metrics = metrics.New(nil)
 	}
-	a := &api{o: o}
+	return &api{o: o}
+}
+
+// Handler is the API without its listener.
+func Handler(o Options) http.Handler {
+	a := newAPI(o)
 	mux := http.NewServeMux()
 	for pattern, h := range map[string]handler{
 		"GET " + brokerapi.PathWorkspace:             a.workspace,
@@ -125,6 +139,8 @@ func Handler(o Options) http.Handler {
 		"GET " + brokerapi.PathActivities + "{id}":   a.signedIn(a.activity),
 		"GET " + brokerapi.PathActivities + "{$}":    a.signedIn(a.activities),
 		"POST " + brokerapi.PathActivities + "{id}":  a.signedIn(a.addToActivity),
+		"GET " + brokerapi.PathSessions:              a.signedIn(a.ownSessions),
+		"POST " + brokerapi.PathSessions:             a.signedIn(a.ownAct),
 		"GET /{tenant}" + brokerapi.PathDiscovery:    a.discovery,
 		"GET " + brokerapi.PathEnroll:                a.preEnroll,
 		"POST " + brokerapi.PathEnroll:               a.enroll,
@@ -204,7 +220,7 @@ func statusOf(c refusal.Code) int {
 		return http.StatusUnauthorized
 	case refusal.NotGranted, refusal.Revoked, refusal.WrongRole:
 		return http.StatusForbidden
-	case refusal.UnknownResource, refusal.UnknownInstance:
+	case refusal.UnknownResource, refusal.UnknownInstance, refusal.UnknownSession:
 		return http.StatusNotFound
 	case refusal.BadRequest:
 		return http.StatusBadRequest

@@ -92,6 +92,7 @@ type fixture struct {
 	load    map[string]int32
 	token   string
 	people  people
+	desks   desks
 	log     bytes.Buffer
 	metrics *prometheus.Registry
 }
@@ -138,6 +139,7 @@ func setUp(t *testing.T) *fixture {
 		Enrol:  enrol.New(enrol.Options{Namespace: ns, Workspace: ws, Source: f.world, Writer: f.world, Now: clock}),
 		Traces: f.traces, Trace: func(e trace.Event) { f.traces.Hear("rdv.trace.broker", e) },
 		Gateways:  loads{f},
+		Sessions:  &f.desks,
 		Access:    f.lapsed,
 		TicketKey: func() (ed25519.PrivateKey, error) { return f.key, nil },
 		Signer:    func() *tls.Certificate { return signer }, Now: clock, Log: slog.New(slog.NewTextHandler(&f.log, nil)), Metrics: metrics.New(f.metrics),

@@ -41,7 +41,7 @@ func command() *cobra.Command {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.AddCommand(runCommand(), enrollCommand(), healthcheckCommand(), serviceCommand(), loginCommand(), pamCommand(), sessionCommand(), versionCommand())
+	root.AddCommand(runCommand(), enrollCommand(), healthcheckCommand(), serviceCommand(), loginCommand(), pamCommand(), sessionCommand(), sessionHelperCommand(), versionCommand())
 	return root
 }
 
@@ -294,6 +294,16 @@ func sessionCommand() *cobra.Command {
 		Use: "session PROGRAM", Short: "What xrdp starts for a user: make sure that the X display is the user's own, then become PROGRAM", Args: cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error { return login.BeginSession(args[0]) },
 	}
+}
+
+func sessionHelperCommand() *cobra.Command {
+	var dir string
+	c := &cobra.Command{
+		Use: "session-helper", Short: "What a desktop's container runs as root, so that the agent beside it can log sessions off and show messages", Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error { return agent.HelpSessions(c.Context(), dir, slog.Default()) },
+	}
+	c.Flags().StringVar(&dir, "login-dir", login.DefaultDir, "the agent's login folder")
+	return c
 }
 
 // pathFlags are files and folders: a service starts elsewhere, so they are made absolute.

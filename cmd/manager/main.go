@@ -37,6 +37,10 @@ func run() error {
 		leaseNS     = flag.String("leader-election-namespace", "", "namespace of the Lease; empty means the pod's own")
 		logLevel    = flag.String("log-level", "info", "debug, info, warn or error")
 	)
+	var sessions sessionsOptions
+	flag.StringVar(&sessions.addr, "sessions-addr", "", "address at which sessions.live.rendezvous.dev is served to the Kubernetes API server; empty means not at all")
+	flag.StringVar(&sessions.namespace, "sessions-namespace", env("POD_NAMESPACE", "rendezvous-system"), "the operator's namespace, for the certificate of that API")
+	flag.StringVar(&sessions.service, "sessions-service", "rendezvous-sessions", "the Service that its APIService names")
 	flag.StringVar(&images.BrokerImage, "broker-image", env("RELATED_IMAGE_BROKER", "rendezvous/broker:dev"), "image of brokers")
 	flag.StringVar(&images.GatewayImage, "gateway-image", env("RELATED_IMAGE_GATEWAY", "rendezvous/gateway:dev"), "image of gateways' admission container")
 	flag.StringVar(&images.RelayImage, "relay-image", env("RELATED_IMAGE_RELAY", "rendezvous/relay:dev"), "image of gateways' relay sidecar")
@@ -88,6 +92,9 @@ func run() error {
 		return fmt.Errorf("look for cert-manager: %w", err)
 	}
 	if err := controllers.Setup(mgr, controllers.Options{Render: images}); err != nil {
+		return err
+	}
+	if err := sessions.add(mgr, images, logger); err != nil {
 		return err
 	}
 	ctx := ctrl.SetupSignalHandler()

@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"rendezvous.dev/rendezvous/client"
+	"rendezvous.dev/rendezvous/wire/bus"
 	"rendezvous.dev/rendezvous/wire/version"
 )
 
@@ -47,7 +48,7 @@ func command() *cobra.Command {
 		},
 	}
 	root.PersistentFlags().StringVarP(&c.Workspace, "workspace", "w", "", "workspace to use, by name, host or URL (default: the one signed in to last)")
-	root.AddCommand(loginCommand(c), logoutCommand(c), listCommand(c), whoAmICommand(c), gatewaysCommand(c), connectCommand(c), explainCommand(c), versionCommand())
+	root.AddCommand(loginCommand(c), logoutCommand(c), listCommand(c), whoAmICommand(c), gatewaysCommand(c), connectCommand(c), explainCommand(c), sessionsCommand(c), versionCommand())
 	return root
 }
 
@@ -169,6 +170,34 @@ func explainCommand(c *client.Client) *cobra.Command {
 	}
 	cmd.Flags().BoolVar(&last, "last", false, "the latest connect")
 	addOutput(cmd, &output)
+	return cmd
+}
+
+func sessionsCommand(c *client.Client) *cobra.Command {
+	var output string
+	var watch bool
+	cmd := &cobra.Command{
+		Use: "sessions", Aliases: []string{"session"}, Short: "List your sessions, or end or disconnect one", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			asJSON, err := isJSON(output)
+			if err != nil {
+				return err
+			}
+			return c.Sessions(cmd.Context(), asJSON, watch)
+		},
+	}
+	addOutput(cmd, &output)
+	cmd.Flags().BoolVar(&watch, "watch", false, "print the list again each time that it changes")
+	act := func(use, short, act string) *cobra.Command {
+		return &cobra.Command{
+			Use: use + " SESSION", Short: short, Args: cobra.ExactArgs(1),
+			RunE: func(cmd *cobra.Command, args []string) error { return c.Act(cmd.Context(), act, args[0]) },
+		}
+	}
+	cmd.AddCommand(
+		act("end", "Log off: the desktop and all that runs in it end", bus.ActEnd),
+		act("disconnect", "End the connection; the desktop goes on, and connecting again leads back to it", bus.ActDisconnect),
+	)
 	return cmd
 }
 

@@ -132,6 +132,8 @@ func TestGolden(t *testing.T) {
 		"workspace-broker-identity-exposed":  options.BrokerIdentityCertificate(exposed),
 		"workspace-tickets-certificate":      TicketCertificate(ws),
 		"workspace-signing-certificate":      SigningCertificate(ws),
+		"workspace-operator-identity":        OperatorIdentityCertificate(ws),
+		"workspace-sessions-service":         BrokerSessionsService(ws),
 		"workspace-signing-certificate-name": SigningCertificate(exposed),
 		"workspace-configmap":                must[*corev1.ConfigMap](t)(options.BrokerConfigMap(ws, "")),
 		"workspace-configmap-exposed":        must[*corev1.ConfigMap](t)(options.BrokerConfigMap(exposed, "PEM")),

@@ -33,12 +33,16 @@ func WorkspaceSigning(workspace string) string { return workspace + "-signing" }
 // WorkspaceBrokerIdentity names the Certificate of the brokers on the bus, and its Secret.
 func WorkspaceBrokerIdentity(workspace string) string { return workspace + "-broker-identity" }
 
+// WorkspaceOperatorIdentity names the Certificate by which brokers know the operator, and its Secret.
+func WorkspaceOperatorIdentity(workspace string) string { return workspace + "-operator-identity" }
+
 // WorkspaceBroker names the brokers' Deployment, Service, ConfigMap, ServiceAccount, Role, RoleBinding and policies.
 func WorkspaceBroker(workspace string) string { return workspace + "-broker" }
 
 // WorkspaceInternal names the Issuer of the workspace's own CA.
 func WorkspaceInternal(workspace string) string { return workspace + "-internal" }
 
+func workspaceSessions(workspace string) string   { return workspace + "-sessions" }
 func workspaceBus(workspace string) string        { return workspace + "-bus" }
 func workspacePeers(workspace string) string      { return workspace + "-broker-peers" }
 func workspaceInternalCA(workspace string) string { return workspace + "-internal-ca" }
@@ -139,6 +143,16 @@ func (o Options) BrokerIdentityCertificate(ws *rdv.Workspace) *certmanager.Certi
 		DNSNames:   names,
 		URIs:       []string{identity.Broker(ws.Namespace, ws.Name).String()},
 		Usages:     []certmanager.KeyUsage{certmanager.UsageDigitalSignature, certmanager.UsageServerAuth, certmanager.UsageClientAuth},
+		PrivateKey: ecdsaKey(),
+		IssuerRef:  issuerRef(InternalIssuer(ws)),
+	})
+}
+
+// OperatorIdentityCertificate is by which the operator, which shows administrators their sessions, asks the brokers.
+func OperatorIdentityCertificate(ws *rdv.Workspace) *certmanager.Certificate {
+	return certificate(ws.Namespace, WorkspaceOperatorIdentity(ws.Name), workspaceLabels(ws, ""), certmanager.CertificateSpec{
+		URIs:       []string{identity.Operator(ws.Namespace, ws.Name).String()},
+		Usages:     []certmanager.KeyUsage{certmanager.UsageDigitalSignature, certmanager.UsageClientAuth},
 		PrivateKey: ecdsaKey(),
 		IssuerRef:  issuerRef(InternalIssuer(ws)),
 	})
@@ -296,6 +310,7 @@ func (o Options) brokerContainer(ws *rdv.Workspace) corev1.Container {
 			containerPort("bus-ws", config.PortBusWebSocket),
 			containerPort("routes", config.PortBusRoutes),
 			containerPort("metrics", config.PortMetrics),
+			containerPort("sessions", config.PortSessions),
 		},
 		StartupProbe:    probe("/healthz", "metrics", 1, 60),
 		LivenessProbe:   probe("/healthz", "metrics", 10, 6),
@@ -335,6 +350,17 @@ func BusService(ws *rdv.Workspace) *corev1.Service {
 		ws.Spec.Broker.Bus.Service, servicePort("nats", config.PortBus, "bus"), servicePort("wss", portHTTPS, "bus-ws"))
 }
 
+// SessionsURL is where the operator asks the brokers for sessions.
+func (o Options) SessionsURL(namespace, workspace string) string {
+	return "https://" + o.serviceHost(namespace, workspaceSessions(workspace))
+}
+
+// BrokerSessionsService is how the operator finds a broker to ask for sessions.
+func BrokerSessionsService(ws *rdv.Workspace) *corev1.Service {
+	return service(ws.Namespace, workspaceSessions(ws.Name), workspaceLabels(ws, componentBroker), brokerSelector(ws.Name),
+		rdv.Service{}, servicePort("https", portHTTPS, "sessions"))
+}
+
 // BrokerPeersService is how brokers find each other.
 func BrokerPeersService(ws *rdv.Workspace) *corev1.Service {
 	return headless(ws.Namespace, workspacePeers(ws.Name), workspaceLabels(ws, componentBroker), brokerSelector(ws.Name),
@@ -370,7 +396,7 @@ func BrokerNetworkPolicy(ws *rdv.Workspace) *networkingv1.NetworkPolicy {
 			Ingress: []networkingv1.NetworkPolicyIngressRule{
 				allow(nil, config.PortPublic, config.PortBus, config.PortBusWebSocket),
 				allow(podsOf(sel), config.PortBusRoutes),
-				allow(anyPod(), config.PortMetrics),
+				allow(anyPod(), config.PortMetrics, config.PortSessions), // the operator's namespace isn't known here; its certificate is
 			},
 		},
 	}

@@ -32,6 +32,8 @@ var walls = []struct {
 	{"controllers/plan", nil, []string{"k8s.io/client-go/kubernetes", "k8s.io/client-go/rest", "sigs.k8s.io/controller-runtime/pkg/client"}},
 	{"controllers/render", nil, []string{"k8s.io/client-go/kubernetes", "k8s.io/client-go/rest", "sigs.k8s.io/controller-runtime/pkg/client"}},
 	{"controllers", nil, []string{module + "/relay", module + "/gateway", module + "/broker", module + "/agent", module + "/client", "github.com/nats-io/"}},
+	{"sessionsapi", nil, []string{module + "/relay", module + "/gateway", module + "/broker", module + "/agent", module + "/client", module + "/controllers", "github.com/nats-io/", "k8s.io/apiserver"}},
+	{"cmd/kubectl-rdv", nil, []string{module + "/relay", module + "/gateway", module + "/broker", module + "/agent", module + "/client", module + "/controllers", "github.com/nats-io/"}},
 	{"wire", nil, kubernetes},
 	{"relay", nil, append([]string{"github.com/nats-io/", "github.com/coreos/go-oidc", "github.com/go-jose/", module + "/gateway", module + "/broker", module + "/agent"}, kubernetes...)},
 	{"gateway", nil, append([]string{"github.com/coreos/go-oidc", "github.com/nats-io/nats-server", module + "/relay", module + "/broker", module + "/agent"}, kubernetes...)},

@@ -8,6 +8,9 @@
 //	GET  /api/v1/activities/ID                []trace.Event; bearer token of the activity's user
 //	GET  /api/v1/activities/                  []trace.Summary, the latest first; bearer token
 //	POST /api/v1/activities/ID                []trace.Event from rdv, for its own steps; bearer token
+//	GET  /api/v1/sessions                     Sessions; bearer token: the user's own
+//	POST /api/v1/sessions                     ActRequest -> ActResponse; bearer token of the session's user
+//	GET, POST /api/v1/all-sessions            the same for all sessions; a listener and a certificate of the operator's own
 //	GET  /TENANT/v2.0/.well-known/openid-configuration   the identity provider's discovery document, for FreeRDP's type:arm
 //	POST /api/v1/enroll                       EnrollRequest -> EnrollResponse; the registration token is the credential
 //

@@ -8,6 +8,7 @@
 //	rdv.host.POOL.HOST.connect           broker -> agent      HostConnect -> HostReply
 //	rdv.host.POOL.HOST.config            broker -> agent      HostConfig
 //	rdv.host.POOL.HOST.displaced         broker -> agent      HostDisplaced
+//	rdv.host.POOL.HOST.session           broker -> agent      SessionAct -> SessionActReply
 //	rdv.report.POOL.HOST                 agent -> brokers     HostReport
 //	rdv.renew.POOL.HOST                  agent -> a broker    brokerapi.RenewRequest -> brokerapi.RenewResponse
 //	rdv.gateway.GATEWAY.INSTANCE.report  gateway -> brokers   GatewayReport
@@ -19,8 +20,12 @@
 package bus
 
 import (
+	"errors"
 	"fmt"
+	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"rendezvous.dev/rendezvous/wire/identity"
 	"rendezvous.dev/rendezvous/wire/refusal"
@@ -53,6 +58,11 @@ func HostConfigSubject(pool, host string) string {
 // HostDisplacedSubject is where one host's agent is told that a newer connection took the place of its own.
 func HostDisplacedSubject(pool, host string) string {
 	return fmt.Sprintf("rdv.host.%s.%s.displaced", pool, host)
+}
+
+// HostSessionSubject is where one host's agent is told to end, disconnect or message a session.
+func HostSessionSubject(pool, host string) string {
+	return fmt.Sprintf("rdv.host.%s.%s.session", pool, host)
 }
 
 // ReportSubject is where one host's agent reports.
@@ -113,7 +123,7 @@ func PermissionsFor(id identity.ID) (Permissions, error) {
 	case identity.RoleAgent:
 		return Permissions{
 			Publish:   []string{ReportSubject(id.Pool, id.Host), RenewSubject(id.Pool, id.Host), TraceSubject(id)},
-			Subscribe: []string{HostConnectSubject(id.Pool, id.Host), HostConfigSubject(id.Pool, id.Host), HostDisplacedSubject(id.Pool, id.Host), inbox},
+			Subscribe: []string{HostConnectSubject(id.Pool, id.Host), HostConfigSubject(id.Pool, id.Host), HostDisplacedSubject(id.Pool, id.Host), HostSessionSubject(id.Pool, id.Host), inbox},
 		}, nil
 	}
 	return Permissions{}, fmt.Errorf("bus: a certificate of role %q has no place on the bus", id.Role)
@@ -277,6 +287,38 @@ type HostReport struct {
 	Leaving bool `json:"leaving,omitempty"`
 }
 
+// What can be done to a session.
+const (
+	ActEnd        = "end"        // log off: the desktop and what runs in it end
+	ActDisconnect = "disconnect" // the client's connection ends, the desktop stays
+	ActMessage    = "message"    // a window with a text on the session's display
+)
+
+// MaxMessageText bounds SessionAct.Text, in bytes.
+const MaxMessageText = 2 << 10
+
+// SessionAct tells a host's agent what to do to one session. SessionID is that of the connect that brought its user here
+// last, as the proof in the host's reports has it; the desktop may have outlived that connection.
+type SessionAct struct {
+	SessionID  string `json:"sessionId"`
+	ActivityID string `json:"activityId,omitempty"`
+	// Act is ActEnd, ActDisconnect or ActMessage.
+	Act string `json:"act"`
+	// Proof is the one that the host reports with the session: it names a desktop whose connection has ended.
+	Proof string `json:"proof,omitempty"`
+	// Text is the message: plain text, at most MaxMessageText bytes.
+	Text string `json:"text,omitempty"`
+	// By says who wants it, for the host's log.
+	By string `json:"by,omitempty"`
+}
+
+// SessionActReply is the agent's answer once it was done. Err set means that it was not.
+type SessionActReply struct {
+	Err *refusal.Error `json:"error,omitempty"`
+	// Detail says what was done, for logs and timelines.
+	Detail string `json:"detail,omitempty"`
+}
+
 // LoginReasons are the keys of HostReport.LoginsRefused: why a login by connection was refused (agent/login says what each
 // means). Readers ignore others.
 var LoginReasons = []string{
@@ -328,4 +370,24 @@ type GatewayReport struct {
 type EndSession struct {
 	SessionID string `json:"sessionId"`
 	Reason    string `json:"reason"`
+}
+
+// CheckMessageText says why a text can't be shown to a user: it is plain text, and can't change how other text reads.
+func CheckMessageText(text string) error {
+	switch {
+	case strings.TrimSpace(text) == "":
+		return errors.New("the message has no text")
+	case len(text) > MaxMessageText:
+		return fmt.Errorf("the message has %d bytes, and at most %d are shown", len(text), MaxMessageText)
+	case !utf8.ValidString(text):
+		return errors.New("the message is not UTF-8")
+	}
+	for _, r := range text {
+		switch {
+		case r == '\n' || r == '\t':
+		case unicode.IsControl(r), r >= 0x202a && r <= 0x202e, r >= 0x2066 && r <= 0x2069:
+			return fmt.Errorf("the message has the control character %U: only line breaks and tabs are shown", r)
+		}
+	}
+	return nil
 }

@@ -50,6 +50,14 @@ func TestPermissions(t *testing.T) {
 		{agent, false, HostDisplacedSubject("pool", "a"), true},
 		{agent, false, HostDisplacedSubject("pool", "b"), false},
 		{agent, true, HostDisplacedSubject("pool", "b"), false},
+		{agent, false, HostSessionSubject("pool", "a"), true},
+		{agent, false, HostSessionSubject("pool", "b"), false},
+		{agent, false, HostSessionSubject("other", "a"), false},
+		{agent, true, HostSessionSubject("pool", "a"), false},
+		{agent, true, HostSessionSubject("pool", "b"), false},
+		{gateway, true, HostSessionSubject("pool", "a"), false},
+		{gateway, false, HostSessionSubject("pool", "a"), false},
+		{identity.Broker("ns", "ws"), true, HostSessionSubject("pool", "a"), true},
 		{gateway, true, HostDisplacedSubject("pool", "a"), false},
 		{agent, false, InboxPrefix(agent) + ".x", true},
 		{agent, false, "_INBOX.agent.pool.b.x", false},
@@ -91,7 +99,9 @@ func TestPermissions(t *testing.T) {
 			t.Errorf("%s may %s %s: %v, want %v", c.who, verb, c.subject, got, c.want)
 		}
 	}
-	if _, err := PermissionsFor(identity.TicketSigner("ns", "ws")); err == nil {
-		t.Error("a ticket signer has a place on the bus")
+	for _, id := range []identity.ID{identity.TicketSigner("ns", "ws"), identity.Operator("ns", "ws")} {
+		if _, err := PermissionsFor(id); err == nil {
+			t.Errorf("%s has a place on the bus", id)
+		}
 	}
 }

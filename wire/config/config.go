@@ -37,6 +37,7 @@ const (
 	PortBusRoutes      = 6222
 	PortMetrics        = 9090 // relay, broker, manager
 	PortGatewayMetrics = 9091
+	PortSessions       = 8445 // broker, for the operator
 )
 
 // Relay is the relay container's file.

@@ -5,6 +5,7 @@
 //	rendezvous://NAMESPACE/WORKSPACE/gateway/GATEWAY
 //	rendezvous://NAMESPACE/WORKSPACE/agent/POOL/HOST
 //	rendezvous://NAMESPACE/WORKSPACE/ticket-signer
+//	rendezvous://NAMESPACE/WORKSPACE/operator
 //
 // The role is part of the name, so that a certificate made for one role is refused in every other.
 package identity
@@ -30,6 +31,7 @@ const (
 	RoleGateway      Role = "gateway"
 	RoleAgent        Role = "agent"
 	RoleTicketSigner Role = "ticket-signer"
+	RoleOperator     Role = "operator"
 )
 
 // ID is the identity that a certificate carries.
@@ -62,6 +64,11 @@ func TicketSigner(namespace, workspace string) ID {
 	return ID{Namespace: namespace, Workspace: workspace, Role: RoleTicketSigner}
 }
 
+// Operator is the identity of the operator towards one workspace's brokers.
+func Operator(namespace, workspace string) ID {
+	return ID{Namespace: namespace, Workspace: workspace, Role: RoleOperator}
+}
+
 // URI is the name that stands in the certificate.
 func (id ID) URI() *url.URL {
 	path := []string{"", id.Workspace, string(id.Role)}
@@ -92,7 +99,7 @@ func Parse(u *url.URL) (ID, error) {
 	id := ID{Namespace: u.Host, Workspace: parts[0], Role: Role(parts[1])}
 	names := parts[2:]
 	switch {
-	case (id.Role == RoleBroker || id.Role == RoleTicketSigner) && len(names) == 0:
+	case (id.Role == RoleBroker || id.Role == RoleTicketSigner || id.Role == RoleOperator) && len(names) == 0:
 	case id.Role == RoleGateway && len(names) == 1:
 		id.Gateway = names[0]
 	case id.Role == RoleAgent && len(names) == 2:

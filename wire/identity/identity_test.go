@@ -12,6 +12,7 @@ func TestRoundTrip(t *testing.T) {
 		"rendezvous://ns/ws/gateway/gw":          Gateway("ns", "ws", "gw"),
 		"rendezvous://ns/ws/agent/pool/host-0":   Agent("ns", "ws", "pool", "host-0"),
 		"rendezvous://ns/ws/ticket-signer":       TicketSigner("ns", "ws"),
+		"rendezvous://ns/ws/operator":            Operator("ns", "ws"),
 		"rendezvous://default/a/agent/x-1/h9-z0": Agent("default", "a", "x-1", "h9-z0"),
 	} {
 		if got := id.String(); got != want {
@@ -26,7 +27,7 @@ func TestRoundTrip(t *testing.T) {
 
 func TestParseRefuses(t *testing.T) {
 	for _, s := range []string{
-		"https://ns/ws/broker", "rendezvous://ns/ws", "rendezvous://ns/ws/king", "rendezvous://ns/ws/broker/x",
+		"https://ns/ws/broker", "rendezvous://ns/ws", "rendezvous://ns/ws/king", "rendezvous://ns/ws/broker/x", "rendezvous://ns/ws/operator/x",
 		"rendezvous://ns/ws/gateway", "rendezvous://ns/ws/gateway/a/b", "rendezvous://ns/ws/agent/pool", "rendezvous://ns/ws/agent/pool/",
 		"rendezvous://ns/ws/agent/pool/a.b", "rendezvous://ns/ws/agent/*/h", "rendezvous://ns/ws/agent/pool/h?x=1", "rendezvous://ns/ws/agent/pool/h#x",
 		"rendezvous://user@ns/ws/broker", "rendezvous://ns:1/ws/broker", "rendezvous://ns//broker", "rendezvous://ns/ws/agent/p%2Fx/h", "rendezvous:///ws/broker",

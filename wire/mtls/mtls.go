@@ -147,12 +147,28 @@ func (r *Reloader) ClientConfig(serverName string, allow func(identity.ID) error
 	}
 }
 
+// ClientConfig is Reloader.ClientConfig with a certificate that isn't a file's.
+func ClientConfig(cert tls.Certificate, roots *x509.CertPool, serverName string, allow func(identity.ID) error) *tls.Config {
+	return &tls.Config{
+		MinVersion: tls.VersionTLS12, ServerName: serverName, Certificates: []tls.Certificate{cert},
+		InsecureSkipVerify: true, // VerifyConnection does it
+		VerifyConnection: func(cs tls.ConnectionState) error {
+			return verify(cs, roots, x509.ExtKeyUsageServerAuth, serverName, allow)
+		},
+	}
+}
+
 func (r *Reloader) verify(cs tls.ConnectionState, usage x509.ExtKeyUsage, name string, allow func(identity.ID) error) error {
-	leaf := cs.PeerCertificates[0]
-	opts := x509.VerifyOptions{Roots: r.Roots(), DNSName: name, Intermediates: x509.NewCertPool(), KeyUsages: []x509.ExtKeyUsage{usage}}
-	if opts.Roots == nil {
+	roots := r.Roots()
+	if roots == nil {
 		return fmt.Errorf("mtls: %s has no %s to verify the peer with", r.dir, CAFile)
 	}
+	return verify(cs, roots, usage, name, allow)
+}
+
+func verify(cs tls.ConnectionState, roots *x509.CertPool, usage x509.ExtKeyUsage, name string, allow func(identity.ID) error) error {
+	leaf := cs.PeerCertificates[0]
+	opts := x509.VerifyOptions{Roots: roots, DNSName: name, Intermediates: x509.NewCertPool(), KeyUsages: []x509.ExtKeyUsage{usage}}
 	for _, c := range cs.PeerCertificates[1:] {
 		opts.Intermediates.AddCert(c)
 	}

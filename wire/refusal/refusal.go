@@ -42,6 +42,8 @@ const (
 	HostNotReady Code = "host-not-ready" // the RDP server on the host does not answer
 	// AccountRefused is a person who can't have the account that the pool's rule gives.
 	AccountRefused Code = "account-refused"
+	// UnknownSession is a session that has ended, or that is nobody's known.
+	UnknownSession Code = "unknown-session"
 
 	// Gateways and brokers.
 	GatewayFull     Code = "gateway-full"
@@ -117,7 +119,7 @@ var codes = map[Code]bool{
 	TokenMissing: true, TokenInvalid: true, TokenExpired: true, TokenWrongAudience: true, IdentityAway: true,
 	NotGranted: true, UnknownResource: true, Revoked: true,
 	TicketMissing: true, TicketInvalid: true, TicketExpired: true, WrongTarget: true,
-	NoHost: true, HostTimeout: true, HostRefused: true, HostFull: true, HostDraining: true, HostNotReady: true, AccountRefused: true,
+	NoHost: true, HostTimeout: true, HostRefused: true, HostFull: true, HostDraining: true, HostNotReady: true, AccountRefused: true, UnknownSession: true,
 	GatewayFull: true, GatewayDraining: true, AdmissionAway: true, BrokerAway: true, JoinUnknown: true, UnknownInstance: true,
 	Protocol: true, IdleTimeout: true, DrainDeadline: true, EndedByAdmin: true,
 	RegistrationInvalid: true, RegistrationExpired: true, RegistrationSpent: true, BadRequest: true, WrongRole: true, IssuerAway: true,
