@@ -89,6 +89,17 @@ func demo(ctx context.Context, root string) error {
 	if err := picture.Save(file); err != nil {
 		return err
 	}
+	say.Say("an administrator: kubectl rdv message")
+	if _, err := s.KubectlRdv(ctx, "message", "--field-selector", "user=alice@example.test", "-n", stage.Namespace, "--text", "Good morning, Alice. We restart at 18:00."); err != nil {
+		return err
+	}
+	told, err := alice.WaitForChange(pctx, picture)
+	if err != nil {
+		return fmt.Errorf("the message is not on the screen: %w", err)
+	}
+	if err := told.Save(filepath.Join(root, "demo-message.png")); err != nil {
+		return err
+	}
 	explain, err := alice.Rdv(ctx, "explain", d.ActivityID)
 	if err != nil {
 		return err
@@ -99,7 +110,12 @@ func demo(ctx context.Context, root string) error {
 		return err
 	}
 	fmt.Printf("\n$ kubectl get rdv -n %s\n%s\n", stage.Namespace, all)
-	fmt.Printf("The picture is %s. Look around with KUBECONFIG=%s; `make cluster-down` removes it all.\n", file, s.Kubeconfig)
+	sessions, err := s.Kubectl(ctx, "", "get", "sessions", "-n", stage.Namespace)
+	if err != nil {
+		return err
+	}
+	fmt.Printf("$ kubectl get sessions -n %s\n%s\n", stage.Namespace, sessions)
+	fmt.Printf("The pictures are %s and demo-message.png. Look around with KUBECONFIG=%s; `make cluster-down` removes it all.\n", file, s.Kubeconfig)
 	return nil
 }
 

@@ -403,3 +403,12 @@ func restartAgent(t *testing.T) {
 		t.Fatalf("%v\nagent: %s", err, tail(w.machine.Agent.Output(), 10))
 	}
 }
+
+func mustScreenshot(t *testing.T, u *stage.User) rdpkit.Picture {
+	t.Helper()
+	shot, err := u.Screenshot(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return shot
+}

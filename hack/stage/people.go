@@ -260,7 +260,7 @@ func (s *Stage) toolDir() string { return filepath.Join(s.Root, "bin", "linux") 
 
 // buildTools compiles what people's machines run besides the images' binaries, static.
 func (s *Stage) buildTools(ctx context.Context) error {
-	for dir, pkgs := range map[string][]string{s.Root: {"./cmd/rdv"}, filepath.Join(s.Root, "hack"): {"./signin", "./intruder"}} {
+	for dir, pkgs := range map[string][]string{s.Root: {"./cmd/rdv", "./cmd/kubectl-rdv"}, filepath.Join(s.Root, "hack"): {"./signin", "./intruder"}} {
 		cmd := exec.CommandContext(ctx, "go", append([]string{"build", "-trimpath", "-o", s.toolDir() + "/"}, pkgs...)...)
 		cmd.Dir, cmd.Env = dir, append(cmd.Environ(), "CGO_ENABLED=0")
 		if out, err := cmd.CombinedOutput(); err != nil {

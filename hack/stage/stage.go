@@ -213,6 +213,17 @@ func (s *Stage) Kubectl(ctx context.Context, stdin string, args ...string) (stri
 	return string(out), nil
 }
 
+// KubectlRdv runs the plugin `kubectl rdv` against the stage and returns what it printed.
+func (s *Stage) KubectlRdv(ctx context.Context, args ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, s.Tool("kubectl-rdv"), args...)
+	cmd.Env = append(os.Environ(), "KUBECONFIG="+s.Kubeconfig)
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		return string(out), fmt.Errorf("kubectl rdv %s: %w: %s", strings.Join(args, " "), err, strings.TrimSpace(string(out)))
+	}
+	return string(out), nil
+}
+
 // installOperator applies config/default with the images that were just built.
 func (s *Stage) installOperator(ctx context.Context, built []images.Image) error {
 	s.say.Say("operator: applying config/default")

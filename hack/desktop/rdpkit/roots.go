@@ -68,7 +68,9 @@ func Ensure(ctx context.Context, log *slog.Logger) (Roots, error) {
 
 // EnsureMachine returns, as Ensure does, the root of a machine on which an administrator has installed Debian's xrdp and
 // configured nothing. It has systemd: see [BoxOptions].
-func EnsureMachine(ctx context.Context, log *slog.Logger) (string, error) { return ensureOne(ctx, log, "machine") }
+func EnsureMachine(ctx context.Context, log *slog.Logger) (string, error) {
+	return ensureOne(ctx, log, "machine")
+}
 
 // EnsureDebian12 returns, as Ensure does, the root of a user's machine of the Debian before ours: FreeRDP 2.11, as xfreerdp.
 func EnsureDebian12(ctx context.Context, log *slog.Logger) (string, error) {
