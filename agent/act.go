@@ -165,7 +165,7 @@ func (a *Agent) act(ctx context.Context, act bus.SessionAct) (detail string, ref
 		if err := bus.CheckMessageText(act.Text); err != nil {
 			return "", refusal.New(refusal.BadRequest, "Host %s shows no such message: %v.", host, err)
 		}
-		if refused := a.onDesktops(t, host, act, func(d control.Desktop) error { return a.control.Message(ctx, d, act.Text) }); refused != nil {
+		if refused := a.onDesktops(ctx, t, host, act, func(d control.Desktop) error { return a.control.Message(ctx, d, act.Text) }); refused != nil {
 			return "", refused
 		}
 		return "shown on " + displays(t), nil
@@ -174,7 +174,7 @@ func (a *Agent) act(ctx context.Context, act bus.SessionAct) (detail string, ref
 			a.ledger.disconnect(ctx, act.SessionID, 0)
 			return "there was no desktop; the connection was closed", nil
 		}
-		if refused := a.onDesktops(t, host, act, func(d control.Desktop) error { return a.control.LogOff(ctx, d) }); refused != nil {
+		if refused := a.onDesktops(ctx, t, host, act, func(d control.Desktop) error { return a.control.LogOff(ctx, d) }); refused != nil {
 			return "", refused
 		}
 		a.ledger.disconnect(ctx, act.SessionID, actGrace) // its client is told by the RDP server
@@ -183,12 +183,36 @@ func (a *Agent) act(ctx context.Context, act bus.SessionAct) (detail string, ref
 	return "", refusal.New(refusal.BadRequest, "Session host %s knows no act %q: its agent is older than the broker.", host, act.Act)
 }
 
+// onlyDesktop is of controls that can find the one desktop that somebody is connected to.
+type onlyDesktop interface {
+	OnlyDesktop(context.Context) (control.Desktop, error)
+}
+
+// guess does something to the desktop of the one session that this agent carries, on a host where nobody logs in by a
+// connection and so nothing else says which it is.
+func (a *Agent) guess(ctx context.Context, only onlyDesktop, t target, host string, act bus.SessionAct, do func(control.Desktop) error) *refusal.Error {
+	if n := a.ledger.count(); n != 1 || t.State != bus.SessionActive {
+		return refusal.New(refusal.HostRefused, "Host %s can't %s session %s: it carries %d connections, and doesn't know which desktop is whose. It can disconnect the session.", host, act.Act, act.SessionID, n)
+	}
+	d, err := only.OnlyDesktop(ctx)
+	if err == nil {
+		err = do(d)
+	}
+	if err != nil {
+		return refusal.New(refusal.HostRefused, "Host %s could not %s session %s: %v.", host, act.Act, act.SessionID, err)
+	}
+	return nil
+}
+
 // onDesktops does something to each desktop of a session. One that has gone meanwhile is no error.
-func (a *Agent) onDesktops(t target, host string, act bus.SessionAct, do func(control.Desktop) error) *refusal.Error {
+func (a *Agent) onDesktops(ctx context.Context, t target, host string, act bus.SessionAct, do func(control.Desktop) error) *refusal.Error {
 	uid, err := strconv.ParseUint(t.uid, 10, 32)
+	only, canGuess := a.control.(onlyDesktop)
 	switch {
 	case t.uid == "" && a.signIn != nil:
 		return refusal.New(refusal.HostNotReady, "Session %s has not logged in on host %s yet: it can only be disconnected.", act.SessionID, host)
+	case t.uid == "" && t.carried && canGuess:
+		return a.guess(ctx, only, t, host, act, do)
 	case t.uid == "" || a.control == nil || err != nil:
 		return refusal.New(refusal.HostRefused, "Host %s can't %s session %s: it doesn't log people in by their connections (spec.accounts of its HostPool), so its agent doesn't know which desktop is whose. It can disconnect it.", host, act.Act, act.SessionID)
 	}
@@ -209,6 +233,9 @@ func (a *Agent) onDesktops(t target, host string, act bus.SessionAct, do func(co
 }
 
 func displays(t target) string {
+	if t.uid == "" {
+		return "the desktop that is connected"
+	}
 	var names []string
 	for _, d := range t.displays {
 		names = append(names, ":"+strconv.Itoa(d))

@@ -14,6 +14,9 @@ import (
 // localControl acts on this machine's own desktops.
 func localControl() control.Control { return &control.Local{} }
 
+// controlWithoutLogin is for machines that ask for credentials themselves: nothing says there which desktop is whose.
+func controlWithoutLogin() control.Control { return nil }
+
 // HelpSessions does for the agent with this login folder, which is in another container, what it can't do to the desktops
 // here, until ctx ends.
 func HelpSessions(ctx context.Context, loginDir string, log *slog.Logger) error {

@@ -146,6 +146,51 @@ func TestActsOnSessions(t *testing.T) {
 	w.eventually("no session after the log-off", func() bool { return len(w.last().Sessions) == 0 })
 }
 
+// guesser is a control of a machine that tells which one desktop somebody is connected to, as Windows does.
+type guesser struct {
+	fakeControl
+	only control.Desktop
+	err  error
+}
+
+func (g *guesser) OnlyDesktop(context.Context) (control.Desktop, error) { return g.only, g.err }
+
+// Where nothing says whose desktop is whose, it is acted on only while there is one session and one desktop.
+func TestActsOnTheOnlySession(t *testing.T) {
+	w := newWorld(t)
+	o := w.options()
+	g := &guesser{only: control.Desktop{Display: 3}}
+	o.control = g
+	w.run(o)
+	w.ready(bus.HostConfig{Generation: 1, MaxSessions: 2})
+	join := func(req bus.HostConnect) {
+		t.Helper()
+		if refused := w.connect(req); refused != nil {
+			t.Fatal(refused)
+		}
+		<-w.gateway.joins
+		w.eventually("session", func() bool {
+			return slices.ContainsFunc(w.last().Sessions, func(s bus.HostSession) bool { return s.SessionID == req.SessionID && s.State == bus.SessionActive })
+		})
+	}
+	join(w.request("s1"))
+	if reply := w.act(bus.SessionAct{SessionID: "s1", Act: bus.ActMessage, Text: "hello"}); reply.Err != nil {
+		t.Error(reply.Err)
+	}
+	g.err = errors.New("two desktops")
+	if reply := w.act(bus.SessionAct{SessionID: "s1", Act: bus.ActEnd}); reply.Err == nil || !strings.Contains(reply.Err.Message, "two desktops") {
+		t.Errorf("with two desktops: %+v", reply)
+	}
+	g.err = nil
+	join(w.other("s2"))
+	if reply := w.act(bus.SessionAct{SessionID: "s1", Act: bus.ActEnd}); reply.Err == nil || !strings.Contains(reply.Err.Message, "carries 2 connections") {
+		t.Errorf("with two connections: %+v", reply)
+	}
+	if done := g.all(); len(done) != 1 || done[0] != "tell display :3 of user id 0: hello" {
+		t.Errorf("done: %q", done)
+	}
+}
+
 // Where people don't log in by their connections, a session can be disconnected, and what can't be done is said.
 func TestActsWithoutLogin(t *testing.T) {
 	w := newWorld(t)

@@ -205,6 +205,10 @@ func (a *Agent) Run(ctx context.Context) error {
 	if err := a.store.prepare(); err != nil {
 		return err
 	}
+	a.control = a.opts.control
+	if a.control == nil {
+		a.control = controlWithoutLogin()
+	}
 	if a.opts.LoginDir != "" {
 		s, err := a.serveLogins()
 		if err != nil {

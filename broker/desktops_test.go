@@ -2,6 +2,7 @@ package broker_test
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"crypto/ed25519"
 	"crypto/rand"
@@ -10,6 +11,7 @@ import (
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -18,13 +20,16 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/nats-io/nats.go"
 
 	"rendezvous.dev/rendezvous/agent"
+	"rendezvous.dev/rendezvous/agent/control"
 	"rendezvous.dev/rendezvous/agent/login"
 	"rendezvous.dev/rendezvous/broker"
 	"rendezvous.dev/rendezvous/broker/internal/fake"
@@ -192,7 +197,7 @@ func TestBackToOnesOwnDesktop(t *testing.T) {
 		}, key)
 		must(t, err)
 		data, _ := json.Marshal(bus.ConnectRequest{
-			SessionID: rand.Text(), Ticket: raw, Gateway: "gw", Instance: "pod", JoinSecret: secret, Deadline: time.Now().Add(patience),
+			SessionID: rand.Text(), Ticket: raw, Gateway: "gw", Instance: "pod", JoinSecret: secret, Deadline: time.Now().Add(patience), ClientAddr: "192.0.2.1:4711",
 		})
 		m, err := gw.Request(bus.SubjectConnect, data, patience)
 		must(t, err)
@@ -252,7 +257,105 @@ func TestBackToOnesOwnDesktop(t *testing.T) {
 	world.EditHost("h2", func(h *model.Host) { h.Drain, h.Generation = &model.Drain{Reason: "new image"}, h.Generation+1 })
 	status("h2", "holds the desktop and drains", func(s model.AgentStatus) bool { return s.Sessions == 1 && s.DrainAcknowledged })
 	expect("bob", "h1")
-	expect("alice", "h2")
+	leg = expect("alice", "h2")
+	<-from // bob's
+	logIn("h2", "alice")
+	write("table-h2", "0: 3 0 0 1 03 1 /run/xrdp/sockdir/"+uid+"/xrdp_chansrv_socket_10\n")
+
+	// What the operator asks, from here to the helper beside the desktops and back: her session is listed, she is told
+	// something, and logged off.
+	helper := &desktops{loggedOff: func() { write("table-h2", "") }}
+	run(t, func(ctx context.Context) error {
+		return control.Help(ctx, filepath.Join(logins["h2"], control.SocketName), helper, login.PeerUID, slog.New(slog.DiscardHandler))
+	})
+	operator := ca.Reloader(identity.Operator(ns, ws))
+	hc := &http.Client{Transport: &http.Transport{
+		TLSClientConfig: mtls.ClientConfig(*operator.Certificate(), operator.Roots(), "", mtls.AllowRole(ns, ws, identity.RoleBroker)),
+	}}
+	sessions := "https://" + addrs.Sessions.String() + brokerapi.PathAllSessions
+	hers := func() (found []brokerapi.Session) {
+		res, err := hc.Get(sessions)
+		must(t, err)
+		defer res.Body.Close()
+		var all brokerapi.Sessions
+		must(t, json.NewDecoder(res.Body).Decode(&all))
+		for _, s := range all.Sessions {
+			if s.User == "alice" {
+				found = append(found, s)
+			}
+		}
+		return found
+	}
+	var her brokerapi.Session
+	eventually(t, "alice's session is listed", func() bool {
+		all := hers()
+		if len(all) != 1 || all[0].State != bus.SessionActive || all[0].Account != "alice" {
+			return false
+		}
+		her = all[0]
+		return true
+	})
+	if !her.Proven || her.Host != "h2" || her.Pool != "pool" || her.Resource != "desk" || her.Client != "192.0.2.1:4711" || her.Gateway != "gw" || her.Instance != "pod" {
+		t.Errorf("her session is listed as %+v", her)
+	}
+	act := func(req brokerapi.ActRequest) (status int, answer string) {
+		t.Helper()
+		req.SessionID, req.By = her.ID, "eddie"
+		body, _ := json.Marshal(req)
+		res, err := hc.Post(sessions, "application/json", bytes.NewReader(body))
+		must(t, err)
+		defer res.Body.Close()
+		data, err := io.ReadAll(res.Body)
+		must(t, err)
+		return res.StatusCode, string(data)
+	}
+	eventually(t, "the message is shown", func() bool { // once the helper has come
+		status, _ := act(brokerapi.ActRequest{Act: bus.ActMessage, Text: "Save your work."})
+		return status == http.StatusOK
+	})
+	if status, answer := act(brokerapi.ActRequest{Act: bus.ActEnd}); status != http.StatusOK || !strings.Contains(answer, "logged off from display :10 of alice") {
+		t.Errorf("log-off: %d %s", status, answer)
+	}
+	if done := helper.all(); len(done) != 2 || done[0] != "message :10 "+uid+" Save your work." || done[1] != "log off :10 "+uid {
+		t.Errorf("the helper did %q", done)
+	}
+	leg.SetReadDeadline(time.Now().Add(patience))
+	if _, err := io.Copy(io.Discard, leg); errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Error("her connection goes on after the log-off")
+	}
+	eventually(t, "her session is gone", func() bool { return len(hers()) == 0 })
+	if status, answer := act(brokerapi.ActRequest{Act: bus.ActEnd}); status != http.StatusNotFound || !strings.Contains(answer, "list the sessions again") {
+		t.Errorf("log-off of a session that is gone: %d %s", status, answer)
+	}
+}
+
+// desktops stands for what a helper does to real ones.
+type desktops struct {
+	loggedOff func()
+
+	mu   sync.Mutex
+	done []string
+}
+
+func (d *desktops) LogOff(_ context.Context, at control.Desktop) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.done = append(d.done, fmt.Sprintf("log off :%d %d", at.Display, at.UID))
+	d.loggedOff()
+	return nil
+}
+
+func (d *desktops) Message(_ context.Context, at control.Desktop, text string) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.done = append(d.done, fmt.Sprintf("message :%d %d %s", at.Display, at.UID, text))
+	return nil
+}
+
+func (d *desktops) all() []string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.Clone(d.done)
 }
 
 func freePort(t *testing.T) int {

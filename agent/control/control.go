@@ -2,6 +2,7 @@
 //
 //	desktop_linux.go  xrdp's sessions, by root on the machine (or in the container) that they run in
 //	helper_linux.go   what runs there where the agent is in a container beside the desktops
+//	wts*.go           Windows's Remote Desktop sessions, by the WTS API
 //	remote.go         the agent's end of that helper's connection
 //
 // In a pod the agent sees neither the desktops' processes nor their displays. So the desktop's container runs the agent's
@@ -54,6 +55,9 @@ const (
 	// actTimeout bounds what is done to one desktop.
 	actTimeout = 20 * time.Second
 )
+
+// title stands over each message.
+const title = "Message from your administrator"
 
 const (
 	actLogOff  = "logoff"

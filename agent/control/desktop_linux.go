@@ -24,8 +24,6 @@ const (
 	sessionManager = "xrdp-sesexec"
 	// maxWindows bounds the messages that are open on one desktop; the oldest makes room.
 	maxWindows = 5
-	// title stands over each message.
-	title = "Message from your administrator"
 )
 
 // Local acts on the desktops of xrdp on this machine, as root. The zero value works. Safe for concurrent use.

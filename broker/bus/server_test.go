@@ -142,6 +142,8 @@ func TestPermissions(t *testing.T) {
 		subscribe string
 	}{
 		{name: "an agent asks for a connect", as: agentA, publish: wirebus.SubjectConnect},
+		{name: "an agent ends another host's session", as: agentA, publish: wirebus.HostSessionSubject("pool", "b")},
+		{name: "an agent hears what is done to another host's sessions", as: agentA, subscribe: wirebus.HostSessionSubject("pool", "b")},
 		{name: "an agent reports for another host", as: agentA, publish: wirebus.ReportSubject("pool", "b")},
 		{name: "an agent renews for another host", as: agentA, publish: wirebus.RenewSubject("pool", "b")},
 		{name: "an agent tells another agent to connect", as: agentA, publish: wirebus.HostConnectSubject("pool", "b")},

@@ -166,6 +166,26 @@ func TestMachine(t *testing.T) {
 	m.reachable(false, "/run/xrdp/sockdir/sesman.socket")
 	m.step("with passwords")
 
+	// What administrators have done, with what the agent's unit may: bob is the one who is connected.
+	act := func(what, text string) (string, error) {
+		out, err := m.box.Command(m.ctx, "systemd-run", "--wait", "--pipe", "--quiet", "-p", "NoNewPrivileges=yes", "-p", "ProtectSystem=strict",
+			"-p", "ProtectControlGroups=yes", "-p", "ProtectKernelTunables=yes", doorman, "act", what, "20002", m.displayOf("bob"), text).CombinedOutput()
+		return string(out), err
+	}
+	if out, err := act("message", "hello"); err == nil || !strings.Contains(out, "install gxmessage") {
+		t.Errorf("a message without a program for it: %v\n%s", err, out)
+	}
+	if out, err := act("logoff", ""); err != nil {
+		t.Errorf("log-off: %v\n%s", err, out)
+	}
+	if left := m.sessionsOf("bob"); left != "" {
+		t.Errorf("bob was logged off and has X servers %s", left)
+	}
+	if others := m.sessionsOf("alice"); others == "" {
+		t.Error("alice's desktop ended with bob's")
+	}
+	m.step("bob was logged off")
+
 	if err := os.RemoveAll(m.box.Path("/etc/systemd/system/" + unit + ".d")); err != nil {
 		t.Fatal(err)
 	}
@@ -381,6 +401,18 @@ func (m *machineTest) sessionsOf(user string) string {
 
 // accounts are the lists of users, which change with each that is made, and what systemd itself keeps there.
 var accounts = []string{"passwd", "shadow", "group", "gshadow", "subuid", "subgid", ".pwd.lock", ".updated", "machine-id"}
+
+// displayOf is the number of a user's X display.
+func (m *machineTest) displayOf(user string) string {
+	m.Helper()
+	for arg := range strings.SplitSeq(strings.ReplaceAll(m.do("sh", "-c", "cat /proc/$(pgrep -u "+user+" -x Xorg)/cmdline"), "\x00", " "), " ") {
+		if n, ok := strings.CutPrefix(arg, ":"); ok {
+			return n
+		}
+	}
+	m.Fatalf("%s has no X display", user)
+	return ""
+}
 
 // files describes everything in /etc.
 func (m *machineTest) files() map[string]string {

@@ -5,6 +5,7 @@
 //	doorman serve [NAME:UID=]ADDRESS...   without a name, connections come from 127.0.0.1 and are nobody's
 //	doorman reach SOCKET                  say whether this user can connect to a Unix socket
 //	doorman tell FOLDER ACT UID DISPLAY TEXT   have the session helper that comes to the login folder log off or show a message
+//	doorman act ACT UID DISPLAY TEXT           log off or show a message here, as an agent does on its own machine
 //	doorman pose NAME SERVER              listen at a Unix socket, @… an abstract one, and bring who comes to another
 package main
 
@@ -50,22 +51,16 @@ func run(args []string) error {
 		return pose(args[1], args[2])
 	case len(args) == 6 && args[0] == "tell":
 		return tell(args[1], args[2], args[3], args[4], args[5])
+	case len(args) == 5 && args[0] == "act":
+		return carryOut(&control.Local{}, args[1], args[2], args[3], args[4])
 	case len(args) > 1 && args[0] == "serve":
 		return serve(args[1:])
 	}
-	return errors.New("usage: doorman serve [NAME:UID=]ADDRESS... | reach SOCKET | tell FOLDER ACT UID DISPLAY TEXT | pose NAME SERVER")
+	return errors.New("usage: doorman serve [NAME:UID=]ADDRESS... | reach SOCKET | tell FOLDER ACT UID DISPLAY TEXT | act ACT UID DISPLAY TEXT | pose NAME SERVER")
 }
 
 // tell is what an agent does whose desktops are in the container beside it.
 func tell(folder, act, uid, display, text string) error {
-	id, err := strconv.ParseUint(uid, 10, 32)
-	if err != nil {
-		return err
-	}
-	number, err := strconv.Atoi(display)
-	if err != nil {
-		return err
-	}
 	socket := filepath.Join(folder, control.SocketName)
 	os.Remove(socket)
 	l, err := net.Listen("unix", socket)
@@ -75,17 +70,28 @@ func tell(folder, act, uid, display, text string) error {
 	defer l.Close()
 	remote := &control.Remote{Caller: login.PeerUID, Log: slog.Default()}
 	go remote.Serve(l)
-	d := control.Desktop{UID: uint32(id), Display: number}
 	for end := time.Now().Add(15 * time.Second); ; time.Sleep(100 * time.Millisecond) {
-		if act == "logoff" {
-			err = remote.LogOff(context.Background(), d)
-		} else {
-			err = remote.Message(context.Background(), d, text)
-		}
+		err := carryOut(remote, act, uid, display, text)
 		if !errors.Is(err, control.ErrNoHelper) || time.Now().After(end) {
 			return err
 		}
 	}
+}
+
+func carryOut(by control.Control, act, uid, display, text string) error {
+	id, err := strconv.ParseUint(uid, 10, 32)
+	if err != nil {
+		return err
+	}
+	number, err := strconv.Atoi(display)
+	if err != nil {
+		return err
+	}
+	d := control.Desktop{UID: uint32(id), Display: number}
+	if act == "logoff" {
+		return by.LogOff(context.Background(), d)
+	}
+	return by.Message(context.Background(), d, text)
 }
 
 func serve(doors []string) error {
