@@ -37,6 +37,7 @@ import (
 	"rendezvous.dev/rendezvous/agent/control"
 	"rendezvous.dev/rendezvous/agent/login/setup"
 	"rendezvous.dev/rendezvous/wire/identity"
+	"rendezvous.dev/rendezvous/wire/proxydial"
 )
 
 // Options is what one agent is started with.
@@ -47,6 +48,10 @@ type Options struct {
 	CAFile string
 	// TokenFile holds the registration token. It is read at each enrolment, so that a new token heals a refused one.
 	TokenFile string
+	// Proxy is the URL of an HTTP proxy for everything that the agent dials, in place of HTTPS_PROXY; NO_PROXY still applies.
+	Proxy string
+	// ProxyAuthFile holds USER:PASSWORD for Proxy, where it wants them.
+	ProxyAuthFile string
 	// Host is the session host's name, a DNS label; empty means the machine's name.
 	Host string
 	// StateDir keeps keys and certificates; it must survive restarts and be readable by nobody else.
@@ -71,6 +76,7 @@ type Options struct {
 	// Log gets everything; nil means slog.Default.
 	Log *slog.Logger
 
+	proxy    *url.URL // Proxy, with its credentials
 	timing   timing
 	desktops func() map[desktop]bool // readDesktops, but for some tests
 	control  control.Control         // for some tests
@@ -133,6 +139,23 @@ func (o Options) withDefaults() (Options, error) {
 		return o, fmt.Errorf("--broker: %q is not an https URL: take it from key `broker` of the pool's registration Secret", o.Broker)
 	}
 	o.Broker = strings.TrimRight(o.Broker, "/")
+	auth := ""
+	if o.ProxyAuthFile != "" {
+		if o.Proxy == "" {
+			return o, errors.New("--proxy-auth-file: name the proxy with --proxy")
+		}
+		data, err := os.ReadFile(o.ProxyAuthFile)
+		if err != nil {
+			return o, fmt.Errorf("--proxy-auth-file: %w", err)
+		}
+		auth = string(data)
+	}
+	if o.Proxy != "" {
+		var err error
+		if o.proxy, err = proxydial.ParseProxy(o.Proxy, auth); err != nil {
+			return o, fmt.Errorf("--proxy: %w (--proxy-auth-file names the file with them)", err)
+		}
+	}
 	if o.RDPAddr == "" {
 		o.RDPAddr = "127.0.0.1:3389"
 	}
@@ -180,6 +203,9 @@ type Agent struct {
 	probed   probeResult
 	sequence uint64
 }
+
+// dialer is how the agent reaches broker, bus and gateways.
+func (a *Agent) dialer() proxydial.Dialer { return proxydial.Dialer{Proxy: a.opts.proxy} }
 
 // maxInstances is how many gateway instances' TLS sessions are kept.
 const maxInstances = 64

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -17,11 +18,14 @@ import (
 	"rendezvous.dev/rendezvous/wire/bus"
 	"rendezvous.dev/rendezvous/wire/identity"
 	"rendezvous.dev/rendezvous/wire/mtls"
+	"rendezvous.dev/rendezvous/wire/proxydial"
 	"rendezvous.dev/rendezvous/wire/refusal"
 )
 
 const (
 	busDialTimeout = 5 * time.Second
+	// busProxyTimeout is what a proxy gets to resolve the name and connect.
+	busProxyTimeout = 15 * time.Second
 	// busHandshakeTimeout is longer: where all agents come at once, as after the loss of every broker, a handshake waits
 	// its turn, and one given up is made twice.
 	busHandshakeTimeout = 20 * time.Second
@@ -155,6 +159,24 @@ func busOrder(urls []string) []string {
 	return urls
 }
 
+// busDialer dials for NATS, which makes TLS and WebSocket of it, and keeps the last error, of which NATS keeps the text alone.
+type busDialer struct {
+	dialer proxydial.Dialer
+	err    error
+}
+
+func (d *busDialer) Dial(network, address string) (net.Conn, error) {
+	timeout := busDialTimeout
+	if proxy, _ := d.dialer.For(address); proxy != nil {
+		timeout = busProxyTimeout
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	defer cancel()
+	conn, err := d.dialer.DialContext(ctx, network, address)
+	d.err = err
+	return conn, err
+}
+
 func (a *Agent) dialBusURL(raw string, m *member, creds *mtls.Reloader) (*nats.Conn, chan struct{}, error) {
 	u, err := url.Parse(raw)
 	if err != nil || u.Hostname() == "" || (u.Scheme != "tls" && u.Scheme != "wss") {
@@ -162,9 +184,14 @@ func (a *Agent) dialBusURL(raw string, m *member, creds *mtls.Reloader) (*nats.C
 	}
 	closed := make(chan struct{})
 	conf := creds.ClientConfig(u.Hostname(), mtls.AllowRole(m.Namespace, m.Workspace, identity.RoleBroker))
+	dial := &busDialer{dialer: a.dialer()}
+	lookUp := func(*nats.Options) error { return nil }
+	if proxy, _ := dial.dialer.For(u.Host); proxy != nil {
+		lookUp = nats.SkipHostLookup() // the proxy looks it up, and it goes by names too
+	}
 	conn, err := nats.Connect(raw,
 		nats.Name("agent "+m.Pool+"/"+m.Host), nats.Secure(conf), nats.Timeout(busHandshakeTimeout), nats.NoReconnect(),
-		nats.SetCustomDialer(&net.Dialer{Timeout: busDialTimeout}),
+		nats.SetCustomDialer(dial), lookUp,
 		nats.CustomInboxPrefix(bus.InboxPrefix(m.id())), nats.PingInterval(busPingInterval), nats.MaxPingsOutstanding(2),
 		nats.DrainTimeout(busDialTimeout),
 		nats.ClosedHandler(func(*nats.Conn) { close(closed) }),
@@ -172,7 +199,7 @@ func (a *Agent) dialBusURL(raw string, m *member, creds *mtls.Reloader) (*nats.C
 		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { a.log.Error("control channel", "error", err) }),
 	)
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, cmp.Or(dial.err, err)
 	}
 	_, err = conn.Subscribe(bus.HostConnectSubject(m.Pool, m.Host), a.onConnect)
 	if err == nil {

@@ -240,7 +240,7 @@ func (a *Agent) brokerClient() (*http.Client, error) {
 			}
 		}
 	}
-	return &http.Client{Transport: &http.Transport{TLSClientConfig: conf, Proxy: http.ProxyFromEnvironment}}, nil
+	return &http.Client{Transport: &http.Transport{TLSClientConfig: conf, DialContext: a.dialer().DialContext}}, nil
 }
 
 // call sends one request to the broker's enrolment path. A refusal comes back as *refusal.Error.

@@ -20,6 +20,7 @@ import (
 	"rendezvous.dev/rendezvous/wire/brokerapi"
 	"rendezvous.dev/rendezvous/wire/bus"
 	"rendezvous.dev/rendezvous/wire/identity"
+	"rendezvous.dev/rendezvous/wire/proxydial"
 	"rendezvous.dev/rendezvous/wire/refusal"
 	"rendezvous.dev/rendezvous/wire/trace"
 )
@@ -105,7 +106,7 @@ func (a *Agent) openLegs(req bus.HostConnect) (gateway *joinedConn, host *net.TC
 	defer cancel()
 	retry := backoff{min: 100 * time.Millisecond, max: time.Second}
 	for {
-		gateway, err = join(ctx, req, a.tlsSessions)
+		gateway, err = joinBy(ctx, a.dialer(), req, a.tlsSessions)
 		var refused *refusal.Error
 		if err == nil || errors.As(err, &refused) {
 			break
@@ -140,7 +141,12 @@ func (c *joinedConn) Read(p []byte) (int, error) {
 // join dials the gateway instance that holds the client and presents the join secret. The TLS server name routes to
 // the instance; the certificate must be the gateway's. A handshake with an instance that is known is resumed.
 func join(ctx context.Context, req bus.HostConnect, known tls.ClientSessionCache) (*joinedConn, error) {
-	d := net.Dialer{KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 4}}
+	return joinBy(ctx, proxydial.Dialer{}, req, known)
+}
+
+// joinBy is join through the proxy of a dialer, where the gateway's address goes by one.
+func joinBy(ctx context.Context, d proxydial.Dialer, req bus.HostConnect, known tls.ClientSessionCache) (*joinedConn, error) {
+	d.Net.KeepAliveConfig = net.KeepAliveConfig{Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 4}
 	raw, err := d.DialContext(ctx, "tcp", req.Address)
 	if err != nil {
 		return nil, fmt.Errorf("gateway %s can't be reached: %w", req.Address, err)

@@ -60,6 +60,7 @@ Wants=network-online.target
 After=network-online.target xrdp.service
 
 [Service]
+EnvironmentFile=-/etc/default/rendezvous-agent
 ExecStart={exec}
 Restart=always
 RestartSec=5

@@ -730,6 +730,45 @@ func TestConnectPrint(t *testing.T) {
 	}
 }
 
+// A gateway that the user names is not measured: the RDP client may have a way to it that rdv has not.
+func TestConnectNamedGateway(t *testing.T) {
+	w := newWorld(t)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	silent := l.Addr().String()
+	l.Close() // nobody answers there now
+	w.addGateway("down", silent, 0)
+	c, _, _ := w.login()
+	if err := c.Connect(t.Context(), ConnectOptions{Resource: "linux-desktop", Gateway: "down", Print: true}); err != nil {
+		t.Errorf("--gateway: %v", err)
+	}
+}
+
+// rdv measures by the proxy that its environment names.
+func TestMeasureByProxy(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	go http.Serve(l, http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		http.Error(rw, r.Method, http.StatusForbidden)
+	}))
+	t.Setenv("NO_PROXY", "")
+	t.Setenv("HTTPS_PROXY", "http://"+l.Addr().String())
+	w := newWorld(t)
+	w.addGateway("far", "gateway.rdv.invalid:443", 0)
+	c, out, _ := w.login()
+	if err := c.Gateways(t.Context(), false); err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(out.String(), "proxy http://"+l.Addr().String()+": it answered \"403 Forbidden\" to CONNECT gateway.rdv.invalid:443") {
+		t.Errorf("%s: want what the proxy answered", out)
+	}
+}
+
 func TestConnectErrors(t *testing.T) {
 	w := newWorld(t)
 	l, err := net.Listen("tcp", "127.0.0.1:0")

@@ -218,18 +218,14 @@ func findResource(list *brokerapi.Resources, name string, a *Account, activity s
 // the lowest group, best first: of these the feed, which sees at once who else is on the way, has the last word.
 func (f *feed) chooseGateway(ctx context.Context, gateways []brokerapi.Gateway, named string) (near []string, detail string, err error) {
 	if named != "" {
-		var only []brokerapi.Gateway
 		var have []string
 		for _, g := range gateways {
-			have = append(have, g.Name)
-			if g.Name == named {
-				only = append(only, g)
+			if g.Name == named { // its client may have a way to it that this process has not
+				return []string{named}, named + ": named by the user, not measured", nil
 			}
+			have = append(have, g.Name)
 		}
-		if len(only) == 0 {
-			return nil, "", fmt.Errorf("--gateway %s: workspace %s has: %s (activity %s)", named, f.account.Workspace.Name, strings.Join(have, ", "), f.activity)
-		}
-		gateways = only
+		return nil, "", fmt.Errorf("--gateway %s: workspace %s has: %s (activity %s)", named, f.account.Workspace.Name, strings.Join(have, ", "), f.activity)
 	}
 	ordered, ok := rank(f.measure(ctx, gateways))
 	if !ok {
@@ -237,9 +233,6 @@ func (f *feed) chooseGateway(ctx context.Context, gateways []brokerapi.Gateway, 
 	}
 	best := ordered[0]
 	detail = fmt.Sprintf("%s: opened in %s, round trip %s", best.Name, best.Open.Round(10*time.Microsecond), best.RoundTrip.Round(10*time.Microsecond))
-	if named != "" {
-		return []string{best.Name}, detail + "; named by the user", nil
-	}
 	return nearest(ordered), detail + "; weighed " + describe(ordered), nil
 }
 

@@ -15,6 +15,7 @@ import (
 
 	"rendezvous.dev/rendezvous/wire/brokerapi"
 	"rendezvous.dev/rendezvous/wire/choose"
+	"rendezvous.dev/rendezvous/wire/proxydial"
 )
 
 const (
@@ -64,12 +65,15 @@ func (f *feed) measureOne(ctx context.Context, m *Measured) error {
 	}
 	addr := net.JoinHostPort(m.Hostname, strconv.Itoa(int(m.Port)))
 	began := time.Now()
-	d := tls.Dialer{Config: &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: pool, ServerName: m.Hostname}}
-	conn, err := d.DialContext(ctx, "tcp", addr)
+	raw, err := proxydial.Dialer{}.DialContext(ctx, "tcp", addr)
 	if err != nil {
 		return err
 	}
-	defer conn.Close()
+	defer raw.Close()
+	conn := tls.Client(raw, &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: pool, ServerName: m.Hostname})
+	if err := conn.HandshakeContext(ctx); err != nil {
+		return err
+	}
 	m.Open = time.Since(began)
 	// The connection is made already, and only one is ever asked for.
 	taken := false

@@ -58,6 +58,8 @@ func (f *flags) add(c *cobra.Command) {
 	fs.StringVar(&f.Broker, "broker", "", "https URL of the workspace's broker")
 	fs.StringVar(&f.CAFile, "ca-file", "", "PEM file that verifies the broker; an empty file or none means the machine's own roots")
 	fs.StringVar(&f.TokenFile, "token-file", "", "file with the registration token")
+	fs.StringVar(&f.Proxy, "proxy", "", "http or https URL of an HTTP proxy, by CONNECT, in place of HTTPS_PROXY; NO_PROXY names what is dialled directly")
+	fs.StringVar(&f.ProxyAuthFile, "proxy-auth-file", "", "file with USER:PASSWORD for --proxy")
 	fs.StringVar(&f.Host, "host", "", "session host's name (default: the machine's name)")
 	fs.StringVar(&f.StateDir, "state-dir", defaultStateDir(), "folder for keys and certificates")
 	fs.StringVar(&f.RDPAddr, "rdp-addr", "127.0.0.1:3389", "RDP server's loopback address")
@@ -307,7 +309,7 @@ func sessionHelperCommand() *cobra.Command {
 }
 
 // pathFlags are files and folders: a service starts elsewhere, so they are made absolute.
-var pathFlags = map[string]bool{"ca-file": true, "token-file": true, "state-dir": true, "rdp-cert-dir": true, "login-dir": true, "log-file": true}
+var pathFlags = map[string]bool{"ca-file": true, "token-file": true, "proxy-auth-file": true, "state-dir": true, "rdp-cert-dir": true, "login-dir": true, "log-file": true}
 
 // installFlags say how to install, and mean nothing to `agent run`.
 var installFlags = map[string]bool{"login": true, "login-sessions": true, "dry-run": true}
