@@ -30,10 +30,13 @@ import (
 // FieldManager is the operator's name in managedFields.
 const FieldManager = "rendezvous-operator"
 
-// RefusedError says that a child can't be had as the spec asks, and that trying again changes nothing: a person must act.
+// RefusedError says that a child can't be had as the spec asks. But for ReasonPending trying again changes nothing: a person
+// must act.
 type RefusedError struct {
-	Reason  string // ReasonConflict or ReasonRejected
+	Reason  string // ReasonConflict, ReasonRejected or ReasonPending
 	Message string
+	// Leaving is the object that is in the way until it is gone, with ReasonPending.
+	Leaving string
 }
 
 func (e *RefusedError) Error() string { return e.Message }
@@ -109,8 +112,8 @@ func (a *Applier) remember(owner, child objectKey, state appliedState) {
 	a.applied[owner][child] = state
 }
 
-// Apply makes the object as wanted, with owner as its controller. It never touches an object of that name that has
-// another controller, or none: that is a *RefusedError, and so is what the API server finds invalid.
+// Apply makes the object as wanted, with owner as its controller. An object of that name that somebody else owns, or that
+// isn't marked as owner's child, is never touched: that is a *RefusedError, and so is what the API server finds invalid.
 func (a *Applier) Apply(ctx context.Context, owner, want client.Object) error {
 	scheme := a.Client.Scheme()
 	gvk, err := apiutil.GVKForObject(want, scheme)
@@ -129,8 +132,10 @@ func (a *Applier) Apply(ctx context.Context, owner, want client.Object) error {
 	if err != nil {
 		return fmt.Errorf("get %s: %w", what, err)
 	}
-	if live != nil && !metav1.IsControlledBy(live, owner) {
-		return &RefusedError{rdv.ReasonConflict, fmt.Sprintf("%s exists and belongs to %s: remove it, or name this object otherwise", what, ownerOf(live))}
+	if live != nil {
+		if err := refusal(live, want, owner, ownerGVK, what); err != nil {
+			return err
+		}
 	}
 	intent, err := intentOf(want, gvk, *metav1.NewControllerRef(owner, ownerGVK))
 	if err != nil {
@@ -147,7 +152,7 @@ func (a *Applier) Apply(ctx context.Context, owner, want client.Object) error {
 	err = a.Client.Apply(ctx, client.ApplyConfigurationFromUnstructured(intent), client.FieldOwner(FieldManager), client.ForceOwnership)
 	switch {
 	case apierrors.IsInvalid(err), apierrors.IsBadRequest(err), apierrors.IsForbidden(err) && !isTerminatingNamespace(err):
-		return &RefusedError{rdv.ReasonRejected, fmt.Sprintf("%s was refused: %s", what, apiMessage(err))}
+		return &RefusedError{Reason: rdv.ReasonRejected, Message: fmt.Sprintf("%s was refused: %s", what, apiMessage(err))}
 	case err != nil:
 		return fmt.Errorf("apply %s: %w", what, err)
 	}
@@ -160,6 +165,44 @@ func (a *Applier) Apply(ctx context.Context, owner, want client.Object) error {
 	}
 	a.remember(ownerKey, key, appliedState{hash, versionOf(result)})
 	return nil
+}
+
+// refusal is a *RefusedError where an object that is there can't become, or stay, owner's child.
+func refusal(live, want, owner client.Object, ownerGVK schema.GroupVersionKind, what string) error {
+	switch {
+	case metav1.IsControlledBy(live, owner):
+		return nil
+	case !live.GetDeletionTimestamp().IsZero(), ofEarlier(live, owner, ownerGVK):
+		return &RefusedError{Reason: rdv.ReasonPending, Message: what + " is about to be deleted: it is created again once it is gone", Leaving: what}
+	case adoptable(live, want):
+		return nil
+	}
+	return &RefusedError{Reason: rdv.ReasonConflict, Message: fmt.Sprintf("%s exists and %s: delete it, or choose another name for this object", what, ownedBy(live))}
+}
+
+// ofEarlier says that an object's controller is one that had owner's kind and name before: garbage collection will remove it.
+func ofEarlier(live, owner client.Object, ownerGVK schema.GroupVersionKind) bool {
+	ref := metav1.GetControllerOf(live)
+	if ref == nil || ref.Kind != ownerGVK.Kind || ref.Name != owner.GetName() || ref.UID == owner.GetUID() {
+		return false
+	}
+	gv, err := schema.ParseGroupVersion(ref.APIVersion)
+	return err == nil && gv.Group == ownerGVK.Group
+}
+
+// adoptable says that an object that nobody owns was made by an operator as just this child: it has the name, and every
+// label that says whose it is. Backup tools restore objects so, and so does a deletion that orphans.
+func adoptable(live, want metav1.Object) bool {
+	if len(live.GetOwnerReferences()) > 0 || !live.GetDeletionTimestamp().IsZero() {
+		return false
+	}
+	has, marks := live.GetLabels(), want.GetLabels()
+	for key, value := range marks {
+		if (key == rdv.LabelManagedBy || strings.HasPrefix(key, rdv.GroupVersion.Group+"/")) && has[key] != value {
+			return false
+		}
+	}
+	return marks[rdv.LabelManagedBy] != ""
 }
 
 // get is the object as it is, or nil. What the cache doesn't know is looked up once more past it, for a first apply must
@@ -336,12 +379,15 @@ func refersTo(obj metav1.Object, uid types.UID) bool {
 	return false
 }
 
-// ownerOf says to whom an object belongs.
-func ownerOf(obj metav1.Object) string {
+// ownedBy says to whom an object belongs.
+func ownedBy(obj metav1.Object) string {
 	if ref := metav1.GetControllerOf(obj); ref != nil {
-		return fmt.Sprintf("%s %q", ref.Kind, ref.Name)
+		return fmt.Sprintf("belongs to %s %q", ref.Kind, ref.Name)
 	}
-	return "nobody that this operator knows"
+	if refs := obj.GetOwnerReferences(); len(refs) > 0 {
+		return fmt.Sprintf("belongs to %s %q", refs[0].Kind, refs[0].Name)
+	}
+	return "is not managed by this operator"
 }
 
 // apiMessage is the API server's own words, on one line.

@@ -61,11 +61,11 @@ func certificateProblem(cert *certmanager.Certificate) *problem {
 	case ready != nil && ready.Status == cmmeta.ConditionTrue && ready.ObservedGeneration == cert.Generation:
 		return nil
 	case issuing != nil && issuing.Status == cmmeta.ConditionFalse && cert.Status.FailedIssuanceAttempts != nil:
-		return &problem{rdv.ReasonCertificateFailed, "could not be issued: " + issuing.Message}
+		return &problem{reason: rdv.ReasonCertificateFailed, message: "could not be issued: " + issuing.Message}
 	case ready != nil && ready.ObservedGeneration == cert.Generation && ready.Message != "":
-		return &problem{rdv.ReasonCertificatePend, "is being issued: " + ready.Message}
+		return &problem{reason: rdv.ReasonCertificatePend, message: "is being issued: " + ready.Message}
 	}
-	return &problem{rdv.ReasonCertificatePend, "is being issued"}
+	return &problem{reason: rdv.ReasonCertificatePend, message: "is being issued"}
 }
 
 // pruneCertificates removes the owner's Certificates that are no longer wanted and, once each is gone, its Secret:

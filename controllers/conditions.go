@@ -1,6 +1,7 @@
 package controllers
 
 import (
+	"fmt"
 	"slices"
 	"strings"
 	"time"
@@ -89,9 +90,44 @@ func summarise(now time.Time, before []metav1.Condition, generation int64, ready
 // problems gathers what is wrong with one condition's subject. The first one gives the reason; all give the message.
 type problems []problem
 
-type problem struct{ reason, message string }
+type problem struct {
+	reason, message string
+	leaving         []string // instead of message: what is waited for
+}
 
-func (p *problems) add(reason, message string) { *p = append(*p, problem{reason, message}) }
+func (p *problems) add(reason, message string) {
+	*p = append(*p, problem{reason: reason, message: message})
+}
+
+// addLeaving adds an object that is about to be deleted, and whose place is waited for. All make one problem: where an object
+// is recreated, these are all the children of its predecessor.
+func (p *problems) addLeaving(what string) {
+	for i := range *p {
+		if one := &(*p)[i]; len(one.leaving) > 0 {
+			one.leaving = append(one.leaving, what)
+			return
+		}
+	}
+	*p = append(*p, problem{reason: rdv.ReasonPending, leaving: []string{what}})
+}
+
+// maxNamed bounds how many objects a message lists.
+const maxNamed = 5
+
+// firstOf lists names, and says how many more there are.
+func firstOf(names []string) string {
+	if len(names) <= maxNamed {
+		return strings.Join(names, ", ")
+	}
+	return fmt.Sprintf("%s and %d more", strings.Join(names[:maxNamed], ", "), len(names)-maxNamed)
+}
+
+func (p problem) text() string {
+	if len(p.leaving) == 0 {
+		return p.message
+	}
+	return "waiting for objects of this name's predecessor to be deleted, to create them again: " + firstOf(p.leaving)
+}
 
 // condition is true with the given message where there are no problems.
 func (p problems) condition(conditionType, whenTrue string) metav1.Condition {
@@ -111,7 +147,7 @@ func (p problems) condition(conditionType, whenTrue string) metav1.Condition {
 	})
 	messages := make([]string, len(sorted))
 	for i, one := range sorted {
-		messages[i] = one.message
+		messages[i] = one.text()
 	}
 	return isFalse(conditionType, sorted[0].reason, strings.Join(messages, "; "))
 }

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	certmanager "github.com/cert-manager/cert-manager/pkg/apis/certmanager/v1"
@@ -173,12 +175,15 @@ func (r *hostPoolReconciler) applyHosts(ctx context.Context, s *hostPoolScope) e
 	}
 	var mine []plan.Host
 	var others plan.Host
+	var earlier []string
 	leaving := map[string]bool{}
 	byName := map[string]*rdv.SessionHost{}
 	for i := range s.hosts {
 		host := &s.hosts[i]
 		switch {
-		case !metav1.IsControlledBy(host, pool):
+		case ofEarlier(host, pool, rdv.GroupVersion.WithKind("HostPool")):
+			earlier = append(earlier, host.Name)
+		case !metav1.IsControlledBy(host, pool) && !isRestored(host, pool):
 			seen := r.seeHost(s, host)
 			others.Free, others.Places = others.Free+seen.Free, others.Places+seen.Places
 		case !host.DeletionTimestamp.IsZero():
@@ -194,6 +199,13 @@ func (r *hostPoolReconciler) applyHosts(ctx context.Context, s *hostPoolScope) e
 		lookup = errors.Join(lookup, err)
 		return leaving[name] || other != nil
 	}
+	if len(earlier) > 0 { // they have the names, and perhaps people on them
+		for _, name := range earlier {
+			s.refs.addLeaving(fmt.Sprintf("SessionHost %q", name))
+		}
+		s.wakeAfter(goneRetry)
+		return nil
+	}
 	changes := plan.Hosts(pool.Name, r.wantedHosts(s, mine, others), mine, taken)
 	if lookup != nil {
 		return lookup
@@ -208,7 +220,7 @@ func (r *hostPoolReconciler) applyHosts(ctx context.Context, s *hostPoolScope) e
 	}
 	for _, seen := range mine {
 		want := render.SessionHost(pool, seen.Name, slices.Contains(changes.Retire, seen.Name))
-		if host := byName[seen.Name]; host == nil || isAsWanted(host, want) {
+		if host := byName[seen.Name]; host == nil || metav1.IsControlledBy(host, pool) && isAsWanted(host, want) {
 			continue
 		}
 		if err := r.applyAll(ctx, &s.pass, pool, want); err != nil {
@@ -221,6 +233,13 @@ func (r *hostPoolReconciler) applyHosts(ctx context.Context, s *hostPoolScope) e
 		}
 	}
 	return nil
+}
+
+// isRestored says that a host that nobody owns was made from the pool's template: a backup tool has restored it.
+func isRestored(host *rdv.SessionHost, pool *rdv.HostPool) bool {
+	number, ok := strings.CutPrefix(host.Name, pool.Name+"-")
+	_, err := strconv.ParseUint(number, 10, 31)
+	return ok && err == nil && adoptable(host, render.SessionHost(pool, host.Name, false))
 }
 
 // isAsWanted says whether a host, which is the pool's, needs no write.

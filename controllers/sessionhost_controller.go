@@ -170,7 +170,7 @@ func (r *sessionHostReconciler) decide(ctx context.Context, s *sessionHostScope)
 	}
 	seen := plan.Pod{}
 	if pod := s.pod; pod != nil {
-		if !metav1.IsControlledBy(pod, s.host) {
+		if !metav1.IsControlledBy(pod, s.host) && !adoptable(pod, s.wantPod) {
 			s.podDecision = plan.PodDecision{Action: plan.PodKeep} // applying it will say to whom it belongs
 			return nil
 		}

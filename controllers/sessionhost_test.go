@@ -211,7 +211,7 @@ func TestSessionHostForeignPod(t *testing.T) {
 	pool := newPool(ns)
 	pool.Spec.Template = template("desktop:1")
 	w.create(t, pool)
-	w.is(t, &rdv.SessionHost{}, ns, "linux-0", rdv.ConditionReady, metav1.ConditionFalse, rdv.ReasonConflict, `Pod "linux-0" exists and belongs to nobody`)
+	w.is(t, &rdv.SessionHost{}, ns, "linux-0", rdv.ConditionReady, metav1.ConditionFalse, rdv.ReasonConflict, `Pod "linux-0" exists and is not managed by this operator`)
 	if now := read(t, w, ns, "linux-0", &corev1.Pod{}); now.ResourceVersion != foreign.ResourceVersion {
 		t.Error("the foreign pod was touched")
 	}

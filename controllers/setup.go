@@ -131,6 +131,9 @@ func (p *pass) wakeAfter(d time.Duration) {
 // rejectedRetry is how soon a child that the API server refused is tried again: quotas and webhooks change unseen.
 const rejectedRetry = time.Minute
 
+// goneRetry is how soon it is looked again whether an earlier child is gone: its end need not wake its new owner.
+const goneRetry = 5 * time.Second
+
 // applyAll applies children. What a person must put right becomes a problem of the pass; other errors end it.
 func (b *base) applyAll(ctx context.Context, p *pass, owner client.Object, children ...client.Object) error {
 	for _, child := range children {
@@ -145,6 +148,11 @@ func (b *base) applyAll(ctx context.Context, p *pass, owner client.Object, child
 func (b *base) applyOne(ctx context.Context, p *pass, owner, child client.Object) (done bool, err error) {
 	err = b.Apply(ctx, owner, child)
 	if refused, ok := err.(*RefusedError); ok {
+		if refused.Leaving != "" {
+			p.refs.addLeaving(refused.Leaving)
+			p.wakeAfter(goneRetry)
+			return false, nil
+		}
 		p.refs.add(refused.Reason, refused.Message)
 		p.wakeAfter(rejectedRetry)
 		return false, nil

@@ -289,7 +289,7 @@ func TestForeignObjectIsLeftAlone(t *testing.T) {
 	}
 	w.create(t, foreign, newWorkspace(ns, ns), newGateway(ns, ns))
 	w.is(t, &rdv.Workspace{}, ns, "demo", rdv.ConditionReferencesResolved, metav1.ConditionFalse, rdv.ReasonConflict,
-		`Service "demo-broker" exists and belongs to nobody that this operator knows: remove it, or name this object otherwise`)
+		`Service "demo-broker" exists and is not managed by this operator: delete it, or choose another name for this object`)
 	appears(t, w, ns, "demo-bus", &corev1.Service{}) // the rest goes on
 	w.settled(t, ns)
 	if got := read(t, w, ns, "demo-broker", &corev1.Service{}); got.ResourceVersion != foreign.ResourceVersion {
