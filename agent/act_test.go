@@ -168,7 +168,8 @@ func TestActsOnTheOnlySession(t *testing.T) {
 		if refused := w.connect(req); refused != nil {
 			t.Fatal(refused)
 		}
-		<-w.gateway.joins
+		j := <-w.gateway.joins
+		t.Cleanup(func() { j.Close() }) // kept, or the collector would close it
 		w.eventually("session", func() bool {
 			return slices.ContainsFunc(w.last().Sessions, func(s bus.HostSession) bool { return s.SessionID == req.SessionID && s.State == bus.SessionActive })
 		})
