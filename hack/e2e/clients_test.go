@@ -12,6 +12,7 @@ import (
 
 // A user of Debian 12 has FreeRDP 2.11, whose WebSocket key is no base64. `rdv connect`, as it is, shows the desktop.
 func TestFreeRDP2(t *testing.T) {
+	grantBob(t)
 	root, err := rdpkit.EnsureDebian12(t.Context(), slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
@@ -21,7 +22,8 @@ func TestFreeRDP2(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(u.Close)
-	if err := u.Login(t.Context(), "alice@example.test", "alice-demo"); err != nil {
+	// Not alice: Dex keeps one refresh token per user and client, so that her own machine would be signed out.
+	if err := u.Login(t.Context(), "bob@example.test", "bob-demo"); err != nil {
 		t.Fatal(err)
 	}
 	for name, args := range map[string][]string{
@@ -29,6 +31,7 @@ func TestFreeRDP2(t *testing.T) {
 		"two channels": {"/gt:http,no-websockets"},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Cleanup(func() { endSessions(context.WithoutCancel(t.Context())) })
 			p, err := u.Start(slices.Concat([]string{"rdv", "connect", "linux-desktop", "--", "/cert:deny", "/size:1280x720", "-decorations"}, args)...)
 			if err != nil {
 				t.Fatal(err)
@@ -42,7 +45,7 @@ func TestFreeRDP2(t *testing.T) {
 			if err := u.Type(t.Context(), "id -un > freerdp2; rm freerdp2 && touch ok-freerdp2\n"); err != nil {
 				t.Fatal(err)
 			}
-			podSays(t, "ls /home/alice/ok-freerdp2 && rm /home/alice/ok-freerdp2", "ok-freerdp2")
+			podSays(t, "ls /home/bob/ok-freerdp2 && rm /home/bob/ok-freerdp2", "ok-freerdp2")
 		})
 	}
 }
