@@ -289,12 +289,12 @@ func withoutEndpoints(t *testing.T, namespace, name string) (back func()) {
 			t.Error(err)
 		}
 	}
-	selector(t.Context(), func(m map[string]string) { m["e2e"] = "away" })
+	selector(t.Context(), func(m map[string]string) { m[stage.AwayLabel] = "away" })
 	gone := false
 	back = func() {
 		if !gone {
 			gone = true
-			selector(context.WithoutCancel(t.Context()), func(m map[string]string) { delete(m, "e2e") })
+			selector(context.WithoutCancel(t.Context()), func(m map[string]string) { delete(m, stage.AwayLabel) })
 		}
 	}
 	t.Cleanup(back)

@@ -96,6 +96,9 @@ func Up(ctx context.Context, root string, say *Progress) (*Stage, error) {
 	if err := s.connect(ctx); err != nil {
 		return nil, err
 	}
+	if err := s.heal(ctx); err != nil {
+		return nil, err
+	}
 
 	say.Say("images: loading into the cluster")
 	load := []string{"load", desktopTar}
@@ -211,6 +214,23 @@ func (s *Stage) Kubectl(ctx context.Context, stdin string, args ...string) (stri
 		return string(out), fmt.Errorf("kubectl %s: %w: %s", strings.Join(args, " "), err, strings.TrimSpace(stderr.String()))
 	}
 	return string(out), nil
+}
+
+// AwayLabel in a Service's selector is how a test takes the Service's endpoints away.
+const AwayLabel = "e2e"
+
+// heal gives Dex its endpoints back, where a test was killed that had taken them away.
+func (s *Stage) heal(ctx context.Context) error {
+	var dex corev1.Service
+	err := s.Client.Get(ctx, client.ObjectKey{Namespace: "dex", Name: "dex"}, &dex)
+	if _, away := dex.Spec.Selector[AwayLabel]; err == nil && away {
+		delete(dex.Spec.Selector, AwayLabel)
+		err = s.Client.Update(ctx, &dex)
+	}
+	if err != nil {
+		return fmt.Errorf("stage: Dex's Service: %w", err)
+	}
+	return nil
 }
 
 // KubectlRdv runs the plugin `kubectl rdv` against the stage and returns what it printed.
