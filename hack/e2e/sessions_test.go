@@ -36,11 +36,11 @@ func sessions(ctx context.Context, selector ...string) ([]listed, error) {
 	return all, nil
 }
 
-// sessionOf waits for a user's one session in a state.
+// sessionOf waits for a user's one session on linux-0 in a state.
 func sessionOf(t *testing.T, user, state string) (s listed) {
 	t.Helper()
 	if err := eventually(t.Context(), 20*time.Second, func() error {
-		all, err := sessions(t.Context(), "--field-selector", "user="+user)
+		all, err := sessions(t.Context(), "--field-selector", "user="+user+",host=linux-0")
 		if err != nil {
 			return err
 		}
@@ -118,7 +118,7 @@ func TestSessions(t *testing.T) {
 	}
 	ends(t, a, "a session that was logged off")
 	if err := eventually(t.Context(), 20*time.Second, func() error {
-		all, err := sessions(t.Context(), "--field-selector", "user=alice@example.test")
+		all, err := sessions(t.Context(), "--field-selector", "user=alice@example.test,host=linux-0")
 		if err == nil && len(all) > 0 {
 			err = fmt.Errorf("she is still listed: %+v", all)
 		}
