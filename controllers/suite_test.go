@@ -317,17 +317,21 @@ func (w *world) conditions(t *testing.T, obj client.Object, ns, name string) ([]
 // is waits until a condition has this status, this reason, and a message that holds these words, for the spec as it is.
 func (w *world) is(t *testing.T, obj client.Object, ns, name, condition string, status metav1.ConditionStatus, reason, words string) {
 	t.Helper()
-	eventually(t, func() error {
-		all, err := w.conditions(t, obj, ns, name)
-		if err != nil {
-			return err
-		}
-		c := meta.FindStatusCondition(all, condition)
-		if c == nil || c.Status != status || c.Reason != reason || !strings.Contains(c.Message, words) || c.ObservedGeneration != obj.GetGeneration() {
-			return fmt.Errorf("%T %s: %s is %+v, want %s %s %q", obj, name, condition, c, status, reason, words)
-		}
-		return nil
-	})
+	eventually(t, func() error { return w.isNow(t, obj, ns, name, condition, status, reason, words) })
+}
+
+// isNow is an error unless the condition is as wanted, and about the spec of now.
+func (w *world) isNow(t *testing.T, obj client.Object, ns, name, condition string, status metav1.ConditionStatus, reason, words string) error {
+	t.Helper()
+	all, err := w.conditions(t, obj, ns, name)
+	if err != nil {
+		return err
+	}
+	c := meta.FindStatusCondition(all, condition)
+	if c == nil || c.Status != status || c.Reason != reason || !strings.Contains(c.Message, words) || c.ObservedGeneration != obj.GetGeneration() {
+		return fmt.Errorf("%T %s: %s is %+v, want %s %s %q", obj, name, condition, c, status, reason, words)
+	}
+	return nil
 }
 
 // issuer makes a ClusterIssuer that is ready.
