@@ -82,9 +82,9 @@ images: ## Build every image without a container engine and load it into the emb
 ##@ Your own cluster (the current kubeconfig)
 .PHONY: deploy undeploy
 deploy: ## Install the CRDs and the operator
-	kubectl apply --server-side -k config/default
-undeploy: ## Remove them, and every object of theirs
-	kubectl delete --ignore-not-found -k config/default
+	hack/deploy.sh deploy
+undeploy: ## Remove the operator, keep the CRDs and people's objects; with PURGE=true, remove those first
+	hack/deploy.sh undeploy $(if $(filter true,$(PURGE)),--purge)
 
 .PHONY: help
 help:

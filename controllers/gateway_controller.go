@@ -88,9 +88,15 @@ func (r *gatewayReconciler) Reconcile(ctx context.Context, req ctrl.Request) (ct
 	if err != nil {
 		return ctrl.Result{}, err
 	}
-	if gw == nil || !gw.DeletionTimestamp.IsZero() { // garbage collection does the rest
+	if gw == nil || rdv.Gone(gw) { // garbage collection does the rest
 		r.Forget("Gateway", req.NamespacedName)
 		return ctrl.Result{}, nil
+	}
+	if !gw.DeletionTimestamp.IsZero() {
+		return r.leave(ctx, gw)
+	}
+	if err := r.hold(ctx, gw); err != nil {
+		return ctrl.Result{}, err
 	}
 	s := &gatewayScope{gw: gw, identities: map[string]bool{}}
 	if err := r.gather(ctx, s); err != nil {
@@ -114,7 +120,7 @@ func (r *gatewayReconciler) gather(ctx context.Context, s *gatewayScope) error {
 	for i := range list.Items {
 		ws := &list.Items[i]
 		// A selector that can't be read is the Workspace's own condition.
-		if selector, err := gatewaySelector(ws); err == nil && ws.DeletionTimestamp.IsZero() && selector.Matches(labels.Set(gw.Labels)) {
+		if selector, err := gatewaySelector(ws); err == nil && !rdv.Gone(ws) && selector.Matches(labels.Set(gw.Labels)) {
 			s.picked = append(s.picked, ws)
 		}
 	}

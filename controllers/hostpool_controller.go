@@ -1,7 +1,6 @@
 package controllers
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -80,9 +79,15 @@ func (r *hostPoolReconciler) Reconcile(ctx context.Context, req ctrl.Request) (c
 	if err != nil {
 		return ctrl.Result{}, err
 	}
-	if pool == nil || !pool.DeletionTimestamp.IsZero() { // garbage collection does the rest
+	if pool == nil || rdv.Gone(pool) { // garbage collection does the rest
 		r.Forget("HostPool", req.NamespacedName)
 		return ctrl.Result{}, nil
+	}
+	if !pool.DeletionTimestamp.IsZero() {
+		return r.leave(ctx, pool)
+	}
+	if err := r.hold(ctx, pool); err != nil {
+		return ctrl.Result{}, err
 	}
 	s := &hostPoolScope{pool: pool, registration: tokenOf("", pool.Status.Registration)}
 	if err := r.gather(ctx, s); err != nil {
@@ -110,15 +115,8 @@ func (r *hostPoolReconciler) gather(ctx context.Context, s *hostPoolScope) (err 
 	if s.template, s.templErr = render.PodTemplate(pool); s.templErr != nil {
 		s.refs.add(rdv.ReasonPodInvalid, s.templErr.Error())
 	}
-	list := &rdv.SessionHostList{}
-	// A pool may have a thousand, and any of them may bring a pass: they are read where they are, and not changed.
-	err = r.Client.List(ctx, list, client.InNamespace(pool.Namespace), client.MatchingFields{indexHostPool: pool.Name}, client.UnsafeDisableDeepCopy)
-	if err != nil {
-		return fmt.Errorf("list SessionHosts: %w", err)
-	}
-	s.hosts = list.Items
-	slices.SortFunc(s.hosts, func(a, b rdv.SessionHost) int { return cmp.Compare(a.Name, b.Name) })
-	return nil
+	s.hosts, err = r.hostsOf(ctx, pool)
+	return err
 }
 
 // applyRegistration keeps the pool's token. Without its Workspace a pool can enrol nobody, and keeps what it has.

@@ -89,9 +89,15 @@ func (r *sessionHostReconciler) Reconcile(ctx context.Context, req ctrl.Request)
 	if err != nil {
 		return ctrl.Result{}, err
 	}
-	if host == nil || !host.DeletionTimestamp.IsZero() { // garbage collection does the rest
+	if host == nil || rdv.Gone(host) { // garbage collection does the rest
 		r.Forget("SessionHost", req.NamespacedName)
 		return ctrl.Result{}, nil
+	}
+	if !host.DeletionTimestamp.IsZero() {
+		return r.leave(ctx, host)
+	}
+	if err := r.greet(ctx, host); err != nil {
+		return ctrl.Result{}, err
 	}
 	s := &sessionHostScope{host: host, registration: tokenOf("", host.Status.Registration)}
 	if err := r.gather(ctx, s); err != nil {
@@ -128,7 +134,7 @@ func (r *sessionHostReconciler) gather(ctx context.Context, s *sessionHostScope)
 	if s.feedCA, s.feedSeen, err = r.caOf(ctx, host.Namespace, render.WorkspaceTLS(workspace)); err != nil {
 		return err
 	}
-	return r.renderPod(s)
+	return r.renderPod(ctx, s)
 }
 
 // livePod is the host's pod, nil where there is none. The cache's word that there is none is checked, for a pod that was
@@ -147,7 +153,7 @@ func (r *sessionHostReconciler) livePod(ctx context.Context, host *rdv.SessionHo
 	return nil, nil
 }
 
-func (r *sessionHostReconciler) renderPod(s *sessionHostScope) error {
+func (r *sessionHostReconciler) renderPod(ctx context.Context, s *sessionHostScope) error {
 	if !metav1.IsControlledBy(s.host, s.pool) {
 		return nil
 	}
@@ -159,8 +165,17 @@ func (r *sessionHostReconciler) renderPod(s *sessionHostScope) error {
 	case template == nil: // the pool is about to remove this host
 		return nil
 	}
-	s.wantPod, err = r.render.Pod(s.host, s.pool, template)
-	return err
+	pod, err := r.render.Pod(s.host, s.pool, template)
+	if err != nil {
+		return err
+	}
+	keeper, err := r.namespaceRef(ctx, s.host.Namespace)
+	if err != nil {
+		return err
+	}
+	pod.OwnerReferences = []metav1.OwnerReference{keeper}
+	s.wantPod = pod
+	return nil
 }
 
 // decide says what is to be done about the pod, since a new pod needs an unspent token first.
@@ -170,6 +185,10 @@ func (r *sessionHostReconciler) decide(ctx context.Context, s *sessionHostScope)
 	}
 	seen := plan.Pod{}
 	if pod := s.pod; pod != nil {
+		if !metav1.IsControlledBy(pod, s.host) && bearsMarks(pod, s.wantPod) && onlyItsNamespaces(pod) {
+			s.podDecision = plan.PodDecision{Action: plan.PodDelete} // a predecessor's
+			return nil
+		}
 		if !metav1.IsControlledBy(pod, s.host) && !adoptable(pod, s.wantPod) {
 			s.podDecision = plan.PodDecision{Action: plan.PodKeep} // applying it will say to whom it belongs
 			return nil

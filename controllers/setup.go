@@ -88,6 +88,7 @@ func Setup(mgr ctrl.Manager, opts Options) error {
 		Applier:     &Applier{Client: mgr.GetClient(), Live: mgr.GetAPIReader()},
 		events:      mgr.GetEventRecorder(FieldManager),
 		authorities: &authorities{known: map[types.NamespacedName]authority{}},
+		namespaces:  &namespaceRefs{known: map[string]namespaceRef{}},
 		render:      opts.Render,
 		now:         opts.Now,
 	}
@@ -109,6 +110,7 @@ type base struct {
 	*Applier
 	events      events.EventRecorder
 	authorities *authorities
+	namespaces  *namespaceRefs
 	render      render.Options
 	now         func() time.Time
 }

@@ -108,10 +108,16 @@ func (r *workspaceReconciler) Reconcile(ctx context.Context, req ctrl.Request) (
 	if err != nil {
 		return ctrl.Result{}, err
 	}
-	if ws == nil || !ws.DeletionTimestamp.IsZero() { // garbage collection does the rest
+	if ws == nil || rdv.Gone(ws) { // garbage collection does the rest
 		r.Forget("Workspace", req.NamespacedName)
 		r.discovery.Forget(req.NamespacedName)
 		return ctrl.Result{}, nil
+	}
+	if !ws.DeletionTimestamp.IsZero() {
+		return r.leave(ctx, ws)
+	}
+	if err := r.hold(ctx, ws); err != nil {
+		return ctrl.Result{}, err
 	}
 	s := &workspaceScope{ws: ws}
 	if err := r.gather(ctx, s); err != nil {

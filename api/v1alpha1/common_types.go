@@ -1,6 +1,12 @@
 package v1alpha1
 
-import corev1 "k8s.io/api/core/v1"
+import (
+	"slices"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
 
 // Condition types. Ready sums up the others of its object; each is always set, Unknown included.
 const (
@@ -31,7 +37,8 @@ const (
 	ConditionConnected = "Connected"
 	// ConditionHealthy says that the RDP server on the SessionHost answers its agent.
 	ConditionHealthy = "Healthy"
-	// ConditionDraining says whether the SessionHost refuses new sessions, and that the host has acknowledged it.
+	// ConditionDraining says whether the SessionHost refuses new sessions, and that the host has acknowledged it. An object of
+	// any kind that is being deleted has it too: it says which sessions are waited for, until when, and how not to wait.
 	ConditionDraining = "Draining"
 )
 
@@ -91,10 +98,26 @@ const (
 	// AnnotationRevoke on a SessionHost, with a new value, ends its enrolment: the machine's key is refused at once, its
 	// registration token is replaced, and it has to enrol again. A pod is replaced.
 	AnnotationRevoke = "rendezvous.dev/revoke-enrolment"
+	// AnnotationSkipDrain with the value true on an object that is being deleted, or is to be, ends the wait for its sessions:
+	// the object goes at once, and they end. On a HostPool it counts for its SessionHosts too.
+	AnnotationSkipDrain = "rendezvous.dev/skip-drain"
+	// Finalizer on each of the four kinds keeps an object that is being deleted until nobody is on it.
+	Finalizer = "rendezvous.dev/drain"
 	// LabelMadeByToken on a SessionHost says that a machine made it with its pool's registration token: the first 32 hex
 	// digits of the token's SHA-256. Such a token enrols no other SessionHost that exists.
 	LabelMadeByToken = "rendezvous.dev/made-by-token"
 )
+
+// DefaultDrainDeadline is how long an object that is being deleted waits for its sessions where nothing else is said.
+const DefaultDrainDeadline = 8 * time.Hour
+
+// Leaving says that an object is being deleted and still waits for its sessions.
+func Leaving(obj metav1.Object) bool {
+	return obj.GetDeletionTimestamp() != nil && slices.Contains(obj.GetFinalizers(), Finalizer)
+}
+
+// Gone says that an object is being deleted and waits for nobody: whoever reads it should take it for deleted.
+func Gone(obj metav1.Object) bool { return obj.GetDeletionTimestamp() != nil && !Leaving(obj) }
 
 // IssuerReference names a cert-manager issuer.
 type IssuerReference struct {

@@ -117,6 +117,13 @@ type HostPoolSpec struct {
 	// agent is the agent sidecar of the hosts that are pods.
 	// +optional
 	Agent AgentSidecar `json:"agent,omitempty,omitzero"`
+	// drainDeadlineSeconds is how long the pool, or one of its SessionHosts, once it is being deleted, waits for the sessions on it to end, 0 to
+	// 604800 (a week). The condition Draining says who is waited for; the annotation rendezvous.dev/skip-drain=true ends the
+	// wait. Defaults to 28800 (8 hours).
+	// +optional
+	// +kubebuilder:validation:Minimum=0
+	// +kubebuilder:validation:Maximum=604800
+	DrainDeadlineSeconds *int32 `json:"drainDeadlineSeconds,omitempty"`
 }
 
 // AccountsConfigMap names the ConfigMap in which a pool's brokers keep who was given which account.

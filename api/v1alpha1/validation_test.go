@@ -310,7 +310,9 @@ func TestValidation(t *testing.T) {
 func TestImmutable(t *testing.T) {
 	c := apiServer(t)
 	ctx := context.Background()
-	for _, obj := range []client.Object{pool(), host()} {
+	owned := host()
+	owned.Name, owned.Spec.AssignedUser = "owned", "alice"
+	for _, obj := range []client.Object{pool(), host(), owned.DeepCopy()} {
 		if err := c.Create(ctx, obj); err != nil {
 			t.Fatal(err)
 		}
@@ -326,6 +328,9 @@ func TestImmutable(t *testing.T) {
 		{"pool: sessions", pool(), `{"spec":{"maxSessionsPerHost":3}}`, ""},
 		{"host: pool", host(), `{"spec":{"hostPoolRef":{"name":"other"}}}`, "hostPoolRef can't be changed, because the host's certificate names its pool; enrol the host in the other pool"},
 		{"host: user", host(), `{"spec":{"assignedUser":"alice"}}`, ""},
+		{"host: another user", owned, `{"spec":{"assignedUser":"bob"}}`, ""},
+		{"host: nobody's", owned, `{"spec":{"assignedUser":""}}`, ""},
+		{"host: user left out", owned, `{"spec":{"assignedUser":null}}`, "assignedUser can't be left out once it is set, because the next user would get this person's host: write it as it is, or set it to another user, or to an empty string to free the host"},
 	} {
 		t.Run(r.name, func(t *testing.T) {
 			err := c.Patch(ctx, r.into, client.RawPatch("application/merge-patch+json", []byte(r.patch)), client.DryRunAll)

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -119,6 +120,9 @@ func (i *Inventory) Assign(ctx context.Context, name, user string) (string, erro
 		}
 		if h.Spec.AssignedUser != "" {
 			return h.Spec.AssignedUser, nil
+		}
+		if !slices.Contains(h.Finalizers, v1alpha1.Finalizer) { // it may be somebody's from before
+			return "", fmt.Errorf("assign SessionHost %s: it is new, and the operator has yet to look at it", name)
 		}
 		patch := client.MergeFromWithOptions(h.DeepCopy(), client.MergeFromWithOptimisticLock{})
 		h.Spec.AssignedUser = user

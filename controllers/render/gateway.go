@@ -2,6 +2,7 @@ package render
 
 import (
 	"fmt"
+	"time"
 
 	certmanager "github.com/cert-manager/cert-manager/pkg/apis/certmanager/v1"
 	appsv1 "k8s.io/api/apps/v1"
@@ -122,6 +123,11 @@ func RelayConfigMap(gw *rdv.Gateway) (*corev1.ConfigMap, error) {
 // externalTrafficPolicy is Cluster.
 func exposedByNodes(t corev1.ServiceType) bool {
 	return t == corev1.ServiceTypeNodePort || t == corev1.ServiceTypeLoadBalancer
+}
+
+// GatewayDrain is how long a pod of the gateway that must go waits for its last session.
+func GatewayDrain(gw *rdv.Gateway) time.Duration {
+	return time.Duration(drainDeadline(gw)) * time.Second
 }
 
 func drainDeadline(gw *rdv.Gateway) int32 {
