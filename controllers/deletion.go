@@ -339,6 +339,7 @@ func (r *sessionHostReconciler) leave(ctx context.Context, host *rdv.SessionHost
 			d.orphan = fmt.Sprintf("its Workspace %q is gone", pool.Spec.WorkspaceRef.Name)
 		}
 	}
+	d.Skip = d.Skip || revoked(host) // whoever has its key may say that sessions are there
 	agent := host.Status.Agent
 	d.what = count(int(d.Sessions), "session")
 	d.Settled = agent == nil || agent.Connected && agent.DrainAcknowledged && (host.Spec.Retiring || agent.AcknowledgedGeneration == host.Generation)
