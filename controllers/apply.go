@@ -227,7 +227,7 @@ func (a *Applier) get(ctx context.Context, want client.Object, gvk schema.GroupV
 // content, Secrets' above all, is never held in memory.
 func likeness(obj client.Object, gvk schema.GroupVersionKind) client.Object {
 	switch obj.(type) {
-	case *corev1.Secret, *corev1.ConfigMap, *corev1.ServiceAccount, *rbacv1.Role, *rbacv1.RoleBinding,
+	case *corev1.Secret, *corev1.ConfigMap, *corev1.PersistentVolumeClaim, *corev1.ServiceAccount, *rbacv1.Role, *rbacv1.RoleBinding,
 		*policyv1.PodDisruptionBudget, *networkingv1.NetworkPolicy:
 		return metadataOf(gvk)
 	}

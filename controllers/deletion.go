@@ -55,7 +55,7 @@ func (b *base) release(ctx context.Context, obj client.Object) error {
 func (b *base) patchMeta(ctx context.Context, before, after client.Object) error {
 	patch := client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{})
 	if err := b.Client.Patch(ctx, after, patch, client.FieldOwner(FieldManager+"-deletion")); client.IgnoreNotFound(err) != nil {
-		return fmt.Errorf("finalizers of %T %q: %w", after, after.GetName(), err)
+		return fmt.Errorf("metadata of %T %q: %w", after, after.GetName(), err)
 	}
 	return nil
 }
@@ -351,6 +351,9 @@ func (r *sessionHostReconciler) leave(ctx context.Context, host *rdv.SessionHost
 		if err := r.recordAssignment(ctx, host); err != nil {
 			return ctrl.Result{}, err
 		}
+		if err := r.leaveClaims(ctx, host, pool); err != nil {
+			return ctrl.Result{}, err
+		}
 		if err := r.deletePodOf(ctx, host); err != nil {
 			return ctrl.Result{}, err
 		}
@@ -507,13 +510,12 @@ func (r *sessionHostReconciler) greet(ctx context.Context, host *rdv.SessionHost
 		return nil
 	}
 	before := host.DeepCopy()
-	restored := ""
-	if host.Spec.AssignedUser == "" && !isPoolMade(host) {
-		known, _, err := r.assignments(ctx, host.Namespace, host.Spec.HostPoolRef.Name)
-		if err != nil {
+	restored, where := "", ""
+	if host.Spec.AssignedUser == "" {
+		var err error
+		if restored, where, err = r.userBefore(ctx, host); err != nil {
 			return err
 		}
-		restored = known[host.Name]
 		host.Spec.AssignedUser = restored
 	}
 	host.Finalizers = append(slices.Clone(host.Finalizers), rdv.Finalizer)
@@ -521,8 +523,16 @@ func (r *sessionHostReconciler) greet(ctx context.Context, host *rdv.SessionHost
 		return err
 	}
 	if restored != "" {
-		r.tell(host, eventAssignmentRestored, actionAssign, "assigned to %s again, whose it was when a SessionHost of this name was deleted (ConfigMap %q): set spec.assignedUser to give it to another user, or to an empty string to free it",
-			restored, assignmentsConfigMap(host.Spec.HostPoolRef.Name))
+		r.tell(host, eventAssignmentRestored, actionAssign, "assigned to %s again, whose it was when a SessionHost of this name was deleted (%s): set spec.assignedUser to give it to another user, or to an empty string to free it", restored, where)
 	}
 	return nil
+}
+
+// userBefore is whose a host of this name was, and what says so.
+func (r *sessionHostReconciler) userBefore(ctx context.Context, host *rdv.SessionHost) (user, where string, err error) {
+	if isPoolMade(host) {
+		return r.userOfClaims(ctx, host)
+	}
+	known, _, err := r.assignments(ctx, host.Namespace, host.Spec.HostPoolRef.Name)
+	return known[host.Name], fmt.Sprintf("ConfigMap %q", assignmentsConfigMap(host.Spec.HostPoolRef.Name)), err
 }

@@ -115,6 +115,9 @@ func (r *hostPoolReconciler) gather(ctx context.Context, s *hostPoolScope) (err 
 	if s.template, s.templErr = render.PodTemplate(pool); s.templErr != nil {
 		s.refs.add(rdv.ReasonPodInvalid, s.templErr.Error())
 	}
+	if err := r.checkSharedClaims(ctx, s); err != nil {
+		return err
+	}
 	s.hosts, err = r.hostsOf(ctx, pool)
 	return err
 }
@@ -207,6 +210,10 @@ func (r *hostPoolReconciler) applyHosts(ctx context.Context, s *hostPoolScope) e
 	changes := plan.Hosts(pool.Name, r.wantedHosts(s, mine, others), mine, taken)
 	if lookup != nil {
 		return lookup
+	}
+	if pool.Spec.Type == rdv.Personal || len(pool.Spec.VolumeClaimTemplates) > 0 {
+		// The one that follows a host that is leaving has its name, and with it its user and claims.
+		changes.Create = changes.Create[:max(0, len(changes.Create)-len(leaving))]
 	}
 	s.waiting = changes.Waiting
 	for _, name := range changes.Delete {

@@ -44,6 +44,10 @@ type sessionHostScope struct {
 	// Set by decide.
 	podDecision plan.PodDecision
 
+	// Set by applyClaims.
+	filesOf       string
+	claimsMissing bool // the pod can't have them now
+
 	// Set by applyRegistration.
 	registration plan.Token
 	hasSecret    bool
@@ -58,6 +62,7 @@ func (r *sessionHostReconciler) setup(mgr ctrl.Manager) error {
 		For(&rdv.SessionHost{}).
 		Owns(&corev1.Pod{}).
 		Owns(&corev1.Secret{}, builder.OnlyMetadata).
+		Watches(&corev1.PersistentVolumeClaim{}, byLabel(rdv.LabelSessionHost), builder.OnlyMetadata).
 		Watches(&rdv.HostPool{}, byField(c, indexHostPool, sessionHosts, name), builder.WithPredicates(predicate.GenerationChangedPredicate{})).
 		Watches(&rdv.Workspace{}, hostsOfWorkspace(c, name), builder.WithPredicates(predicate.GenerationChangedPredicate{})).
 		Watches(&corev1.Secret{}, hostsOfWorkspace(c, feedTLSOf), builder.OnlyMetadata).
@@ -103,7 +108,7 @@ func (r *sessionHostReconciler) Reconcile(ctx context.Context, req ctrl.Request)
 	if err := r.gather(ctx, s); err != nil {
 		return ctrl.Result{}, err
 	}
-	err = inOrder(ctx, s, r.decide, r.applyRegistration, r.applyPod)
+	err = inOrder(ctx, s, r.decide, r.applyClaims, r.applyRegistration, r.applyPod)
 	err = errors.Join(err, r.writeStatus(ctx, s))
 	return ctrl.Result{RequeueAfter: s.requeue}, err
 }
@@ -296,11 +301,14 @@ func (r *sessionHostReconciler) applyPod(ctx context.Context, s *sessionHostScop
 	}
 	switch s.podDecision.Action {
 	case plan.PodCreate:
-		if !s.hasSecret || !s.feedSeen {
+		if !s.hasSecret || !s.feedSeen || s.claimsMissing {
 			return nil
 		}
 		return r.applyAll(ctx, &s.pass, s.host, s.wantPod)
 	case plan.PodKeep:
+		if s.claimsMissing { // an apply makes the pod that the cache still has
+			return nil
+		}
 		return r.applyAll(ctx, &s.pass, s.host, s.wantPod)
 	case plan.PodDelete:
 		if err := r.Delete(ctx, s.pod); err != nil {

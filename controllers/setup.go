@@ -44,9 +44,10 @@ func CacheOptions() cache.Options {
 	return cache.Options{
 		DefaultTransform: cache.TransformStripManagedFields(),
 		ByObject: map[client.Object]cache.ByObject{
-			&corev1.Pod{}:        {Label: ours, Transform: slimPod},
-			&appsv1.ReplicaSet{}: {Label: ours},
-			&appsv1.Deployment{}: {Label: ours, Transform: asIs}, // HandOverReplicas asks whose its replicas are
+			&corev1.PersistentVolumeClaim{}: {Label: ours},
+			&corev1.Pod{}:                   {Label: ours, Transform: slimPod},
+			&appsv1.ReplicaSet{}:            {Label: ours},
+			&appsv1.Deployment{}:            {Label: ours, Transform: asIs}, // HandOverReplicas asks whose its replicas are
 		},
 	}
 }

@@ -101,6 +101,8 @@ const (
 	// AnnotationSkipDrain with the value true on an object that is being deleted, or is to be, ends the wait for its sessions:
 	// the object goes at once, and they end. On a HostPool it counts for its SessionHosts too.
 	AnnotationSkipDrain = "rendezvous.dev/skip-drain"
+	// AnnotationFilesOf on a PersistentVolumeClaim of a Personal pool says whose files are in it.
+	AnnotationFilesOf = "rendezvous.dev/files-of"
 	// Finalizer on each of the four kinds keeps an object that is being deleted until nobody is on it.
 	Finalizer = "rendezvous.dev/drain"
 	// LabelMadeByToken on a SessionHost says that a machine made it with its pool's registration token: the first 32 hex

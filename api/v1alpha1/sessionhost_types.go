@@ -65,6 +65,11 @@ type SessionHostStatus struct {
 	// registration tells of the host's own token, in the Secret <sessionhost>-registration. It enrols this host, once.
 	// +optional
 	Registration RegistrationStatus `json:"registration,omitempty,omitzero"`
+	// filesOf is the user whose files are in the host's claims, in a Personal pool: the host is that user's, whatever
+	// spec.assignedUser says, until the claims are gone.
+	// +optional
+	// +kubebuilder:validation:MaxLength=256
+	FilesOf string `json:"filesOf,omitempty"`
 	// enrolment tells how the host became a member. The broker writes it.
 	// +optional
 	Enrolment *Enrolment `json:"enrolment,omitempty"`

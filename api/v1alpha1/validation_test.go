@@ -72,6 +72,13 @@ func pool() *rdv.HostPool {
 	}
 }
 
+func claim(name string) rdv.VolumeClaimTemplate {
+	return rdv.VolumeClaimTemplate{
+		Metadata: rdv.ClaimMetadata{Name: name},
+		Spec:     corev1.PersistentVolumeClaimSpec{AccessModes: []corev1.PersistentVolumeAccessMode{corev1.ReadWriteOnce}},
+	}
+}
+
 func host() *rdv.SessionHost {
 	return &rdv.SessionHost{
 		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: "sh"},
@@ -255,6 +262,14 @@ func TestValidation(t *testing.T) {
 		{"pool: property with a password", properties("password 51:b:00"), ownProperty},
 
 		{"host: least", host(), ""},
+		{"pool: claims without a template", with(pool, func(p *rdv.HostPool) { p.Spec.VolumeClaimTemplates = []rdv.VolumeClaimTemplate{claim("home")} }),
+			"volumeClaimTemplates needs template: only hosts that are pods mount claims"},
+		{"pool: claims", with(pool, func(p *rdv.HostPool) {
+			p.Spec.Template, p.Spec.VolumeClaimTemplates = &runtime.RawExtension{Raw: []byte(`{}`)}, []rdv.VolumeClaimTemplate{claim("home"), claim("data")}
+		}), ""},
+		{"pool: two claims of one name", with(pool, func(p *rdv.HostPool) {
+			p.Spec.Template, p.Spec.VolumeClaimTemplates = &runtime.RawExtension{Raw: []byte(`{}`)}, []rdv.VolumeClaimTemplate{claim("home"), claim("home")}
+		}), "each volumeClaimTemplate needs a metadata.name of its own"},
 		{"host: name of 52", sh(func(h *rdv.SessionHost) { h.Name = strings.Repeat("a", 52) }), ""},
 		{"host: name of 53", sh(func(h *rdv.SessionHost) { h.Name = strings.Repeat("a", 53) }), badHostName},
 		{"host: name with a dot", sh(func(h *rdv.SessionHost) { h.Name = "a.b" }), badHostName},

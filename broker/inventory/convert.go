@@ -60,7 +60,8 @@ func snapshot(o objects) *model.Snapshot {
 			if closed[h.Spec.HostPoolRef.Name] || v1alpha1.Leaving(h) {
 				drainForGood(s.Hosts[h.Name], "it is being removed")
 			}
-			s.Hosts[h.Name].AssignedUser = s.Workspace.OIDC.User(h.Spec.AssignedUser)
+			// Whose files a host holds counts before what somebody has written since.
+			s.Hosts[h.Name].AssignedUser = s.Workspace.OIDC.User(cmp.Or(h.Status.FilesOf, h.Spec.AssignedUser))
 		}
 	}
 	selector := labels.Everything()

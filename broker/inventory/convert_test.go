@@ -214,6 +214,22 @@ func TestUserNames(t *testing.T) {
 	}
 }
 
+// Whose files a host holds counts before what somebody has written into its spec since.
+func TestFilesOf(t *testing.T) {
+	for assigned, files := range map[string]string{"": "alice", "bob": "alice", "alice": "alice", "carol": ""} {
+		h := testHost("h", "pool")
+		h.Spec.AssignedUser, h.Status.FilesOf = assigned, files
+		s := snapshot(objects{workspace: testWorkspace(), pools: []v1alpha1.HostPool{testPool("pool", "ws")}, hosts: []v1alpha1.SessionHost{h}})
+		want := files
+		if want == "" {
+			want = assigned
+		}
+		if got := s.Hosts["h"].AssignedUser; got != want {
+			t.Errorf("assigned to %q, with the files of %q: %q's", assigned, files, got)
+		}
+	}
+}
+
 // What is being deleted drains while the operator holds it, and is gone for brokers once it doesn't.
 func TestLeaving(t *testing.T) {
 	leave := func(o metav1.Object) {

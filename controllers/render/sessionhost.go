@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -104,6 +105,62 @@ func PoolNetworkPolicy(pool *rdv.HostPool) *networkingv1.NetworkPolicy {
 	}
 }
 
+// ClaimName names a host's claim of one template, as a StatefulSet would.
+func ClaimName(template, host string) string { return template + "-" + host }
+
+// Claims are a host's own. filesOf is whose files they hold, empty for nobody's.
+func Claims(host *rdv.SessionHost, pool *rdv.HostPool, filesOf string) (claims []*corev1.PersistentVolumeClaim) {
+	for _, t := range pool.Spec.VolumeClaimTemplates {
+		l := map[string]string{}
+		maps.Copy(l, t.Metadata.Labels)
+		maps.Copy(l, labels(rdv.LabelHostPool, pool.Name, componentSessionHost))
+		l[rdv.LabelSessionHost] = host.Name
+		claim := &corev1.PersistentVolumeClaim{
+			TypeMeta:   typeMeta("v1", "PersistentVolumeClaim"),
+			ObjectMeta: meta(host.Namespace, ClaimName(t.Metadata.Name, host.Name), l),
+			Spec:       *t.Spec.DeepCopy(),
+		}
+		claim.Annotations = maps.Clone(t.Metadata.Annotations)
+		if filesOf != "" {
+			if claim.Annotations == nil {
+				claim.Annotations = map[string]string{}
+			}
+			claim.Annotations[rdv.AnnotationFilesOf] = filesOf
+		}
+		claims = append(claims, claim)
+	}
+	return claims
+}
+
+// mountClaims puts a host's claims into its pod, each in place of a volume of its name.
+func mountClaims(spec *corev1.PodSpec, host *rdv.SessionHost, pool *rdv.HostPool) {
+	for _, t := range pool.Spec.VolumeClaimTemplates {
+		spec.Volumes = slices.DeleteFunc(spec.Volumes, func(v corev1.Volume) bool { return v.Name == t.Metadata.Name })
+		spec.Volumes = append(spec.Volumes, corev1.Volume{Name: t.Metadata.Name, VolumeSource: corev1.VolumeSource{
+			PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: ClaimName(t.Metadata.Name, host.Name)},
+		}})
+	}
+}
+
+// SharedClaims are the claims that all hosts of a pool would mount, which has or may have more than one: by volume.
+func SharedClaims(pool *rdv.HostPool, template *corev1.PodTemplateSpec) map[string]string {
+	hosts := or(pool.Spec.Replicas, 1)
+	if pool.Spec.Autoscaling != nil {
+		hosts = pool.Spec.Autoscaling.MaxReplicas
+	}
+	if hosts < 2 || template == nil {
+		return nil
+	}
+	shared := map[string]string{}
+	for _, v := range template.Spec.Volumes {
+		own := slices.ContainsFunc(pool.Spec.VolumeClaimTemplates, func(t rdv.VolumeClaimTemplate) bool { return t.Metadata.Name == v.Name })
+		if v.PersistentVolumeClaim != nil && !own {
+			shared[v.Name] = v.PersistentVolumeClaim.ClaimName
+		}
+	}
+	return shared
+}
+
 // PodTemplate reads a pool's template, strictly, and says what in it can't be honoured. A pool without one has nil.
 func PodTemplate(pool *rdv.HostPool) (*corev1.PodTemplateSpec, error) {
 	if pool.Spec.Template == nil {
@@ -120,7 +177,16 @@ func PodTemplate(pool *rdv.HostPool) (*corev1.PodTemplateSpec, error) {
 	if err := checkTemplate(&template.Spec); err != nil {
 		return nil, err
 	}
+	for _, t := range pool.Spec.VolumeClaimTemplates {
+		if isOurVolume(t.Metadata.Name) {
+			return nil, fmt.Errorf("spec.volumeClaimTemplates: %q is the name of a volume that the operator adds; rename it", t.Metadata.Name)
+		}
+	}
 	return template, nil
+}
+
+func isOurVolume(name string) bool {
+	return slices.Contains([]string{"rdp-cert", "agent-state", "registration", "agent-ca", loginVolume}, name)
 }
 
 func checkTemplate(spec *corev1.PodSpec) error {
@@ -145,8 +211,7 @@ func checkTemplate(spec *corev1.PodSpec) error {
 		return fmt.Errorf("spec.template.spec.containers: none is named %q; name the one that runs the RDP server so", desktopContainer)
 	}
 	for _, v := range spec.Volumes {
-		switch v.Name {
-		case "rdp-cert", "agent-state", "registration", "agent-ca", loginVolume:
+		if isOurVolume(v.Name) {
 			return fmt.Errorf("spec.template.spec.volumes: %q is the name of a volume that the operator adds; rename it", v.Name)
 		}
 	}
@@ -188,6 +253,7 @@ func (o Options) Pod(host *rdv.SessionHost, pool *rdv.HostPool, template *corev1
 		// One group for the shared folder, so that a desktop that isn't root reads the key that the agent wrote.
 		spec.SecurityContext.FSGroup = new(nonRoot)
 	}
+	mountClaims(spec, host, pool)
 	spec.InitContainers = append(spec.InitContainers, o.agentSidecar(host, pool))
 	shared := []corev1.VolumeMount{readOnly("rdp-cert", rdpCertDir)}
 	if pool.Spec.Accounts != nil {
