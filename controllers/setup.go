@@ -3,6 +3,7 @@ package controllers
 import (
 	"context"
 	"fmt"
+	"net/netip"
 	"time"
 
 	certmanager "github.com/cert-manager/cert-manager/pkg/apis/certmanager/v1"
@@ -68,6 +69,8 @@ func slimPod(obj any) (any, error) {
 // Options of the operator.
 type Options struct {
 	Render render.Options
+	// ClusterNetworks are addresses of the cluster beside those that its nodes, Services and API server tell.
+	ClusterNetworks []netip.Prefix
 	// Discovery defaults to NewDiscovery.
 	Discovery *Discovery
 	// Now defaults to time.Now.
@@ -90,6 +93,7 @@ func Setup(mgr ctrl.Manager, opts Options) error {
 		events:      mgr.GetEventRecorder(FieldManager),
 		authorities: &authorities{known: map[types.NamespacedName]authority{}},
 		namespaces:  &namespaceRefs{known: map[string]namespaceRef{}},
+		networks:    &networks{live: mgr.GetAPIReader(), given: opts.ClusterNetworks, now: opts.Now},
 		render:      opts.Render,
 		now:         opts.Now,
 	}
@@ -112,6 +116,7 @@ type base struct {
 	events      events.EventRecorder
 	authorities *authorities
 	namespaces  *namespaceRefs
+	networks    *networks
 	render      render.Options
 	now         func() time.Time
 }

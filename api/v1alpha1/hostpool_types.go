@@ -137,6 +137,9 @@ type HostPoolSpec struct {
 	// +kubebuilder:validation:Minimum=0
 	// +kubebuilder:validation:Maximum=604800
 	DrainDeadlineSeconds *int32 `json:"drainDeadlineSeconds,omitempty"`
+	// network rules what the hosts that are pods may reach. Nothing reaches them, whatever it says.
+	// +optional
+	Network NetworkAccess `json:"network,omitempty,omitzero"`
 }
 
 // VolumeClaimTemplate is a claim that each host of a pool has.
