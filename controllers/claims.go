@@ -2,6 +2,7 @@ package controllers
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -21,6 +22,39 @@ import (
 // +kubebuilder:rbac:groups="",resources=persistentvolumeclaims,verbs=create;delete;get;list;patch;watch
 
 var claimKind = corev1.SchemeGroupVersion.WithKind("PersistentVolumeClaim")
+
+// podTemplate reads a pool's template, and says what in it can't be honoured: also that it would read what other objects of
+// ours keep to themselves.
+func (b *base) podTemplate(ctx context.Context, pool *rdv.HostPool) (template *corev1.PodTemplateSpec, invalid, err error) {
+	if template, invalid = render.PodTemplate(pool); template == nil || invalid != nil {
+		return nil, invalid, nil
+	}
+	var faults []string
+	secrets := render.TemplateSecrets(template)
+	for _, name := range slices.Sorted(maps.Keys(secrets)) {
+		secret, err := secretMetadata(ctx, b.Client, pool.Namespace, name)
+		if err != nil {
+			return nil, nil, err
+		}
+		if secret != nil && secret.Labels[rdv.LabelManagedBy] == rdv.ManagedBy {
+			faults = append(faults, render.SecretRefused(secrets[name], name))
+		}
+	}
+	claims := render.TemplateClaims(template)
+	for _, name := range slices.Sorted(maps.Keys(claims)) {
+		claim, err := getOrNil(ctx, b.Client, pool.Namespace, name, metadataOf(claimKind))
+		if err != nil {
+			return nil, nil, err
+		}
+		if claim != nil && claim.Labels[rdv.LabelManagedBy] == rdv.ManagedBy {
+			faults = append(faults, fmt.Sprintf("spec.template.spec.volumes[%s]: PersistentVolumeClaim %q is host %q's own; use spec.volumeClaimTemplates", claims[name], name, claim.Labels[rdv.LabelSessionHost]))
+		}
+	}
+	if len(faults) > 0 {
+		return nil, errors.New(strings.Join(faults, "; ")), nil
+	}
+	return template, nil, nil
+}
 
 // checkSharedClaims tells of claims in the pool's template that several hosts can't mount.
 func (r *hostPoolReconciler) checkSharedClaims(ctx context.Context, s *hostPoolScope) error {

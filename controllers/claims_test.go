@@ -9,6 +9,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
@@ -170,6 +171,25 @@ func TestClaimRetention(t *testing.T) {
 		}
 		return nil
 	})
+}
+
+// A template as one has it from elsewhere, and one that reaches for what is others'.
+func TestTemplatesOwnParts(t *testing.T) {
+	w, ns := start(t)
+	readyWorkspace(t, w, ns)
+	pool := newPool(ns)
+	pool.Spec.Template = &runtime.RawExtension{Raw: []byte(`{"metadata":{"name":"ignored","namespace":"ignored","labels":{"team":"design"}},
+		"spec":{"containers":[{"name":"desktop","image":"x"}]}}`)}
+	w.create(t, pool)
+	w.is(t, &rdv.HostPool{}, ns, "linux", rdv.ConditionReferencesResolved, metav1.ConditionTrue, rdv.ReasonReady,
+		"set by the operator, whatever spec.template says: metadata.name, metadata.namespace")
+	w.patch(t, &rdv.HostPool{}, ns, "linux", `{"spec":{"template":{"spec":{"volumes":[{"name":"keys","secret":{"secretName":"demo-tickets"}}]}}}}`)
+	w.is(t, &rdv.HostPool{}, ns, "linux", rdv.ConditionReferencesResolved, metav1.ConditionFalse, rdv.ReasonPodInvalid,
+		`spec.template.spec.volumes[keys].secret: Secret "demo-tickets" holds keys of a workspace, a gateway or a host`)
+	w.is(t, &rdv.SessionHost{}, ns, "linux-0", rdv.ConditionReferencesResolved, metav1.ConditionFalse, rdv.ReasonPodInvalid, `"demo-tickets" holds keys`)
+	w.patch(t, &rdv.HostPool{}, ns, "linux", `{"spec":{"template":{"spec":{"volumes":null,"shareProcessNamespace":true,"hostIPC":true}}}}`)
+	w.is(t, &rdv.HostPool{}, ns, "linux", rdv.ConditionReferencesResolved, metav1.ConditionFalse, rdv.ReasonPodInvalid,
+		"shareProcessNamespace: must not be true, for a desktop would reach the agent's process and its key; leave it out")
 }
 
 func TestForeignAndSharedClaims(t *testing.T) {

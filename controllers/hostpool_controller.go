@@ -113,7 +113,10 @@ func (r *hostPoolReconciler) gather(ctx context.Context, s *hostPoolScope) (err 
 			return err
 		}
 	}
-	if s.template, s.templErr = render.PodTemplate(pool); s.templErr != nil {
+	if s.template, s.templErr, err = r.podTemplate(ctx, pool); err != nil {
+		return err
+	}
+	if s.templErr != nil {
 		s.refs.add(rdv.ReasonPodInvalid, s.templErr.Error())
 	}
 	if err := r.checkSharedClaims(ctx, s); err != nil {

@@ -162,10 +162,12 @@ func (r *sessionHostReconciler) renderPod(ctx context.Context, s *sessionHostSco
 	if !metav1.IsControlledBy(s.host, s.pool) {
 		return nil
 	}
-	template, err := render.PodTemplate(s.pool)
+	template, invalid, err := r.podTemplate(ctx, s.pool)
 	switch {
 	case err != nil:
-		s.refs.add(rdv.ReasonPodInvalid, fmt.Sprintf("HostPool %q: %v", s.pool.Name, err))
+		return err
+	case invalid != nil:
+		s.refs.add(rdv.ReasonPodInvalid, fmt.Sprintf("HostPool %q: %v", s.pool.Name, invalid))
 		return nil
 	case template == nil: // the pool is about to remove this host
 		return nil

@@ -121,6 +121,78 @@ func Leaving(obj metav1.Object) bool {
 // Gone says that an object is being deleted and waits for nobody: whoever reads it should take it for deleted.
 func Gone(obj metav1.Object) bool { return obj.GetDeletionTimestamp() != nil && !Leaving(obj) }
 
+// PodSettings place and dress pods of ours: brokers, and gateways with their relays.
+type PodSettings struct {
+	// labels to put on the pods, beside those by which the operator finds them.
+	// +optional
+	// +kubebuilder:validation:MaxProperties=32
+	// +kubebuilder:validation:XValidation:rule="self.all(k, !k.startsWith('rendezvous.dev/') && !k.startsWith('app.kubernetes.io/'))",message="labels of rendezvous.dev and app.kubernetes.io are set by Rendezvous; leave them out"
+	Labels map[string]string `json:"labels,omitempty"`
+	// annotations to put on the pods, for a service mesh or a log collector.
+	// +optional
+	// +kubebuilder:validation:MaxProperties=32
+	// +kubebuilder:validation:XValidation:rule="self.all(k, !k.startsWith('rendezvous.dev/'))",message="annotations of rendezvous.dev are set by Rendezvous; leave them out"
+	Annotations map[string]string `json:"annotations,omitempty"`
+	// nodeSelector that a node's labels must match.
+	// +optional
+	// +kubebuilder:validation:MaxProperties=32
+	NodeSelector map[string]string `json:"nodeSelector,omitempty"`
+	// tolerations of nodes' taints.
+	// +optional
+	// +listType=atomic
+	// +kubebuilder:validation:MaxItems=32
+	Tolerations []corev1.Toleration `json:"tolerations,omitempty"`
+	// affinity to nodes and to other pods.
+	// +optional
+	Affinity *corev1.Affinity `json:"affinity,omitempty"`
+	// topologySpreadConstraints take the place of the default, which spreads over nodes and zones where the cluster has
+	// room. One without labelSelector counts the pods that it is set for.
+	// +optional
+	// +listType=atomic
+	// +kubebuilder:validation:MaxItems=8
+	TopologySpreadConstraints []corev1.TopologySpreadConstraint `json:"topologySpreadConstraints,omitempty"`
+	// priorityClassName of the pods.
+	// +optional
+	// +kubebuilder:validation:MaxLength=253
+	PriorityClassName string `json:"priorityClassName,omitempty"`
+	// imagePullSecrets are the Secrets, in this namespace, by which the images are pulled.
+	// +optional
+	// +listType=map
+	// +listMapKey=name
+	// +kubebuilder:validation:MaxItems=8
+	ImagePullSecrets []LocalSecret `json:"imagePullSecrets,omitempty"`
+	// env of every container of ours in the pods: HTTPS_PROXY, GOMEMLIMIT. Values stand here as they are; none comes from a
+	// Secret.
+	// +optional
+	// +listType=map
+	// +listMapKey=name
+	// +kubebuilder:validation:MaxItems=32
+	Env []EnvValue `json:"env,omitempty"`
+}
+
+// LocalSecret names a Secret in the same namespace.
+type LocalSecret struct {
+	// name of the Secret.
+	// +required
+	// +kubebuilder:validation:MinLength=1
+	// +kubebuilder:validation:MaxLength=253
+	Name string `json:"name"`
+}
+
+// EnvValue is an environment variable.
+type EnvValue struct {
+	// name of the variable.
+	// +required
+	// +kubebuilder:validation:MinLength=1
+	// +kubebuilder:validation:MaxLength=128
+	// +kubebuilder:validation:XValidation:rule="self.matches('^[A-Za-z_][A-Za-z0-9_]*$') && !(self in ['POD_NAME', 'POD_NAMESPACE', 'POD_IP'])",message="name must be letters, digits and underscores, and POD_NAME, POD_NAMESPACE and POD_IP are set by Rendezvous"
+	Name string `json:"name"`
+	// value of the variable.
+	// +optional
+	// +kubebuilder:validation:MaxLength=4096
+	Value string `json:"value,omitempty"`
+}
+
 // IssuerReference names a cert-manager issuer.
 type IssuerReference struct {
 	// name of the issuer.

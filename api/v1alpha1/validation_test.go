@@ -270,6 +270,15 @@ func TestValidation(t *testing.T) {
 		{"pool: two claims of one name", with(pool, func(p *rdv.HostPool) {
 			p.Spec.Template, p.Spec.VolumeClaimTemplates = &runtime.RawExtension{Raw: []byte(`{}`)}, []rdv.VolumeClaimTemplate{claim("home"), claim("home")}
 		}), "each volumeClaimTemplate needs a metadata.name of its own"},
+		{"gateway: pods", with(gateway, func(g *rdv.Gateway) {
+			g.Spec.Pod = rdv.PodSettings{Labels: map[string]string{"team": "a"}, Env: []rdv.EnvValue{{Name: "HTTPS_PROXY", Value: "http://proxy:3128"}}}
+		}), ""},
+		{"gateway: a label of ours", with(gateway, func(g *rdv.Gateway) { g.Spec.Pod.Labels = map[string]string{"rendezvous.dev/gateway": "x"} }),
+			"labels of rendezvous.dev and app.kubernetes.io are set by Rendezvous; leave them out"},
+		{"workspace: an annotation of ours", with(workspace, func(w *rdv.Workspace) { w.Spec.Broker.Pod.Annotations = map[string]string{"rendezvous.dev/x": "x"} }),
+			"annotations of rendezvous.dev are set by Rendezvous; leave them out"},
+		{"workspace: an env of ours", with(workspace, func(w *rdv.Workspace) { w.Spec.Broker.Pod.Env = []rdv.EnvValue{{Name: "POD_IP", Value: "1"}} }),
+			"POD_NAME, POD_NAMESPACE and POD_IP are set by Rendezvous"},
 		{"host: name of 52", sh(func(h *rdv.SessionHost) { h.Name = strings.Repeat("a", 52) }), ""},
 		{"host: name of 53", sh(func(h *rdv.SessionHost) { h.Name = strings.Repeat("a", 53) }), badHostName},
 		{"host: name with a dot", sh(func(h *rdv.SessionHost) { h.Name = "a.b" }), badHostName},

@@ -301,6 +301,9 @@ type Broker struct {
 	// resources of the broker container.
 	// +optional
 	Resources corev1.ResourceRequirements `json:"resources,omitempty,omitzero"`
+	// pod places and dresses the broker pods.
+	// +optional
+	Pod PodSettings `json:"pod,omitempty,omitzero"`
 	// service exposes the feed and enrolment, port 443.
 	// +optional
 	Service Service `json:"service,omitempty,omitzero"`

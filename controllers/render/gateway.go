@@ -187,6 +187,7 @@ func (o Options) GatewayDeployment(gw *rdv.Gateway, workspaces []*rdv.Workspace)
 	if replicas, fixed := GatewayReplicas(gw); fixed {
 		d.Spec.Replicas = new(replicas)
 	}
+	dress(&d.Spec.Template, sel, &gw.Spec.Pod)
 	image := &d.Spec.Template.Spec.Containers[0].Image
 	given := *image
 	*image = ""

@@ -1,8 +1,6 @@
 package render
 
 import (
-	"errors"
-	"fmt"
 	"maps"
 	"slices"
 	"time"
@@ -11,7 +9,6 @@ import (
 	rbacv1 "k8s.io/api/rbac/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	kjson "sigs.k8s.io/json"
 
 	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
 )
@@ -146,63 +143,6 @@ func SharedClaims(pool *rdv.HostPool, template *corev1.PodTemplateSpec) map[stri
 		}
 	}
 	return shared
-}
-
-// PodTemplate reads a pool's template, strictly, and says what in it can't be honoured. A pool without one has nil.
-func PodTemplate(pool *rdv.HostPool) (*corev1.PodTemplateSpec, error) {
-	if pool.Spec.Template == nil {
-		return nil, nil
-	}
-	template := &corev1.PodTemplateSpec{}
-	strict, err := kjson.UnmarshalStrict(pool.Spec.Template.Raw, template)
-	if err != nil {
-		return nil, fmt.Errorf("spec.template: %w", err)
-	}
-	if len(strict) > 0 {
-		return nil, fmt.Errorf("spec.template: %w", errors.Join(strict...))
-	}
-	if err := checkTemplate(&template.Spec); err != nil {
-		return nil, err
-	}
-	for _, t := range pool.Spec.VolumeClaimTemplates {
-		if isOurVolume(t.Metadata.Name) {
-			return nil, fmt.Errorf("spec.volumeClaimTemplates: %q is the name of a volume that the operator adds; rename it", t.Metadata.Name)
-		}
-	}
-	return template, nil
-}
-
-func isOurVolume(name string) bool {
-	return slices.Contains([]string{"rdp-cert", "agent-state", "registration", "agent-ca", loginVolume}, name)
-}
-
-func checkTemplate(spec *corev1.PodSpec) error {
-	if spec.HostNetwork {
-		return errors.New("spec.template.spec.hostNetwork: must not be true, for the node's network is open to the desktop's port; leave it out")
-	}
-	desktop := false
-	for _, c := range append(append([]corev1.Container{}, spec.InitContainers...), spec.Containers...) {
-		if c.Name == agentContainer {
-			return fmt.Errorf("spec.template.spec: a container is named %q, which is the name of the sidecar that the operator adds; rename it", agentContainer)
-		}
-		for _, p := range c.Ports {
-			if p.HostPort != 0 {
-				return fmt.Errorf("spec.template.spec: container %q asks for hostPort %d, but nothing may reach a session host from outside; leave it out", c.Name, p.HostPort)
-			}
-		}
-	}
-	for _, c := range spec.Containers {
-		desktop = desktop || c.Name == desktopContainer
-	}
-	if !desktop {
-		return fmt.Errorf("spec.template.spec.containers: none is named %q; name the one that runs the RDP server so", desktopContainer)
-	}
-	for _, v := range spec.Volumes {
-		if isOurVolume(v.Name) {
-			return fmt.Errorf("spec.template.spec.volumes: %q is the name of a volume that the operator adds; rename it", v.Name)
-		}
-	}
-	return nil
 }
 
 // Pod is a session host that is a pod: the pool's template, and the agent beside its desktop.

@@ -267,7 +267,7 @@ func (o Options) BrokerDeployment(ws *rdv.Workspace) (*appsv1.Deployment, error)
 	}
 	sel := brokerSelector(ws.Name)
 	podLabels := workspaceLabels(ws, componentBroker)
-	return &appsv1.Deployment{
+	d := &appsv1.Deployment{
 		TypeMeta:   typeMeta(appsv1.SchemeGroupVersion.String(), "Deployment"),
 		ObjectMeta: meta(ws.Namespace, WorkspaceBroker(ws.Name), podLabels),
 		Spec: appsv1.DeploymentSpec{
@@ -293,7 +293,9 @@ func (o Options) BrokerDeployment(ws *rdv.Workspace) (*appsv1.Deployment, error)
 				},
 			},
 		},
-	}, nil
+	}
+	dress(&d.Spec.Template, sel, &ws.Spec.Broker.Pod)
+	return d, nil
 }
 
 func (o Options) brokerContainer(ws *rdv.Workspace) corev1.Container {
