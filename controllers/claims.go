@@ -16,6 +16,7 @@ import (
 	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
 	"rendezvous.dev/rendezvous/controllers/plan"
 	"rendezvous.dev/rendezvous/controllers/render"
+	"rendezvous.dev/rendezvous/controllers/rules"
 )
 
 // Claims are no children as others are: nothing of ours goes with them unless the retention policy says so.
@@ -64,24 +65,13 @@ func (r *hostPoolReconciler) checkSharedClaims(ctx context.Context, s *hostPoolS
 		if err != nil {
 			return err
 		}
-		field := fmt.Sprintf("spec.template.spec.volumes[%s]: PersistentVolumeClaim %q", volume, shared[volume])
-		switch {
-		case claim == nil:
-			s.refs.add(rdv.ReasonReferenceNotFound, field+" not found: create it, or use spec.volumeClaimTemplates, which gives each host a claim of its own")
-		case !slices.Contains(claim.Spec.AccessModes, corev1.ReadWriteMany) && !slices.Contains(claim.Spec.AccessModes, corev1.ReadOnlyMany):
-			s.refs.add(rdv.ReasonReferenceInvalid, fmt.Sprintf("%s is %s, but all hosts of the pool would share it: those on one node have one another's files, the others don't start. Use spec.volumeClaimTemplates, which gives each host a claim of its own, or a claim that is ReadWriteMany",
-				field, joined(claim.Spec.AccessModes)))
+		if claim == nil {
+			s.refs.add(rdv.ReasonReferenceNotFound, rules.ClaimField(volume, shared[volume])+" not found: create it, or use spec.volumeClaimTemplates, which gives each host a claim of its own")
+			continue
 		}
+		s.refs.addProblem(rules.SharedClaim(volume, shared[volume], claim.Spec.AccessModes))
 	}
 	return nil
-}
-
-func joined(modes []corev1.PersistentVolumeAccessMode) string {
-	var texts []string
-	for _, m := range modes {
-		texts = append(texts, string(m))
-	}
-	return strings.Join(texts, ", ")
 }
 
 // claim is a host's claim as it is, by its metadata; nil where there is none.

@@ -23,6 +23,7 @@ import (
 
 	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
 	"rendezvous.dev/rendezvous/controllers/render"
+	"rendezvous.dev/rendezvous/controllers/rules"
 )
 
 // gatewayReconciler keeps a Gateway's pods, and their place on the bus of each Workspace that picks the Gateway.
@@ -121,7 +122,7 @@ func (r *gatewayReconciler) gather(ctx context.Context, s *gatewayScope) error {
 	for i := range list.Items {
 		ws := &list.Items[i]
 		// A selector that can't be read is the Workspace's own condition.
-		if selector, err := gatewaySelector(ws); err == nil && !rdv.Gone(ws) && selector.Matches(labels.Set(gw.Labels)) {
+		if selector, err := rules.GatewaySelector(ws); err == nil && !rdv.Gone(ws) && selector.Matches(labels.Set(gw.Labels)) {
 			s.picked = append(s.picked, ws)
 		}
 	}

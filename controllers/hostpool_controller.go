@@ -25,6 +25,7 @@ import (
 	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
 	"rendezvous.dev/rendezvous/controllers/plan"
 	"rendezvous.dev/rendezvous/controllers/render"
+	"rendezvous.dev/rendezvous/controllers/rules"
 )
 
 // hostPoolReconciler keeps a HostPool's registration token and, where it has a template, its SessionHosts.
@@ -105,9 +106,7 @@ func (r *hostPoolReconciler) gather(ctx context.Context, s *hostPoolScope) (err 
 	if s.ws, err = getOrNil(ctx, r.Client, pool.Namespace, pool.Spec.WorkspaceRef.Name, &rdv.Workspace{}); err != nil {
 		return err
 	}
-	if s.ws == nil {
-		s.refs.add(rdv.ReasonReferenceNotFound, fmt.Sprintf("spec.workspaceRef: Workspace %q not found: create it", pool.Spec.WorkspaceRef.Name))
-	}
+	s.refs.addProblem(rules.PoolWorkspace(pool, s.ws))
 	if c := pool.Spec.RDPCertificate; c != nil {
 		if err := checkIssuer(ctx, r.Client, pool.Namespace, "spec.rdpCertificate.issuerRef", c.IssuerRef, &s.refs); err != nil {
 			return err

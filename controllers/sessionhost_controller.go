@@ -19,6 +19,7 @@ import (
 	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
 	"rendezvous.dev/rendezvous/controllers/plan"
 	"rendezvous.dev/rendezvous/controllers/render"
+	"rendezvous.dev/rendezvous/controllers/rules"
 )
 
 // sessionHostReconciler keeps a SessionHost's own registration token and, where its pool made it, its pod. What the host
@@ -120,7 +121,7 @@ func (r *sessionHostReconciler) gather(ctx context.Context, s *sessionHostScope)
 		return err
 	}
 	if s.pool == nil {
-		s.refs.add(rdv.ReasonReferenceNotFound, fmt.Sprintf("spec.hostPoolRef: HostPool %q not found: create it, or delete this SessionHost", host.Spec.HostPoolRef.Name))
+		s.refs.addProblem(rules.HostPool(host, nil))
 		return nil
 	}
 	if metav1.IsControlledBy(host, s.pool) { // the others are machines

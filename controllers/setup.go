@@ -23,6 +23,7 @@ import (
 
 	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
 	"rendezvous.dev/rendezvous/controllers/render"
+	"rendezvous.dev/rendezvous/controllers/rules"
 )
 
 // NewScheme holds every kind that the operator reads or writes.
@@ -190,8 +191,8 @@ func addIndexes(mgr ctrl.Manager) error {
 			return names
 		}},
 		{&rdv.Workspace{}, indexIssuer, func(o client.Object) (keys []string) {
-			for _, named := range workspaceIssuers(o.(*rdv.Workspace)) {
-				keys = append(keys, issuerKey(named.ref))
+			for _, named := range rules.WorkspaceIssuers(o.(*rdv.Workspace)) {
+				keys = append(keys, issuerKey(named.Ref))
 			}
 			return keys
 		}},

@@ -12,8 +12,6 @@ import (
 	networkingv1 "k8s.io/api/networking/v1"
 	policyv1 "k8s.io/api/policy/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/labels"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -23,6 +21,7 @@ import (
 
 	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
 	"rendezvous.dev/rendezvous/controllers/render"
+	"rendezvous.dev/rendezvous/controllers/rules"
 )
 
 // workspaceReconciler keeps what a Workspace needs: its CA, its certificates, its brokers.
@@ -138,47 +137,28 @@ func inOrder[S any](ctx context.Context, s S, phases ...func(context.Context, S)
 	return nil
 }
 
-type namedIssuer struct {
-	field string
-	ref   rdv.IssuerReference
-}
-
-// workspaceIssuers are the issuers that people name in a Workspace.
-func workspaceIssuers(ws *rdv.Workspace) []namedIssuer {
-	named := []namedIssuer{
-		{"spec.certificates.issuerRef", ws.Spec.Certificates.IssuerRef},
-		{"spec.signing.issuerRef", ws.Spec.Signing.IssuerRef},
-	}
-	if ref := ws.Spec.Certificates.InternalIssuerRef; ref != nil {
-		named = append(named, namedIssuer{"spec.certificates.internalIssuerRef", *ref})
-	}
-	return named
-}
-
 // gather resolves what the Workspace names.
 func (r *workspaceReconciler) gather(ctx context.Context, s *workspaceScope) error {
 	ws := s.ws
-	for _, named := range workspaceIssuers(ws) {
-		if err := checkIssuer(ctx, r.Client, ws.Namespace, named.field, named.ref, &s.refs); err != nil {
+	for _, named := range rules.WorkspaceIssuers(ws) {
+		if err := checkIssuer(ctx, r.Client, ws.Namespace, named.Field, named.Ref, &s.refs); err != nil {
 			return err
 		}
 	}
 	if err := r.gatherOIDCCA(ctx, s); err != nil {
 		return err
 	}
-	for _, resource := range ws.Spec.Resources {
-		field := fmt.Sprintf("spec.resources[%s].hostPoolRef: HostPool %q", resource.Name, resource.HostPoolRef.Name)
+	for i := range ws.Spec.Resources {
+		resource := &ws.Spec.Resources[i]
 		pool, err := getOrNil(ctx, r.Client, ws.Namespace, resource.HostPoolRef.Name, &rdv.HostPool{})
-		switch {
-		case err != nil:
+		if err != nil {
 			return err
-		case pool == nil:
-			s.refs.add(rdv.ReasonReferenceNotFound, field+" not found: create it or name another")
-		case pool.Spec.WorkspaceRef.Name != ws.Name:
-			s.refs.add(rdv.ReasonReferenceInvalid, fmt.Sprintf("%s belongs to Workspace %q: name a pool of this workspace", field, pool.Spec.WorkspaceRef.Name))
-		default:
+		}
+		problem := rules.ResourcePool(ws, resource, pool)
+		if problem.OK() {
 			s.resources++
 		}
+		s.refs.addProblem(problem)
 	}
 	return r.gatherGateways(ctx, s)
 }
@@ -190,7 +170,9 @@ func (r *workspaceReconciler) gatherOIDCCA(ctx context.Context, s *workspaceScop
 	before := len(s.refs)
 	switch {
 	case oidc.CABundle != "":
-		s.oidcCA = onlyCertificates("spec.identity.oidc.caBundle", oidc.CABundle, &s.refs)
+		certificates, problem := rules.Certificates("spec.identity.oidc.caBundle", oidc.CABundle)
+		s.oidcCA = certificates
+		s.refs.addProblem(problem)
 	case oidc.CABundleRef != nil:
 		ref := *oidc.CABundleRef
 		value, err := readKey(ctx, r.Live, s.ws.Namespace, "spec.identity.oidc.caBundleRef", ref, &s.refs)
@@ -198,7 +180,9 @@ func (r *workspaceReconciler) gatherOIDCCA(ctx context.Context, s *workspaceScop
 			return err
 		}
 		if len(s.refs) == before {
-			s.oidcCA = onlyCertificates(fmt.Sprintf("spec.identity.oidc.caBundleRef: key %q of %s %q", ref.Key, ref.Kind, ref.Name), value, &s.refs)
+			certificates, problem := rules.Certificates(fmt.Sprintf("spec.identity.oidc.caBundleRef: key %q of %s %q", ref.Key, ref.Kind, ref.Name), value)
+			s.oidcCA = certificates
+			s.refs.addProblem(problem)
 		}
 	}
 	s.oidcCAErr = len(s.refs) > before
@@ -206,9 +190,9 @@ func (r *workspaceReconciler) gatherOIDCCA(ctx context.Context, s *workspaceScop
 }
 
 func (r *workspaceReconciler) gatherGateways(ctx context.Context, s *workspaceScope) error {
-	selector, err := gatewaySelector(s.ws)
+	selector, err := rules.GatewaySelector(s.ws)
 	if err != nil {
-		s.refs.add(rdv.ReasonReferenceInvalid, "spec.gatewaySelector: "+err.Error())
+		s.refs.addProblem(rules.BadSelector(err))
 		return nil
 	}
 	list := &rdv.GatewayList{}
@@ -225,14 +209,6 @@ func (r *workspaceReconciler) gatherGateways(ctx context.Context, s *workspaceSc
 		s.refs.add(rdv.ReasonPending, "spec.gatewaySelector picks no Gateway in this namespace: create one, or change the selector")
 	}
 	return nil
-}
-
-// gatewaySelector is which Gateways a Workspace picks: all where it says nothing.
-func gatewaySelector(ws *rdv.Workspace) (labels.Selector, error) {
-	if ws.Spec.GatewaySelector == nil {
-		return labels.Everything(), nil
-	}
-	return metav1.LabelSelectorAsSelector(ws.Spec.GatewaySelector)
 }
 
 // applyCertificates keeps the internal CA, unless another issuer is named, and the certificates.

@@ -2,6 +2,8 @@ package v1alpha1_test
 
 import (
 	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"slices"
@@ -17,6 +19,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/envtest"
 
 	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
+	"rendezvous.dev/rendezvous/lint"
 )
 
 const namespace = "default"
@@ -326,8 +329,38 @@ func TestValidation(t *testing.T) {
 	for _, r := range rows {
 		t.Run(r.name, func(t *testing.T) {
 			expect(t, c.Create(context.Background(), r.obj, client.DryRunAll), r.refusal)
+			if r.refusal != "" {
+				expect(t, offline(t, r.obj), r.refusal)
+			}
 		})
 	}
+}
+
+// offline is what lint says of an object: the same as the API server.
+func offline(t *testing.T, obj client.Object) error {
+	t.Helper()
+	text, err := json.Marshal(obj)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var content map[string]any
+	if err := json.Unmarshal(text, &content); err != nil {
+		t.Fatal(err)
+	}
+	kind := strings.TrimPrefix(fmt.Sprintf("%T", obj), "*v1alpha1.")
+	content["apiVersion"], content["kind"] = rdv.GroupVersion.String(), kind
+	if text, err = json.Marshal(content); err != nil {
+		t.Fatal(err)
+	}
+	result, err := lint.Check(t.Context(), []lint.Source{{Name: "object.json", Data: text}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var errs []error
+	for _, f := range result.Findings {
+		errs = append(errs, errors.New(f.Message))
+	}
+	return errors.Join(errs...)
 }
 
 // TestImmutable shows what can't be changed once it is there.

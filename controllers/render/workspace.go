@@ -20,6 +20,14 @@ import (
 
 // Names of a Workspace's children.
 
+// WorkspaceSecrets are the Secrets with keys that are a workspace's own.
+func WorkspaceSecrets(workspace string) []string {
+	return []string{
+		WorkspaceTLS(workspace), WorkspaceTickets(workspace), WorkspaceSigning(workspace), WorkspaceBrokerIdentity(workspace),
+		WorkspaceOperatorIdentity(workspace), workspaceInternalCA(workspace),
+	}
+}
+
 // WorkspaceTLS names the Certificate of the feed, and its Secret.
 func WorkspaceTLS(workspace string) string { return workspace + "-tls" }
 
