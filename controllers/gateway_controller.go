@@ -59,7 +59,7 @@ type gatewayScope struct {
 
 func (r *gatewayReconciler) setup(mgr ctrl.Manager) error {
 	c := mgr.GetClient()
-	return ctrl.NewControllerManagedBy(mgr).
+	controller := ctrl.NewControllerManagedBy(mgr).
 		For(&rdv.Gateway{}).
 		Owns(&certmanager.Certificate{}).
 		Owns(&appsv1.Deployment{}).
@@ -78,10 +78,8 @@ func (r *gatewayReconciler) setup(mgr ctrl.Manager) error {
 			return requestsFor(ctx, c, gateways(), client.InNamespace(o.GetNamespace()))
 		}), builder.OnlyMetadata).
 		Watches(&rdv.Gateway{}, inNamespace(c, gateways), builder.WithPredicates(reachedElsewhere())).
-		Watches(&rdv.Workspace{}, inNamespace(c, gateways), builder.WithPredicates(specOrLabels())).
-		Watches(&certmanager.Issuer{}, byIssuer(c, certmanager.IssuerKind, gateways)).
-		Watches(&certmanager.ClusterIssuer{}, byIssuer(c, certmanager.ClusterIssuerKind, gateways)).
-		Complete(r)
+		Watches(&rdv.Workspace{}, inNamespace(c, gateways), builder.WithPredicates(specOrLabels()))
+	return r.watchIssuers(controller, c, gateways).Complete(r)
 }
 
 // Reconcile makes one pass over a Gateway.
@@ -112,7 +110,7 @@ func (r *gatewayReconciler) Reconcile(ctx context.Context, req ctrl.Request) (ct
 // gather checks the issuer and finds the Workspaces that pick the Gateway.
 func (r *gatewayReconciler) gather(ctx context.Context, s *gatewayScope) error {
 	gw := s.gw
-	if err := checkIssuer(ctx, r.Client, gw.Namespace, "spec.certificates.issuerRef", gw.Spec.Certificates.IssuerRef, &s.refs); err != nil {
+	if err := r.checkIssuer(ctx, gw.Namespace, "spec.certificates.issuerRef", gw.Spec.Certificates.IssuerRef, &s.refs); err != nil {
 		return err
 	}
 	list := &rdv.WorkspaceList{}

@@ -9,7 +9,6 @@ import (
 	"strings"
 	"time"
 
-	certmanager "github.com/cert-manager/cert-manager/pkg/apis/certmanager/v1"
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
@@ -57,7 +56,7 @@ type hostPoolScope struct {
 
 func (r *hostPoolReconciler) setup(mgr ctrl.Manager) error {
 	c := mgr.GetClient()
-	return ctrl.NewControllerManagedBy(mgr).
+	controller := ctrl.NewControllerManagedBy(mgr).
 		For(&rdv.HostPool{}).
 		Owns(&corev1.Secret{}, builder.OnlyMetadata).
 		Owns(&networkingv1.NetworkPolicy{}, builder.OnlyMetadata).
@@ -69,10 +68,8 @@ func (r *hostPoolReconciler) setup(mgr ctrl.Manager) error {
 		})).
 		Watches(&rdv.Gateway{}, inNamespace(c, hostPools), builder.WithPredicates(reachedElsewhere())).
 		Watches(&rdv.Workspace{}, byField(c, indexWorkspace, hostPools, name), builder.WithPredicates(predicate.GenerationChangedPredicate{})).
-		Watches(&corev1.Secret{}, byField(c, indexWorkspace, hostPools, feedTLSOf), builder.OnlyMetadata).
-		Watches(&certmanager.Issuer{}, byIssuer(c, certmanager.IssuerKind, hostPools)).
-		Watches(&certmanager.ClusterIssuer{}, byIssuer(c, certmanager.ClusterIssuerKind, hostPools)).
-		Complete(r)
+		Watches(&corev1.Secret{}, byField(c, indexWorkspace, hostPools, feedTLSOf), builder.OnlyMetadata)
+	return r.watchIssuers(controller, c, hostPools).Complete(r)
 }
 
 // Reconcile makes one pass over a HostPool.
@@ -108,7 +105,7 @@ func (r *hostPoolReconciler) gather(ctx context.Context, s *hostPoolScope) (err 
 	}
 	s.refs.addProblem(rules.PoolWorkspace(pool, s.ws))
 	if c := pool.Spec.RDPCertificate; c != nil {
-		if err := checkIssuer(ctx, r.Client, pool.Namespace, "spec.rdpCertificate.issuerRef", c.IssuerRef, &s.refs); err != nil {
+		if err := r.checkIssuer(ctx, pool.Namespace, "spec.rdpCertificate.issuerRef", c.IssuerRef, &s.refs); err != nil {
 			return err
 		}
 	}

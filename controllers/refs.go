@@ -31,7 +31,7 @@ func issuerKey(ref rdv.IssuerReference) string {
 
 // checkIssuer adds what is wrong with the issuer that field names. Issuers of other groups than cert-manager's own can't
 // be looked into here: their certificates tell.
-func checkIssuer(ctx context.Context, c client.Reader, namespace, field string, ref rdv.IssuerReference, found *problems) error {
+func (b *base) checkIssuer(ctx context.Context, namespace, field string, ref rdv.IssuerReference, found *problems) error {
 	if ref.Group != "" && ref.Group != certmanager.SchemeGroupVersion.Group {
 		return nil
 	}
@@ -41,13 +41,16 @@ func checkIssuer(ctx context.Context, c client.Reader, namespace, field string, 
 	}
 	var issuer certmanager.GenericIssuer = &certmanager.Issuer{}
 	key := types.NamespacedName{Name: ref.Name}
+	if ref.Kind == certmanager.ClusterIssuerKind && b.noClusterIssuers {
+		return nil
+	}
 	if ref.Kind == certmanager.ClusterIssuerKind {
 		issuer = &certmanager.ClusterIssuer{}
 	} else {
 		key.Namespace = namespace
 	}
 	what := fmt.Sprintf("%s: %s %q", field, kindOr(ref.Kind, certmanager.IssuerKind), ref.Name)
-	err := c.Get(ctx, key, issuer)
+	err := b.Client.Get(ctx, key, issuer)
 	switch {
 	case apierrors.IsNotFound(err):
 		found.add(rdv.ReasonIssuerNotFound, what+" not found: create it or name another")

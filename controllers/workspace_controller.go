@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	certmanager "github.com/cert-manager/cert-manager/pkg/apis/certmanager/v1"
 	appsv1 "k8s.io/api/apps/v1"
@@ -73,7 +74,7 @@ type workspaceScope struct {
 
 func (r *workspaceReconciler) setup(mgr ctrl.Manager) error {
 	c := mgr.GetClient()
-	return ctrl.NewControllerManagedBy(mgr).
+	controller := ctrl.NewControllerManagedBy(mgr).
 		For(&rdv.Workspace{}).
 		Owns(&certmanager.Issuer{}).
 		Owns(&certmanager.Certificate{}).
@@ -86,14 +87,10 @@ func (r *workspaceReconciler) setup(mgr ctrl.Manager) error {
 		Owns(&policyv1.PodDisruptionBudget{}, builder.OnlyMetadata).
 		Owns(&networkingv1.NetworkPolicy{}, builder.OnlyMetadata).
 		Watches(&corev1.Secret{}, byLabel(rdv.LabelWorkspace), builder.OnlyMetadata).
-		Watches(&corev1.Secret{}, byField(c, indexCABundle, workspaces, func(o client.Object) string { return "Secret/" + o.GetName() }), builder.OnlyMetadata).
-		Watches(&corev1.ConfigMap{}, byField(c, indexCABundle, workspaces, func(o client.Object) string { return "ConfigMap/" + o.GetName() }), builder.OnlyMetadata).
 		Watches(&rdv.HostPool{}, byField(c, indexHostPool, workspaces, name), builder.WithPredicates(predicate.GenerationChangedPredicate{})).
 		Watches(&rdv.Gateway{}, inNamespace(c, workspaces), builder.WithPredicates(specOrLabels())).
-		Watches(&certmanager.Issuer{}, byIssuer(c, certmanager.IssuerKind, workspaces)).
-		Watches(&certmanager.ClusterIssuer{}, byIssuer(c, certmanager.ClusterIssuerKind, workspaces)).
-		WatchesRawSource(source.Channel(r.discovery.events, &handler.TypedEnqueueRequestForObject[*rdv.Workspace]{})).
-		Complete(r)
+		WatchesRawSource(source.Channel(r.discovery.events, &handler.TypedEnqueueRequestForObject[*rdv.Workspace]{}))
+	return r.watchIssuers(controller, c, workspaces).Complete(r)
 }
 
 // specOrLabels lets changes of status pass unseen.
@@ -141,7 +138,7 @@ func inOrder[S any](ctx context.Context, s S, phases ...func(context.Context, S)
 func (r *workspaceReconciler) gather(ctx context.Context, s *workspaceScope) error {
 	ws := s.ws
 	for _, named := range rules.WorkspaceIssuers(ws) {
-		if err := checkIssuer(ctx, r.Client, ws.Namespace, named.Field, named.Ref, &s.refs); err != nil {
+		if err := r.checkIssuer(ctx, ws.Namespace, named.Field, named.Ref, &s.refs); err != nil {
 			return err
 		}
 	}
@@ -163,6 +160,9 @@ func (r *workspaceReconciler) gather(ctx context.Context, s *workspaceScope) err
 	return r.gatherGateways(ctx, s)
 }
 
+// bundleRetry is how soon a change of a CA bundle is seen: what lacks our label is in no cache.
+const bundleRetry = 10 * time.Second
+
 // gatherOIDCCA finds what the identity provider's certificate is checked with: nothing where the Workspace leaves that to
 // the system's roots.
 func (r *workspaceReconciler) gatherOIDCCA(ctx context.Context, s *workspaceScope) error {
@@ -175,6 +175,7 @@ func (r *workspaceReconciler) gatherOIDCCA(ctx context.Context, s *workspaceScop
 		s.refs.addProblem(problem)
 	case oidc.CABundleRef != nil:
 		ref := *oidc.CABundleRef
+		s.wakeAfter(bundleRetry)
 		value, err := readKey(ctx, r.Live, s.ws.Namespace, "spec.identity.oidc.caBundleRef", ref, &s.refs)
 		if err != nil {
 			return err
