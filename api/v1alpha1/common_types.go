@@ -1,6 +1,12 @@
 package v1alpha1
 
-import corev1 "k8s.io/api/core/v1"
+import (
+	"slices"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
 
 // Condition types. Ready sums up the others of its object; each is always set, Unknown included.
 const (
@@ -31,7 +37,8 @@ const (
 	ConditionConnected = "Connected"
 	// ConditionHealthy says that the RDP server on the SessionHost answers its agent.
 	ConditionHealthy = "Healthy"
-	// ConditionDraining says whether the SessionHost refuses new sessions, and that the host has acknowledged it.
+	// ConditionDraining says whether the SessionHost refuses new sessions, and that the host has acknowledged it. An object of
+	// any kind that is being deleted has it too: it says which sessions are waited for, until when, and how not to wait.
 	ConditionDraining = "Draining"
 )
 
@@ -91,10 +98,100 @@ const (
 	// AnnotationRevoke on a SessionHost, with a new value, ends its enrolment: the machine's key is refused at once, its
 	// registration token is replaced, and it has to enrol again. A pod is replaced.
 	AnnotationRevoke = "rendezvous.dev/revoke-enrolment"
+	// AnnotationSkipDrain with the value true on an object that is being deleted, or is to be, ends the wait for its sessions:
+	// the object goes at once, and they end. On a HostPool it counts for its SessionHosts too.
+	AnnotationSkipDrain = "rendezvous.dev/skip-drain"
+	// AnnotationFilesOf on a PersistentVolumeClaim of a Personal pool says whose files are in it.
+	AnnotationFilesOf = "rendezvous.dev/files-of"
+	// Finalizer on each of the four kinds keeps an object that is being deleted until nobody is on it.
+	Finalizer = "rendezvous.dev/drain"
 	// LabelMadeByToken on a SessionHost says that a machine made it with its pool's registration token: the first 32 hex
 	// digits of the token's SHA-256. Such a token enrols no other SessionHost that exists.
 	LabelMadeByToken = "rendezvous.dev/made-by-token"
 )
+
+// DefaultDrainDeadline is how long an object that is being deleted waits for its sessions where nothing else is said.
+const DefaultDrainDeadline = 8 * time.Hour
+
+// Leaving says that an object is being deleted and still waits for its sessions.
+func Leaving(obj metav1.Object) bool {
+	return obj.GetDeletionTimestamp() != nil && slices.Contains(obj.GetFinalizers(), Finalizer)
+}
+
+// Gone says that an object is being deleted and waits for nobody: whoever reads it should take it for deleted.
+func Gone(obj metav1.Object) bool { return obj.GetDeletionTimestamp() != nil && !Leaving(obj) }
+
+// PodSettings place and dress pods of ours: brokers, and gateways with their relays.
+type PodSettings struct {
+	// labels to put on the pods, beside those by which the operator finds them.
+	// +optional
+	// +kubebuilder:validation:MaxProperties=32
+	// +kubebuilder:validation:XValidation:rule="self.all(k, !k.startsWith('rendezvous.dev/') && !k.startsWith('app.kubernetes.io/'))",message="labels of rendezvous.dev and app.kubernetes.io are set by Rendezvous; leave them out"
+	Labels map[string]string `json:"labels,omitempty"`
+	// annotations to put on the pods, for a service mesh or a log collector.
+	// +optional
+	// +kubebuilder:validation:MaxProperties=32
+	// +kubebuilder:validation:XValidation:rule="self.all(k, !k.startsWith('rendezvous.dev/'))",message="annotations of rendezvous.dev are set by Rendezvous; leave them out"
+	Annotations map[string]string `json:"annotations,omitempty"`
+	// nodeSelector that a node's labels must match.
+	// +optional
+	// +kubebuilder:validation:MaxProperties=32
+	NodeSelector map[string]string `json:"nodeSelector,omitempty"`
+	// tolerations of nodes' taints.
+	// +optional
+	// +listType=atomic
+	// +kubebuilder:validation:MaxItems=32
+	Tolerations []corev1.Toleration `json:"tolerations,omitempty"`
+	// affinity to nodes and to other pods.
+	// +optional
+	Affinity *corev1.Affinity `json:"affinity,omitempty"`
+	// topologySpreadConstraints take the place of the default, which spreads over nodes and zones where the cluster has
+	// room. One without labelSelector counts the pods that it is set for.
+	// +optional
+	// +listType=atomic
+	// +kubebuilder:validation:MaxItems=8
+	TopologySpreadConstraints []corev1.TopologySpreadConstraint `json:"topologySpreadConstraints,omitempty"`
+	// priorityClassName of the pods.
+	// +optional
+	// +kubebuilder:validation:MaxLength=253
+	PriorityClassName string `json:"priorityClassName,omitempty"`
+	// imagePullSecrets are the Secrets, in this namespace, by which the images are pulled.
+	// +optional
+	// +listType=map
+	// +listMapKey=name
+	// +kubebuilder:validation:MaxItems=8
+	ImagePullSecrets []LocalSecret `json:"imagePullSecrets,omitempty"`
+	// env of every container of ours in the pods: HTTPS_PROXY, GOMEMLIMIT. Values stand here as they are; none comes from a
+	// Secret.
+	// +optional
+	// +listType=map
+	// +listMapKey=name
+	// +kubebuilder:validation:MaxItems=32
+	Env []EnvValue `json:"env,omitempty"`
+}
+
+// LocalSecret names a Secret in the same namespace.
+type LocalSecret struct {
+	// name of the Secret.
+	// +required
+	// +kubebuilder:validation:MinLength=1
+	// +kubebuilder:validation:MaxLength=253
+	Name string `json:"name"`
+}
+
+// EnvValue is an environment variable.
+type EnvValue struct {
+	// name of the variable.
+	// +required
+	// +kubebuilder:validation:MinLength=1
+	// +kubebuilder:validation:MaxLength=128
+	// +kubebuilder:validation:XValidation:rule="self.matches('^[A-Za-z_][A-Za-z0-9_]*$') && !(self in ['POD_NAME', 'POD_NAMESPACE', 'POD_IP'])",message="name must be letters, digits and underscores, and POD_NAME, POD_NAMESPACE and POD_IP are set by Rendezvous"
+	Name string `json:"name"`
+	// value of the variable.
+	// +optional
+	// +kubebuilder:validation:MaxLength=4096
+	Value string `json:"value,omitempty"`
+}
 
 // IssuerReference names a cert-manager issuer.
 type IssuerReference struct {

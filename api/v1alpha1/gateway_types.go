@@ -38,6 +38,9 @@ type GatewaySpec struct {
 	// service exposes the gateway.
 	// +optional
 	Service Service `json:"service,omitempty,omitzero"`
+	// pod places and dresses the gateway's pods.
+	// +optional
+	Pod PodSettings `json:"pod,omitempty,omitzero"`
 	// relay is the sidecar that holds the listener and moves the bytes.
 	// +optional
 	Relay Relay `json:"relay,omitempty,omitzero"`

@@ -2,6 +2,8 @@ package v1alpha1_test
 
 import (
 	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"slices"
@@ -17,6 +19,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/envtest"
 
 	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
+	"rendezvous.dev/rendezvous/lint"
 )
 
 const namespace = "default"
@@ -69,6 +72,13 @@ func pool() *rdv.HostPool {
 	return &rdv.HostPool{
 		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: "hp"},
 		Spec:       rdv.HostPoolSpec{WorkspaceRef: rdv.LocalReference{Name: "ws"}, Type: rdv.Pooled},
+	}
+}
+
+func claim(name string) rdv.VolumeClaimTemplate {
+	return rdv.VolumeClaimTemplate{
+		Metadata: rdv.ClaimMetadata{Name: name},
+		Spec:     corev1.PersistentVolumeClaimSpec{AccessModes: []corev1.PersistentVolumeAccessMode{corev1.ReadWriteOnce}},
 	}
 }
 
@@ -255,6 +265,23 @@ func TestValidation(t *testing.T) {
 		{"pool: property with a password", properties("password 51:b:00"), ownProperty},
 
 		{"host: least", host(), ""},
+		{"pool: claims without a template", with(pool, func(p *rdv.HostPool) { p.Spec.VolumeClaimTemplates = []rdv.VolumeClaimTemplate{claim("home")} }),
+			"volumeClaimTemplates needs template: only hosts that are pods mount claims"},
+		{"pool: claims", with(pool, func(p *rdv.HostPool) {
+			p.Spec.Template, p.Spec.VolumeClaimTemplates = &runtime.RawExtension{Raw: []byte(`{}`)}, []rdv.VolumeClaimTemplate{claim("home"), claim("data")}
+		}), ""},
+		{"pool: two claims of one name", with(pool, func(p *rdv.HostPool) {
+			p.Spec.Template, p.Spec.VolumeClaimTemplates = &runtime.RawExtension{Raw: []byte(`{}`)}, []rdv.VolumeClaimTemplate{claim("home"), claim("home")}
+		}), "each volumeClaimTemplate needs a metadata.name of its own"},
+		{"gateway: pods", with(gateway, func(g *rdv.Gateway) {
+			g.Spec.Pod = rdv.PodSettings{Labels: map[string]string{"team": "a"}, Env: []rdv.EnvValue{{Name: "HTTPS_PROXY", Value: "http://proxy:3128"}}}
+		}), ""},
+		{"gateway: a label of ours", with(gateway, func(g *rdv.Gateway) { g.Spec.Pod.Labels = map[string]string{"rendezvous.dev/gateway": "x"} }),
+			"labels of rendezvous.dev and app.kubernetes.io are set by Rendezvous; leave them out"},
+		{"workspace: an annotation of ours", with(workspace, func(w *rdv.Workspace) { w.Spec.Broker.Pod.Annotations = map[string]string{"rendezvous.dev/x": "x"} }),
+			"annotations of rendezvous.dev are set by Rendezvous; leave them out"},
+		{"workspace: an env of ours", with(workspace, func(w *rdv.Workspace) { w.Spec.Broker.Pod.Env = []rdv.EnvValue{{Name: "POD_IP", Value: "1"}} }),
+			"POD_NAME, POD_NAMESPACE and POD_IP are set by Rendezvous"},
 		{"host: name of 52", sh(func(h *rdv.SessionHost) { h.Name = strings.Repeat("a", 52) }), ""},
 		{"host: name of 53", sh(func(h *rdv.SessionHost) { h.Name = strings.Repeat("a", 53) }), badHostName},
 		{"host: name with a dot", sh(func(h *rdv.SessionHost) { h.Name = "a.b" }), badHostName},
@@ -302,15 +329,47 @@ func TestValidation(t *testing.T) {
 	for _, r := range rows {
 		t.Run(r.name, func(t *testing.T) {
 			expect(t, c.Create(context.Background(), r.obj, client.DryRunAll), r.refusal)
+			if r.refusal != "" {
+				expect(t, offline(t, r.obj), r.refusal)
+			}
 		})
 	}
+}
+
+// offline is what lint says of an object: the same as the API server.
+func offline(t *testing.T, obj client.Object) error {
+	t.Helper()
+	text, err := json.Marshal(obj)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var content map[string]any
+	if err := json.Unmarshal(text, &content); err != nil {
+		t.Fatal(err)
+	}
+	kind := strings.TrimPrefix(fmt.Sprintf("%T", obj), "*v1alpha1.")
+	content["apiVersion"], content["kind"] = rdv.GroupVersion.String(), kind
+	if text, err = json.Marshal(content); err != nil {
+		t.Fatal(err)
+	}
+	result, err := lint.Check(t.Context(), []lint.Source{{Name: "object.json", Data: text}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var errs []error
+	for _, f := range result.Findings {
+		errs = append(errs, errors.New(f.Message))
+	}
+	return errors.Join(errs...)
 }
 
 // TestImmutable shows what can't be changed once it is there.
 func TestImmutable(t *testing.T) {
 	c := apiServer(t)
 	ctx := context.Background()
-	for _, obj := range []client.Object{pool(), host()} {
+	owned := host()
+	owned.Name, owned.Spec.AssignedUser = "owned", "alice"
+	for _, obj := range []client.Object{pool(), host(), owned.DeepCopy()} {
 		if err := c.Create(ctx, obj); err != nil {
 			t.Fatal(err)
 		}
@@ -326,6 +385,9 @@ func TestImmutable(t *testing.T) {
 		{"pool: sessions", pool(), `{"spec":{"maxSessionsPerHost":3}}`, ""},
 		{"host: pool", host(), `{"spec":{"hostPoolRef":{"name":"other"}}}`, "hostPoolRef can't be changed, because the host's certificate names its pool; enrol the host in the other pool"},
 		{"host: user", host(), `{"spec":{"assignedUser":"alice"}}`, ""},
+		{"host: another user", owned, `{"spec":{"assignedUser":"bob"}}`, ""},
+		{"host: nobody's", owned, `{"spec":{"assignedUser":""}}`, ""},
+		{"host: user left out", owned, `{"spec":{"assignedUser":null}}`, "assignedUser can't be left out once it is set, because the next user would get this person's host: write it as it is, or set it to another user, or to an empty string to free the host"},
 	} {
 		t.Run(r.name, func(t *testing.T) {
 			err := c.Patch(ctx, r.into, client.RawPatch("application/merge-patch+json", []byte(r.patch)), client.DryRunAll)

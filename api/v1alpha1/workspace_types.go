@@ -53,6 +53,13 @@ type WorkspaceSpec struct {
 	// broker sizes and exposes the broker pods.
 	// +optional
 	Broker Broker `json:"broker,omitempty,omitzero"`
+	// drainDeadlineSeconds is how long the workspace, once it is being deleted, waits for the sessions on its hosts to end, 0 to
+	// 604800 (a week). The condition Draining says who is waited for; the annotation rendezvous.dev/skip-drain=true ends the
+	// wait. Defaults to 28800 (8 hours).
+	// +optional
+	// +kubebuilder:validation:Minimum=0
+	// +kubebuilder:validation:Maximum=604800
+	DrainDeadlineSeconds *int32 `json:"drainDeadlineSeconds,omitempty"`
 }
 
 // Identity says who the users are.
@@ -294,6 +301,9 @@ type Broker struct {
 	// resources of the broker container.
 	// +optional
 	Resources corev1.ResourceRequirements `json:"resources,omitempty,omitzero"`
+	// pod places and dresses the broker pods.
+	// +optional
+	Pod PodSettings `json:"pod,omitempty,omitzero"`
 	// service exposes the feed and enrolment, port 443.
 	// +optional
 	Service Service `json:"service,omitempty,omitzero"`

@@ -236,6 +236,49 @@ func spread(selector map[string]string) []corev1.TopologySpreadConstraint {
 	return []corev1.TopologySpreadConstraint{over(corev1.LabelHostname), over(corev1.LabelTopologyZone)}
 }
 
+// dress gives pods of ours, whose selector is sel, what people set for them.
+func dress(template *corev1.PodTemplateSpec, sel map[string]string, settings *rdv.PodSettings) {
+	template.Labels = merged(settings.Labels, template.Labels)
+	template.Annotations = merged(settings.Annotations, template.Annotations)
+	spec := &template.Spec
+	spec.NodeSelector = maps.Clone(settings.NodeSelector)
+	spec.Tolerations = settings.Tolerations
+	spec.Affinity = settings.Affinity
+	spec.PriorityClassName = settings.PriorityClassName
+	for _, secret := range settings.ImagePullSecrets {
+		spec.ImagePullSecrets = append(spec.ImagePullSecrets, corev1.LocalObjectReference{Name: secret.Name})
+	}
+	if len(settings.TopologySpreadConstraints) > 0 {
+		spec.TopologySpreadConstraints = nil
+		for _, c := range settings.TopologySpreadConstraints {
+			if c.LabelSelector == nil {
+				c.LabelSelector = &metav1.LabelSelector{MatchLabels: sel}
+			}
+			spec.TopologySpreadConstraints = append(spec.TopologySpreadConstraints, c)
+		}
+	}
+	for _, list := range [][]corev1.Container{spec.InitContainers, spec.Containers} {
+		for i := range list {
+			for _, env := range settings.Env {
+				list[i].Env = append(list[i].Env, corev1.EnvVar{Name: env.Name, Value: env.Value})
+			}
+		}
+	}
+}
+
+// merged is both maps in one; of a key in both, that of over counts. It is nil where there is neither.
+func merged(under, over map[string]string) map[string]string {
+	if len(under)+len(over) == 0 {
+		return nil
+	}
+	m := maps.Clone(under)
+	if m == nil {
+		m = map[string]string{}
+	}
+	maps.Copy(m, over)
+	return m
+}
+
 // downwardEnv is an environment variable from a field of the pod.
 func downwardEnv(name, path string) corev1.EnvVar {
 	return corev1.EnvVar{Name: name, ValueFrom: &corev1.EnvVarSource{FieldRef: &corev1.ObjectFieldSelector{APIVersion: "v1", FieldPath: path}}}

@@ -1,7 +1,9 @@
 package render
 
 import (
+	"errors"
 	"flag"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -272,15 +274,22 @@ func TestSeparation(t *testing.T) {
 
 func TestPodTemplate(t *testing.T) {
 	for name, tc := range map[string]struct{ template, err string }{
-		"good":           {desktopTemplate, ""},
-		"no template":    {"", ""},
-		"typo":           {`{"spec":{"containers":[{"name":"desktop","imgae":"x"}]}}`, `unknown field "spec.containers[0].imgae"`},
-		"wrong type":     {`{"spec":{"containers":"desktop"}}`, "spec.template: "},
-		"no desktop":     {`{"spec":{"containers":[{"name":"main"}]}}`, `none is named "desktop"`},
-		"host network":   {`{"spec":{"hostNetwork":true,"containers":[{"name":"desktop"}]}}`, "hostNetwork: must not be true"},
-		"host port":      {`{"spec":{"containers":[{"name":"desktop","ports":[{"containerPort":3389,"hostPort":3389}]}]}}`, `asks for hostPort 3389`},
-		"agent's name":   {`{"spec":{"containers":[{"name":"desktop"},{"name":"agent"}]}}`, `is named "agent"`},
-		"agent's volume": {`{"spec":{"containers":[{"name":"desktop"}],"volumes":[{"name":"registration"}]}}`, `"registration" is the name of a volume`},
+		"good":             {desktopTemplate, ""},
+		"no template":      {"", ""},
+		"typo":             {`{"spec":{"containers":[{"name":"desktop","imgae":"x"}]}}`, `unknown field "spec.containers[0].imgae"`},
+		"wrong type":       {`{"spec":{"containers":"desktop"}}`, "spec.template: "},
+		"no desktop":       {`{"spec":{"containers":[{"name":"main"}]}}`, `none is named "desktop"`},
+		"host network":     {`{"spec":{"hostNetwork":true,"containers":[{"name":"desktop"}]}}`, "hostNetwork: must not be true"},
+		"host processes":   {`{"spec":{"hostPID":true,"containers":[{"name":"desktop"}]}}`, "hostPID: must not be true, for desktops would reach the node's processes"},
+		"host ipc":         {`{"spec":{"hostIPC":true,"containers":[{"name":"desktop"}]}}`, "hostIPC: must not be true"},
+		"shared processes": {`{"spec":{"shareProcessNamespace":true,"containers":[{"name":"desktop"}]}}`, "shareProcessNamespace: must not be true, for a desktop would reach the agent's process and its key"},
+		"restart policy":   {`{"spec":{"restartPolicy":"Never","containers":[{"name":"desktop"}]}}`, "restartPolicy: is Never, and a session host's is always Always"},
+		"token":            {`{"spec":{"automountServiceAccountToken":true,"containers":[{"name":"desktop"}]}}`, "automountServiceAccountToken: must not be true"},
+		"agent's mount":    {`{"spec":{"containers":[{"name":"desktop","volumeMounts":[{"name":"agent-state","mountPath":"/x"}]}]}}`, `container "desktop" mounts "agent-state", a volume of the agent's`},
+		"all at once":      {`{"spec":{"hostPID":true,"shareProcessNamespace":true,"containers":[{"name":"main"}]}}`, `spec.template.spec.containers: none is named "desktop"; name the one that runs the RDP server so; spec.template.spec.hostPID: must`},
+		"host port":        {`{"spec":{"containers":[{"name":"desktop","ports":[{"containerPort":3389,"hostPort":3389}]}]}}`, `asks for hostPort 3389`},
+		"agent's name":     {`{"spec":{"containers":[{"name":"desktop"},{"name":"agent"}]}}`, `is named "agent"`},
+		"agent's volume":   {`{"spec":{"containers":[{"name":"desktop"}],"volumes":[{"name":"registration"}]}}`, `"registration" is the name of a volume`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := PodTemplate(pool(tc.template))
@@ -294,9 +303,79 @@ func TestPodTemplate(t *testing.T) {
 	}
 }
 
+func TestTemplateReferences(t *testing.T) {
+	template, err := PodTemplate(pool(`{"metadata":{"name":"a","namespace":"b","labels":{"team":"x","rendezvous.dev/hostpool":"other"}},
+		"spec":{"initContainers":[{"name":"prepare","envFrom":[{"secretRef":{"name":"two"}}]}],
+		"containers":[{"name":"desktop","env":[{"name":"KEY","valueFrom":{"secretKeyRef":{"name":"three","key":"k"}}}]}],
+		"volumes":[{"name":"v","secret":{"secretName":"one"}},{"name":"p","projected":{"sources":[{"secret":{"name":"four"}}]}},
+			{"name":"home","persistentVolumeClaim":{"claimName":"homes"}}]}}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := map[string]string{
+		"one": "spec.template.spec.volumes[v].secret", "two": `spec.template.spec: container "prepare", envFrom`,
+		"three": `spec.template.spec: container "desktop", env KEY`, "four": "spec.template.spec.volumes[p].projected",
+	}
+	if got := TemplateSecrets(template); !maps.Equal(got, want) {
+		t.Errorf("secrets %q, want %q", got, want)
+	}
+	if got := TemplateClaims(template); !maps.Equal(got, map[string]string{"homes": "home"}) {
+		t.Errorf("claims %q", got)
+	}
+	if got := TemplateOverrides(template); !slices.Equal(got, []string{"metadata.labels[rendezvous.dev/hostpool]", "metadata.name", "metadata.namespace"}) {
+		t.Errorf("overridden: %q", got)
+	}
+}
+
+// What people set for pods of ours reaches them, and takes nothing from what the operator needs.
+func TestPodSettings(t *testing.T) {
+	settings := rdv.PodSettings{
+		Labels: map[string]string{"team": "a"}, Annotations: map[string]string{"mesh": "off"}, NodeSelector: map[string]string{"zone": "x"},
+		Tolerations: []corev1.Toleration{{Key: "edge", Operator: corev1.TolerationOpExists}}, PriorityClassName: "high",
+		Affinity:                  &corev1.Affinity{PodAntiAffinity: &corev1.PodAntiAffinity{}},
+		TopologySpreadConstraints: []corev1.TopologySpreadConstraint{{MaxSkew: 2, TopologyKey: "rack", WhenUnsatisfiable: corev1.DoNotSchedule}},
+		ImagePullSecrets:          []rdv.LocalSecret{{Name: "registry"}}, Env: []rdv.EnvValue{{Name: "GOMEMLIMIT", Value: "200MiB"}},
+	}
+	plainBroker, err1 := options.BrokerDeployment(workspace())
+	plainGateway, err2 := options.GatewayDeployment(gateway(), nil)
+	broker, err3 := options.BrokerDeployment(workspace(func(ws *rdv.Workspace) { ws.Spec.Broker.Pod = settings }))
+	gw, err4 := options.GatewayDeployment(gateway(func(gw *rdv.Gateway) { gw.Spec.Pod = settings }), nil)
+	if err := errors.Join(err1, err2, err3, err4); err != nil {
+		t.Fatal(err)
+	}
+	for _, pair := range [][2]*appsv1.Deployment{{broker, plainBroker}, {gw, plainGateway}} {
+		d, plain := pair[0], pair[1]
+		template, spec := d.Spec.Template, d.Spec.Template.Spec
+		for k, v := range plain.Spec.Template.Labels {
+			if template.Labels[k] != v {
+				t.Errorf("%s: label %s is %q", d.Name, k, template.Labels[k])
+			}
+		}
+		for k, v := range plain.Spec.Template.Annotations {
+			if template.Annotations[k] != v {
+				t.Errorf("%s: annotation %s is %q", d.Name, k, template.Annotations[k])
+			}
+		}
+		spread := spec.TopologySpreadConstraints
+		if template.Labels["team"] != "a" || template.Annotations["mesh"] != "off" || spec.NodeSelector["zone"] != "x" || len(spec.Tolerations) != 1 ||
+			spec.Affinity == nil || spec.PriorityClassName != "high" || spec.ImagePullSecrets[0].Name != "registry" ||
+			len(spread) != 1 || spread[0].TopologyKey != "rack" || !maps.Equal(spread[0].LabelSelector.MatchLabels, d.Spec.Selector.MatchLabels) {
+			t.Errorf("%s: %+v", d.Name, template)
+		}
+		for _, c := range allContainers(&spec) {
+			if !slices.Contains(c.Env, corev1.EnvVar{Name: "GOMEMLIMIT", Value: "200MiB"}) || c.Env[0].Name != "POD_NAME" {
+				t.Errorf("%s: env of %s is %+v", d.Name, c.Name, c.Env)
+			}
+		}
+	}
+	if gw.Annotations[AnnotationPodHash] == plainGateway.Annotations[AnnotationPodHash] {
+		t.Error("another placement does not ask for other pods")
+	}
+}
+
 // TestPodOwnWishes shows that what a template says of the pod is kept, but for what would open it.
 func TestPodOwnWishes(t *testing.T) {
-	p := pool(`{"spec":{"automountServiceAccountToken":true,"restartPolicy":"Never","hostname":"pc","securityContext":{"fsGroup":5},
+	p := pool(`{"spec":{"automountServiceAccountToken":false,"restartPolicy":"Always","hostname":"pc","securityContext":{"fsGroup":5},
 		"initContainers":[{"name":"prepare"}],"containers":[{"name":"desktop"},{"name":"helper"}]}}`)
 	template, err := PodTemplate(p)
 	if err != nil {

@@ -20,6 +20,14 @@ import (
 
 // Names of a Workspace's children.
 
+// WorkspaceSecrets are the Secrets with keys that are a workspace's own.
+func WorkspaceSecrets(workspace string) []string {
+	return []string{
+		WorkspaceTLS(workspace), WorkspaceTickets(workspace), WorkspaceSigning(workspace), WorkspaceBrokerIdentity(workspace),
+		WorkspaceOperatorIdentity(workspace), workspaceInternalCA(workspace),
+	}
+}
+
 // WorkspaceTLS names the Certificate of the feed, and its Secret.
 func WorkspaceTLS(workspace string) string { return workspace + "-tls" }
 
@@ -267,7 +275,7 @@ func (o Options) BrokerDeployment(ws *rdv.Workspace) (*appsv1.Deployment, error)
 	}
 	sel := brokerSelector(ws.Name)
 	podLabels := workspaceLabels(ws, componentBroker)
-	return &appsv1.Deployment{
+	d := &appsv1.Deployment{
 		TypeMeta:   typeMeta(appsv1.SchemeGroupVersion.String(), "Deployment"),
 		ObjectMeta: meta(ws.Namespace, WorkspaceBroker(ws.Name), podLabels),
 		Spec: appsv1.DeploymentSpec{
@@ -293,7 +301,9 @@ func (o Options) BrokerDeployment(ws *rdv.Workspace) (*appsv1.Deployment, error)
 				},
 			},
 		},
-	}, nil
+	}
+	dress(&d.Spec.Template, sel, &ws.Spec.Broker.Pod)
+	return d, nil
 }
 
 func (o Options) brokerContainer(ws *rdv.Workspace) corev1.Container {
