@@ -290,7 +290,7 @@ func (r *Relay) claim(v *visitor, id, activity string) (*inbound, *refusal.Error
 
 // comparable is a client's address, where it tells clients apart; not valid where it is some node's.
 func (r *Relay) comparable(addr netip.Addr) netip.Addr {
-	if r.config.Load().ClientAddressesHidden {
+	if r.config.Load().AddressesHidden {
 		return netip.Addr{}
 	}
 	return addr

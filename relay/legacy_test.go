@@ -212,7 +212,7 @@ func TestLegacyPairing(t *testing.T) {
 		ended(t, "the OUT channel", out)
 		cfg := *s.relay.config.Load()
 		hidden := cfg
-		hidden.ClientAddressesHidden = true
+		hidden.AddressesHidden = true
 		s.relay.SetConfig(hidden)
 		defer s.relay.SetConfig(cfg)
 		id = newGUID()
