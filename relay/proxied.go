@@ -1,0 +1,95 @@
+package relay
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+
+	"rendezvous.dev/rendezvous/wire/proxyproto"
+	"rendezvous.dev/rendezvous/wire/refusal"
+)
+
+// This file is about load balancers that begin a connection with a PROXY protocol header. From the networks that are
+// configured a header is believed: the client's address stands for the connection's own from then on. From elsewhere it is
+// read, so that the client can be told, and the connection is refused. A connection without a header is served wherever it
+// comes from: another pod's splices have none, nor has whoever reaches the pod from inside the cluster.
+
+// readProxyHeader reads the header that the visitor's connection may begin with.
+func (v *visitor) readProxyHeader() error {
+	r, c := v.r, v.tcp
+	peer := c.TCPConn.RemoteAddr()
+	believed := r.proxies.Load().Believe(proxyproto.Addr(peer))
+	source, found, err := c.readProxyHeader()
+	switch {
+	case err != nil && !found:
+		return err
+	case found && !believed:
+		r.warnings.Refused(r.log, r.proxyField(), peer)
+		c.unbelieved = true
+		return err
+	case err != nil:
+		r.warnings.Unreadable(r.log, peer, err)
+		return err
+	case source.IsValid():
+		c.client.Store(net.TCPAddrFromAddrPort(source))
+		r.sendAway(r.strangers.Locate(&v.stranger, source.Addr(), int(r.config.Load().MaxPending)))
+	}
+	return nil
+}
+
+// proxyField is where whose headers are believed is set.
+func (r *Relay) proxyField() string {
+	return fmt.Sprintf("spec.service.proxyProtocol.networks of Gateway %s", r.config.Load().Gateway)
+}
+
+// unbelieved is what clients behind such a load balancer are told.
+func (r *Relay) unbelieved() *refusal.Error {
+	return refusal.New(refusal.ProxyHeader, "The load balancer before gateway %s sends PROXY protocol headers, which the gateway does not take: ask your administrator to set %s, or to switch them off.",
+		r.config.Load().Gateway, r.proxyField())
+}
+
+// comparable is the visitor's address where it tells clients apart; not valid where it is some node's or load balancer's.
+func (v *visitor) comparable() netip.Addr {
+	addr := proxyproto.Addr(v.tcp.RemoteAddr())
+	if v.tcp.client.Load() == nil && (v.r.config.Load().AddressesHidden || v.r.proxies.Load().Believe(addr)) {
+		return netip.Addr{}
+	}
+	return addr
+}
+
+// RemoteAddr is the client's address: what a believed header says, else the connection's own.
+func (c *conn) RemoteAddr() net.Addr {
+	if client := c.client.Load(); client != nil {
+		return client
+	}
+	return c.TCPConn.RemoteAddr()
+}
+
+// readProxyHeader reads the header that the stream may begin with, and leaves what comes after it to be read. Found says
+// that it begins with one, which the error, if there is one, is about.
+func (c *conn) readProxyHeader() (source netip.AddrPort, found bool, err error) {
+	buf := make([]byte, 0, handshakeRead)
+	for {
+		source, n, err := proxyproto.Parse(buf)
+		switch err {
+		case proxyproto.ErrNone:
+			n = 0
+		case proxyproto.ErrShort:
+			if len(buf) == cap(buf) {
+				buf = append(make([]byte, 0, proxyproto.MaxLength), buf...)
+			}
+			got, err := c.TCPConn.Read(buf[len(buf):cap(buf)])
+			if buf = buf[:len(buf)+got]; got == 0 {
+				return source, false, err
+			}
+			continue
+		case nil:
+			found = true
+		default:
+			return source, true, err
+		}
+		c.early = buf[n:]
+		c.hello = append(c.hello, c.early...)
+		return source, found, nil
+	}
+}
