@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"rendezvous.dev/rendezvous/wire/door"
 	"rendezvous.dev/rendezvous/wire/refusal"
 	"rendezvous.dev/rendezvous/wire/strangers"
 )
@@ -67,37 +68,20 @@ func (r *Relay) sendAway(evicted *strangers.Stranger) {
 	old.tcp.Close()
 }
 
-// accept takes connections until l closes. Failures (no descriptors left) back off from 5 ms to 1 s.
+// accept takes connections until l closes.
 func (r *Relay) accept(l net.Listener) error {
-	const first, last = 5 * time.Millisecond, time.Second
-	delay := first
-	for {
-		nc, err := l.Accept()
-		if errors.Is(err, net.ErrClosed) {
-			return nil
-		}
-		if err != nil {
-			r.log.Warn("accept failed", "error", err, "again", delay.String())
-			time.Sleep(delay)
-			delay = min(2*delay, last)
-			continue
-		}
-		delay = first
-		tc, ok := nc.(*net.TCPConn)
-		if !ok {
-			nc.Close()
-			return errors.New("relay: the listener is not TCP")
-		}
+	return door.Accept(l, r.log, func(tc *net.TCPConn) {
 		v := &visitor{r: r, accepted: time.Now()}
 		v.stranger.Of = v
+		var err error
 		if v.leg, err = newLeg(tc, r.tls); err != nil {
 			tc.Close()
-			continue
+			return
 		}
 		v.tcp.onHello = func(agent bool) { r.strangers.Spoke(&v.stranger, agent) }
 		v.doubt()
 		r.legs.Go(func() { r.serve(v) })
-	}
+	})
 }
 
 // heads lends what request heads are read into.

@@ -65,31 +65,9 @@ func (c *conn) RemoteAddr() net.Addr {
 	return c.TCPConn.RemoteAddr()
 }
 
-// readProxyHeader reads the header that the stream may begin with, and leaves what comes after it to be read. Found says
-// that it begins with one, which the error, if there is one, is about.
+// readProxyHeader reads the header that the stream may begin with, and leaves what comes after it to be read.
 func (c *conn) readProxyHeader() (source netip.AddrPort, found bool, err error) {
-	buf := make([]byte, 0, handshakeRead)
-	for {
-		source, n, err := proxyproto.Parse(buf)
-		switch err {
-		case proxyproto.ErrNone:
-			n = 0
-		case proxyproto.ErrShort:
-			if len(buf) == cap(buf) {
-				buf = append(make([]byte, 0, proxyproto.MaxLength), buf...)
-			}
-			got, err := c.TCPConn.Read(buf[len(buf):cap(buf)])
-			if buf = buf[:len(buf)+got]; got == 0 {
-				return source, false, err
-			}
-			continue
-		case nil:
-			found = true
-		default:
-			return source, true, err
-		}
-		c.early = buf[n:]
-		c.hello = append(c.hello, c.early...)
-		return source, found, nil
-	}
+	source, found, c.early, err = proxyproto.Read(c.TCPConn, make([]byte, 0, handshakeRead))
+	c.hello = append(c.hello, c.early...)
+	return source, found, err
 }

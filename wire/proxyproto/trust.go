@@ -2,6 +2,7 @@ package proxyproto
 
 import (
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -76,4 +77,27 @@ func (r *rare) due(now time.Time) (n int) {
 		n, r.seen, r.next = r.seen, 0, now.Add(warnEvery)
 	}
 	return n
+}
+
+// Read reads the header that a stream may begin with, into buf's capacity, which grows to MaxLength where a header needs it.
+// Rest is what was read and comes after the header: all of it where there is none. Found says that the stream begins with a
+// header, which the error, if there is one, is about.
+func Read(r io.Reader, buf []byte) (source netip.AddrPort, found bool, rest []byte, err error) {
+	for {
+		source, n, err := Parse(buf)
+		switch err {
+		case nil, ErrNone:
+			return source, err == nil, buf[n:], nil
+		case ErrShort:
+		default:
+			return source, true, nil, err
+		}
+		if len(buf) == cap(buf) {
+			buf = append(make([]byte, 0, MaxLength), buf...)
+		}
+		got, err := r.Read(buf[len(buf):cap(buf)])
+		if buf = buf[:len(buf)+got]; got == 0 && err != nil {
+			return source, false, nil, err
+		}
+	}
 }

@@ -179,6 +179,13 @@ func (c *Crowd) Len() int {
 	return c.all.everybody.Len()
 }
 
+// Mute counts those of them who have said nothing.
+func (c *Crowd) Mute() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.all.mute.Len()
+}
+
 func (c *Crowd) removeLocked(v *Stranger) {
 	if v.all.place == nil {
 		return
