@@ -368,10 +368,16 @@ func (s *Server) closeDisplaced(ctx context.Context) {
 				err = s.tell.FlushTimeout(time.Second)
 			}
 			s.o.Log.Info("connection ended: a newer one of the same identity came", "identity", d.id.String(), "conn", conn, "told", err == nil)
-			// It reads no more once it is closed. An error says that it has ended meanwhile.
-			time.AfterFunc(toldBefore, func() { _ = s.nats.DisconnectClientByID(conn) })
+			// It reads no more once it is closed.
+			time.AfterFunc(toldBefore, func() { s.disconnect(conn) })
 		}
 	}
+}
+
+// disconnect ends a connection. It counts no more before its client can know.
+func (s *Server) disconnect(conn uint64) {
+	s.auth.gone(conn)
+	_ = s.nats.DisconnectClientByID(conn) // an error says that it has ended meanwhile
 }
 
 // DisplaceOlder closes the connections of an agent's identity to this replica that came before at: another replica has a
@@ -383,8 +389,8 @@ func (s *Server) Recheck() {
 	for conn, c := range s.auth.present() {
 		if err := s.o.Admit(c.id, c.key, c.issued); err != nil {
 			s.o.Log.Info("connection ended", "identity", c.id.String(), "error", err)
-			// It reads no more once it is closed. An error says that it has ended meanwhile.
-			time.AfterFunc(toldBefore, func() { _ = s.nats.DisconnectClientByID(conn) })
+			// It reads no more once it is closed.
+			time.AfterFunc(toldBefore, func() { s.disconnect(conn) })
 		}
 	}
 }
