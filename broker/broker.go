@@ -30,6 +30,7 @@ import (
 	"rendezvous.dev/rendezvous/broker/traces"
 	"rendezvous.dev/rendezvous/broker/web"
 	"rendezvous.dev/rendezvous/wire/config"
+	"rendezvous.dev/rendezvous/wire/door"
 	"rendezvous.dev/rendezvous/wire/identity"
 	"rendezvous.dev/rendezvous/wire/mtls"
 )
@@ -40,6 +41,10 @@ const (
 	shutdownTimeout = 25 * time.Second
 	oidcCAFile      = "oidc-ca.crt"
 	recheckEvery    = time.Minute
+	// Connections that nobody has vouched for, at each listener but the bus's (bus.Options). The operator and Prometheus are few.
+	strangersAtFeed, strangersInside = 2048, 64
+	// maxSilence is for how long one of them may say nothing.
+	maxSilence = 10 * time.Second
 )
 
 // Inventory is the declared world, live; broker/inventory has one over Kubernetes.
@@ -114,7 +119,7 @@ func Run(ctx context.Context, o Options) error {
 	b, err := bus.Start(life, bus.Options{
 		Namespace: o.Config.Namespace, Workspace: o.Config.Workspace, Name: o.Name, TLS: reloaders[o.BusDir],
 		Host: o.Host, Port: o.BusPort, WebSocketPort: o.BusWebSocketPort, RoutePort: o.BusRoutePort,
-		Peers: peers(o), Admit: enrolment.Member, Log: log,
+		Peers: peers(o), Admit: enrolment.Member, Log: log, Callers: o.Config.Bus, Ended: ended(m, "bus"),
 		Presence: func(id identity.ID, conn uint64, connected bool) {
 			if orch := orchestrator.Load(); orch != nil {
 				orch.Presence(id, conn, connected)
@@ -158,14 +163,15 @@ func Run(ctx context.Context, o Options) error {
 		orch.Presence(id, conn, true)
 	}
 
-	feedListener, err := net.Listen("tcp", net.JoinHostPort(o.Host, strconv.Itoa(port(o.FeedPort, config.PortPublic))))
+	feedListener, err := listen(o, m, "feed", port(o.FeedPort, config.PortPublic), door.Options{
+		Places: strangersAtFeed, Callers: o.Config.Feed, Field: fmt.Sprintf("spec.broker.service.proxyProtocol.networks of Workspace %s", o.Config.Workspace)})
 	if err != nil {
-		return fmt.Errorf("broker: feed: %w", err)
+		return err
 	}
 	defer feedListener.Close()
-	sessionsListener, err := net.Listen("tcp", net.JoinHostPort(o.Host, strconv.Itoa(port(o.SessionsPort, config.PortSessions))))
+	sessionsListener, err := listen(o, m, "sessions", port(o.SessionsPort, config.PortSessions), door.Options{Places: strangersInside})
 	if err != nil {
-		return fmt.Errorf("broker: sessions: %w", err)
+		return err
 	}
 	defer sessionsListener.Close()
 	options := web.Options{
@@ -188,12 +194,12 @@ func Run(ctx context.Context, o Options) error {
 		}
 		return nil
 	}
-	monitorListener, err := net.Listen("tcp", o.MetricsAddr)
+	monitorListener, err := behindDoor(o, m, "metrics", o.MetricsAddr, door.Options{Places: strangersInside})
 	if err != nil {
-		return fmt.Errorf("broker: metrics: %w", err)
+		return err
 	}
 	defer monitorListener.Close()
-	monitor := &http.Server{Handler: monitorHandler(reg, ready), ReadHeaderTimeout: 10 * time.Second}
+	monitor := &http.Server{Handler: monitorHandler(reg, ready), ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute}
 
 	work, workCtx := errgroup.WithContext(life)
 	work.Go(func() error { return served(feed.ServeTLS(feedListener, "", "")) })
@@ -255,6 +261,29 @@ func peers(o Options) func(context.Context) ([]string, error) {
 	return bus.ResolvePeers(o.Config.PeersHost, config.PortBusRoutes, o.PodIP)
 }
 
+// listen opens one of the broker's listeners, behind a door.
+func listen(o Options, m *metrics.Metrics, name string, port int, d door.Options) (net.Listener, error) {
+	return behindDoor(o, m, name, net.JoinHostPort(o.Host, strconv.Itoa(port)), d)
+}
+
+func behindDoor(o Options, m *metrics.Metrics, name, address string, d door.Options) (net.Listener, error) {
+	d.Patience, d.Log, d.Ended = maxSilence, o.Log, ended(m, name)
+	inFront, err := door.New(d)
+	if err != nil {
+		return nil, fmt.Errorf("broker: %s: %w", name, err)
+	}
+	l, err := net.Listen("tcp", address)
+	if err != nil {
+		return nil, fmt.Errorf("broker: %s: %w", name, err)
+	}
+	return inFront.Listen(l), nil
+}
+
+// ended counts the strangers that had to go.
+func ended(m *metrics.Metrics, listener string) func(why string) {
+	return func(why string) { m.StrangersEnded.WithLabelValues(listener, why).Inc() }
+}
+
 func port(p, standard int) int {
 	switch p {
 	case 0:
@@ -306,6 +335,7 @@ func busCA(dir string, log *slog.Logger) func() string {
 
 func gauges(reg prometheus.Registerer, o Options, b *bus.Server, orch *orchestrate.Orchestrator, v *oidc.Validator) {
 	metrics.Gauge(reg, "bus_clients", "Agents and gateways on this replica.", func() float64 { return float64(b.Clients()) })
+	metrics.Gauge(reg, "bus_strangers", "Connections to the bus that have not authenticated.", func() float64 { return float64(b.Strangers()) })
 	metrics.Gauge(reg, "bus_routes", "Other replicas that this one is joined to.", func() float64 { return float64(b.Routes()) })
 	metrics.Gauge(reg, "hosts", "Session hosts that report.", func() float64 { n, _, _ := orch.Counts(); return float64(n) })
 	metrics.Gauge(reg, "hosts_local", "Session hosts whose agent is on this replica.", func() float64 { _, n, _ := orch.Counts(); return float64(n) })
