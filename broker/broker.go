@@ -41,10 +41,9 @@ const (
 	shutdownTimeout = 25 * time.Second
 	oidcCAFile      = "oidc-ca.crt"
 	recheckEvery    = time.Minute
-	// Connections that nobody has vouched for, at each listener but the bus's (bus.Options). The operator and Prometheus are few.
-	strangersAtFeed, strangersInside = 2048, 64
-	// maxSilence is for how long one of them may say nothing.
-	maxSilence = 10 * time.Second
+	// feedStrangers bounds the feed's connections of people who haven't signed in, feedPatience how long one may say nothing.
+	feedStrangers = 2048
+	feedPatience  = 10 * time.Second
 )
 
 // Inventory is the declared world, live; broker/inventory has one over Kubernetes.
@@ -163,15 +162,14 @@ func Run(ctx context.Context, o Options) error {
 		orch.Presence(id, conn, true)
 	}
 
-	feedListener, err := listen(o, m, "feed", port(o.FeedPort, config.PortPublic), door.Options{
-		Places: strangersAtFeed, Callers: o.Config.Feed, Field: fmt.Sprintf("spec.broker.service.proxyProtocol.networks of Workspace %s", o.Config.Workspace)})
+	feedListener, err := listenFeed(o, m)
 	if err != nil {
-		return err
+		return fmt.Errorf("broker: feed: %w", err)
 	}
 	defer feedListener.Close()
-	sessionsListener, err := listen(o, m, "sessions", port(o.SessionsPort, config.PortSessions), door.Options{Places: strangersInside})
+	sessionsListener, err := door.Inside(net.JoinHostPort(o.Host, strconv.Itoa(port(o.SessionsPort, config.PortSessions))), log, ended(m, "sessions"))
 	if err != nil {
-		return err
+		return fmt.Errorf("broker: sessions: %w", err)
 	}
 	defer sessionsListener.Close()
 	options := web.Options{
@@ -194,9 +192,9 @@ func Run(ctx context.Context, o Options) error {
 		}
 		return nil
 	}
-	monitorListener, err := behindDoor(o, m, "metrics", o.MetricsAddr, door.Options{Places: strangersInside})
+	monitorListener, err := door.Inside(o.MetricsAddr, log, ended(m, "metrics"))
 	if err != nil {
-		return err
+		return fmt.Errorf("broker: metrics: %w", err)
 	}
 	defer monitorListener.Close()
 	monitor := &http.Server{Handler: monitorHandler(reg, ready), ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute}
@@ -261,22 +259,19 @@ func peers(o Options) func(context.Context) ([]string, error) {
 	return bus.ResolvePeers(o.Config.PeersHost, config.PortBusRoutes, o.PodIP)
 }
 
-// listen opens one of the broker's listeners, behind a door.
-func listen(o Options, m *metrics.Metrics, name string, port int, d door.Options) (net.Listener, error) {
-	return behindDoor(o, m, name, net.JoinHostPort(o.Host, strconv.Itoa(port)), d)
-}
-
-func behindDoor(o Options, m *metrics.Metrics, name, address string, d door.Options) (net.Listener, error) {
-	d.Patience, d.Log, d.Ended = maxSilence, o.Log, ended(m, name)
-	inFront, err := door.New(d)
+func listenFeed(o Options, m *metrics.Metrics) (net.Listener, error) {
+	d, err := door.New(door.Options{
+		Places: feedStrangers, Patience: feedPatience, Callers: o.Config.Feed, Log: o.Log, Ended: ended(m, "feed"),
+		Field: fmt.Sprintf("spec.broker.service.proxyProtocol.networks of Workspace %s", o.Config.Workspace),
+	})
 	if err != nil {
-		return nil, fmt.Errorf("broker: %s: %w", name, err)
+		return nil, err
 	}
-	l, err := net.Listen("tcp", address)
+	l, err := net.Listen("tcp", net.JoinHostPort(o.Host, strconv.Itoa(port(o.FeedPort, config.PortPublic))))
 	if err != nil {
-		return nil, fmt.Errorf("broker: %s: %w", name, err)
+		return nil, err
 	}
-	return inFront.Listen(l), nil
+	return d.Listen(l), nil
 }
 
 // ended counts the strangers that had to go.

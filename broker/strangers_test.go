@@ -178,7 +178,7 @@ func TestEveryListenerIsBounded(t *testing.T) {
 	for name, l := range map[string]struct {
 		addr   net.Addr
 		places int
-	}{"feed": {a.Feed, strangersAtFeed}, "sessions": {a.Sessions, strangersInside}, "metrics": {a.Metrics, strangersInside}} {
+	}{"feed": {a.Feed, feedStrangers}, "sessions": {a.Sessions, 64}, "metrics": {a.Metrics, 64}} {
 		t.Run(name, func(t *testing.T) {
 			var first net.Conn
 			for range l.places/4 + 8 {

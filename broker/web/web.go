@@ -109,27 +109,20 @@ func Server(o Options, tlsConfig *tls.Config) *http.Server {
 	tlsConfig = tlsConfig.Clone()
 	tlsConfig.NextProtos = []string{"h2", "http/1.1"}
 	return &http.Server{
-		Handler: Handler(o), TLSConfig: tlsConfig, MaxHeaderBytes: maxHeader, ConnContext: door.ConnContext(connection{}),
+		Handler: Handler(o), TLSConfig: tlsConfig, MaxHeaderBytes: maxHeader, ConnContext: door.ConnContext,
 		ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, WriteTimeout: answerTimeout + 10*time.Second, IdleTimeout: 2 * time.Minute,
 		ErrorLog: slog.NewLogLogger(o.Log.Handler(), slog.LevelDebug),
 	}
 }
 
-// connection is the key of a request's connection, where there is a door before the listener.
-type connection struct{}
-
 // vouch says that a request came with something that only those have who are known.
-func (r *request) vouch() {
-	if c, _ := r.Context().Value(connection{}).(*door.Conn); c != nil {
-		c.Vouch()
-	}
-}
+func (r *request) vouch() { door.From(r.Context()).Vouch() }
 
 // throughProxy refuses a request that came through a load balancer whose word on its clients isn't taken.
 func (a *api) throughProxy(r *request) error {
-	if c, _ := r.Context().Value(connection{}).(*door.Conn); c != nil && c.Unbelieved() != "" {
+	if field := door.From(r.Context()).Unbelieved(); field != "" {
 		return refusal.New(refusal.ProxyHeader, "The load balancer before workspace %s sends PROXY protocol headers, which the brokers do not take: ask your administrator to set %s, or to switch them off.",
-			a.o.Workspace, c.Unbelieved())
+			a.o.Workspace, field)
 	}
 	return nil
 }

@@ -204,14 +204,18 @@ func (c *Conn) RemoteAddr() net.Addr {
 // Unbelieved is the field that says whose PROXY protocol headers are believed, where the connection began with one of
 // somebody else's: it is to be refused.
 func (c *Conn) Unbelieved() string {
-	if !c.unbelieved {
+	if c == nil || !c.unbelieved {
 		return ""
 	}
 	return c.door.o.Field
 }
 
 // Vouch takes the connection off the strangers: it is somebody's who is known.
-func (c *Conn) Vouch() { c.door.crowd.Leave(&c.stranger) }
+func (c *Conn) Vouch() {
+	if c != nil {
+		c.door.crowd.Leave(&c.stranger)
+	}
+}
 
 // Close ends the connection.
 func (c *Conn) Close() error {
@@ -321,7 +325,34 @@ func (b *behind) Accept() (net.Conn, error) {
 	}
 }
 
-// ConnContext is an http.Server's: requests find their *Conn in their context, by key.
-func ConnContext(key any) func(context.Context, net.Conn) context.Context {
-	return func(ctx context.Context, nc net.Conn) context.Context { return context.WithValue(ctx, key, Of(nc)) }
+// Listeners that only the cluster reaches (probes, Prometheus, API servers) have few connections.
+const (
+	insidePlaces   = 64
+	insidePatience = 10 * time.Second
+)
+
+// Inside opens a listener that only the cluster is to reach: any pod may, so it is bounded as well. Ended may be nil.
+func Inside(address string, log *slog.Logger, ended func(why string)) (net.Listener, error) {
+	d, err := New(Options{Places: insidePlaces, Patience: insidePatience, Log: log, Ended: ended})
+	if err != nil {
+		return nil, err
+	}
+	l, err := net.Listen("tcp", address)
+	if err != nil {
+		return nil, err
+	}
+	return d.Listen(l), nil
+}
+
+type contextKey struct{}
+
+// ConnContext is an http.Server's: From finds the connection of a request then.
+func ConnContext(ctx context.Context, nc net.Conn) context.Context {
+	return context.WithValue(ctx, contextKey{}, Of(nc))
+}
+
+// From gives a request's connection; nil, with which nothing is wrong, where no door is before the server.
+func From(ctx context.Context) *Conn {
+	c, _ := ctx.Value(contextKey{}).(*Conn)
+	return c
 }

@@ -75,7 +75,7 @@ func newStand(t *testing.T, o Options) *stand {
 	}
 	s.addr = l.Addr().String()
 	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		c := r.Context().Value(s).(*Conn)
+		c := From(r.Context())
 		switch r.URL.Path {
 		case "/vouch":
 			c.Vouch()
@@ -84,7 +84,7 @@ func newStand(t *testing.T, o Options) *stand {
 		}
 		fmt.Fprintf(w, "%s %q", r.RemoteAddr, c.Unbelieved())
 	}))
-	server.Config.ConnContext = ConnContext(s)
+	server.Config.ConnContext = ConnContext
 	server.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelDebug)
 	server.Listener.Close()
 	server.Listener = s.Listen(l)
