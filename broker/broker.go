@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -117,7 +118,7 @@ func Run(ctx context.Context, o Options) error {
 	var orchestrator atomic.Pointer[orchestrate.Orchestrator]
 	b, err := bus.Start(life, bus.Options{
 		Namespace: o.Config.Namespace, Workspace: o.Config.Workspace, Name: o.Name, TLS: reloaders[o.BusDir],
-		Host: o.Host, Port: o.BusPort, WebSocketPort: o.BusWebSocketPort, RoutePort: o.BusRoutePort,
+		Host: o.Host, RouteHost: routeHost(o), Port: o.BusPort, WebSocketPort: o.BusWebSocketPort, RoutePort: o.BusRoutePort,
 		Peers: peers(o), Admit: enrolment.Member, Log: log, Callers: o.Config.Bus, Ended: ended(m, "bus"),
 		Presence: func(id identity.ID, conn uint64, connected bool) {
 			if orch := orchestrator.Load(); orch != nil {
@@ -250,6 +251,14 @@ func recheck(ctx context.Context, b *bus.Server, e *enrol.Service) {
 			e.Changed()
 		}
 	}
+}
+
+// routeHost is where other brokers find this one: at its pod's address, of whichever family.
+func routeHost(o Options) string {
+	if addr, err := netip.ParseAddr(o.PodIP); err == nil && addr.Is6() && o.Host == "" {
+		return netip.IPv6Unspecified().String()
+	}
+	return o.Host
 }
 
 func peers(o Options) func(context.Context) ([]string, error) {

@@ -65,8 +65,8 @@ type Options struct {
 	Name string
 	// TLS holds the broker's bus identity and the CA of its peers. Renewals take effect for new connections.
 	TLS *mtls.Reloader
-	// Host to listen on; all addresses if empty.
-	Host string
+	// Host to listen on for agents and gateways, all addresses if empty; RouteHost for other replicas, all IPv4 addresses if empty.
+	Host, RouteHost string
 	// Ports; 0 is the standard port, -1 a free one.
 	Port, WebSocketPort, RoutePort int
 	// Peers gives the route addresses (host:port) of the other replicas. Nil is a broker alone.
@@ -181,7 +181,7 @@ func (s *Server) options() *server.Options {
 		},
 		Cluster: server.ClusterOpts{
 			Name: s.o.Namespace + "/" + s.o.Workspace,
-			Host: cmp.Or(s.o.Host, "0.0.0.0"), Port: port(s.o.RoutePort, config.PortBusRoutes),
+			Host: cmp.Or(s.o.RouteHost, s.o.Host, "0.0.0.0"), Port: port(s.o.RoutePort, config.PortBusRoutes),
 			TLSConfig: s.routeTLS(), TLSTimeout: handshakeTimeout.Seconds(),
 			// Clients know us by our Service; pod addresses would fail their check of our name.
 			NoAdvertise: true,
