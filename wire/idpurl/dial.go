@@ -11,13 +11,15 @@ import (
 	"time"
 
 	"golang.org/x/net/http/httpproxy"
+
+	"rendezvous.dev/rendezvous/wire/metadata"
 )
 
 // Client is for asking an issuer, and the addresses that its discovery document names, from inside a cluster: it keeps to
 // CheckRedirect, and connects to no address at which a cloud or the machine answers its own alone:
 //
 //	link-local, multicast, unspecified   among them the metadata services of most clouds
-//	other addresses of metadata services see platform
+//	other metadata services              wire/metadata
 //	loopback                             but for an issuer that is itself at a loopback address
 //
 // Private networks are allowed: a provider in the cluster has such an address. It looks at the address that is dialled, after
@@ -68,16 +70,6 @@ func (e *ForbiddenAddress) Error() string {
 	return fmt.Sprintf("%s is a %s address, at which no identity provider is asked", e.Addr, e.Kind)
 }
 
-// platform is where clouds answer their machines' questions, apart from link-local addresses.
-var platform = []netip.Prefix{
-	netip.MustParsePrefix("fd00:ec2::/32"),          // AWS: metadata, DNS, credentials of pods
-	netip.MustParsePrefix("fd20:ce::254/128"),       // Google Cloud
-	netip.MustParsePrefix("168.63.129.16/32"),       // Azure
-	netip.MustParsePrefix("100.100.100.200/32"),     // Alibaba Cloud
-	netip.MustParsePrefix("192.0.0.192/32"),         // Oracle Cloud
-	netip.MustParsePrefix("fd00:c1::a9fe:a9fe/128"), // Oracle Cloud
-}
-
 // nat64 is the prefix under which IPv4 addresses are reached from IPv6 (RFC 6052).
 var nat64 = netip.MustParsePrefix("64:ff9b::/96")
 
@@ -100,7 +92,7 @@ func (g guard) check(addr netip.Addr) error {
 	case (addr.IsLoopback() || addr.IsUnspecified()) && !g.loopback:
 		return forbidden("loopback")
 	}
-	for _, p := range platform {
+	for _, p := range metadata.Services {
 		if p.Contains(addr) {
 			return forbidden("cloud platform's")
 		}
