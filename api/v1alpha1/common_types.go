@@ -228,6 +228,7 @@ type ProxyProtocol struct {
 	// +listType=set
 	// +kubebuilder:validation:MinItems=1
 	// +kubebuilder:validation:MaxItems=64
+	// +kubebuilder:validation:XValidation:rule="self.all(n, !isCIDR(n) || cidr(n).prefixLength() > 0)",message="a network of all addresses would let every client claim any address: name the load balancer's networks alone"
 	Networks []Network `json:"networks"`
 }
 

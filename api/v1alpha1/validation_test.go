@@ -179,6 +179,8 @@ func TestValidation(t *testing.T) {
 		{"service: one family twice", served(rdv.Service{IPFamilyPolicy: new(corev1.IPFamilyPolicyPreferDualStack), IPFamilies: []corev1.IPFamily{"IPv4", "IPv4"}}), "ipFamilies must differ from each other"},
 		{"service: a family that isn't one", served(rdv.Service{IPFamilies: []corev1.IPFamily{"ipv4"}}), "ipFamilies are IPv4 and IPv6"},
 		{"service: PROXY protocol from nowhere", behind(), "spec.service.proxyProtocol.networks"},
+		{"service: PROXY protocol from everywhere", behind("10.0.0.0/8", "0.0.0.0/0"), "a network of all addresses would let every client claim any address"},
+		{"service: PROXY protocol from everywhere, IPv6", behind("::/0"), "a network of all addresses would let every client claim any address"},
 		{"service: PROXY protocol from an address", behind("10.0.0.1"), badNetwork},
 		{"service: PROXY protocol from a host's network", behind("10.0.0.1/8"), badNetwork},
 		{"service: PROXY protocol from a name", behind("lb.example.test/32"), badNetwork},

@@ -434,6 +434,7 @@ func (s *Server) Shutdown(ctx context.Context) {
 // Close stops at once.
 func (s *Server) Close() {
 	s.stop()
+	s.front.stopAccepting()
 	s.nats.Shutdown()
 	s.nats.WaitForShutdown()
 	s.front.close()
