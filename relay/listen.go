@@ -130,6 +130,7 @@ func (r *Relay) serve(v *visitor) {
 		}
 		r.metrics.handshakeFailed("tls")
 		r.log.Debug("TLS handshake failed", "peer", c.RemoteAddr().String(), "error", err)
+		v.explainTLS(err)
 		return
 	}
 	if err := v.takeOver(secrets); err != nil {
@@ -158,6 +159,24 @@ func (r *Relay) serve(v *visitor) {
 		if done := r.route(v, req); done || req.close || req.body() {
 			return
 		}
+	}
+}
+
+// explainTLS answers who speaks HTTP without TLS, as a health check that was set up so does.
+func (v *visitor) explainTLS(err error) {
+	var not tls.RecordHeaderError
+	if !errors.As(err, &not) || not.Conn == nil {
+		return
+	}
+	switch string(not.RecordHeader[:]) {
+	case "GET /", "HEAD ", "POST ", "PUT /", "OPTIO", "RDG_O", "RDG_I":
+	default:
+		return
+	}
+	v.tcp.SetWriteDeadline(time.Now().Add(lingerTime))
+	no := &answer{status: http.StatusBadRequest, reason: "Speak TLS here: use https, for health checks too", close: true}
+	if no.write(v.tcp.TCPConn) == nil {
+		v.linger()
 	}
 }
 

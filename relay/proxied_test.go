@@ -375,3 +375,29 @@ func TestHealthCheck(t *testing.T) {
 		})
 	}
 }
+
+// A health check that was set up without TLS is told so; what is no HTTP is told nothing.
+func TestHTTPWithoutTLS(t *testing.T) {
+	s := newStack(t, believing)
+	for says, want := range map[string]string{
+		"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n":             "HTTP/1.1 400 Speak TLS here: use https, for health checks too\r\n",
+		proxyLocal + "HEAD / HTTP/1.0\r\n\r\n":                 "HTTP/1.1 400 Speak TLS here",
+		"OPTIONS / HTTP/1.0\r\n\r\n":                           "HTTP/1.1 400 Speak TLS here",
+		"RDG_OUT_DATA /remoteDesktopGateway/ HTTP/1.1\r\n\r\n": "HTTP/1.1 400 Speak TLS here",
+		"SSH-2.0-OpenSSH_9.2\r\n":                              "",
+		"\x03\x00\x00\x13\x0e\xe0\x00\x00\x00\x00\x00":         "", // RDP itself
+	} {
+		c, err := net.Dial("tcp", s.addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		io.WriteString(c, says)
+		c.SetReadDeadline(time.Now().Add(patience))
+		got, err := io.ReadAll(c)
+		c.Close()
+		if errors.Is(err, os.ErrDeadlineExceeded) || want == "" && strings.Contains(string(got), "HTTP") || !strings.HasPrefix(string(got), want) {
+			t.Errorf("%q: %q, %v", says, got, err)
+		}
+	}
+	s.idle()
+}
