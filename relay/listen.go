@@ -117,9 +117,7 @@ func (r *Relay) serve(v *visitor) {
 
 	timeout := time.Duration(r.config.Load().HandshakeTimeoutSeconds) * time.Second
 	c.SetDeadline(time.Now().Add(timeout))
-	if err := v.readProxyHeader(); err != nil {
-		r.metrics.handshakeFailed("proxy")
-		r.log.Debug("no PROXY protocol header", "peer", c.RemoteAddr().String(), "error", err)
+	if !v.readProxyHeader() {
 		return
 	}
 	secrets := c.secrets

@@ -14,27 +14,27 @@ import (
 // read, so that the client can be told, and the connection is refused. A connection without a header is served wherever it
 // comes from: another pod's splices have none, nor has whoever reaches the pod from inside the cluster.
 
-// readProxyHeader reads the header that the visitor's connection may begin with.
-func (v *visitor) readProxyHeader() error {
+// readProxyHeader reads the header that the visitor's connection may begin with; false ends the connection.
+func (v *visitor) readProxyHeader() bool {
 	r, c := v.r, v.tcp
 	peer := c.TCPConn.RemoteAddr()
-	believed := r.proxies.Load().Believe(proxyproto.Addr(peer))
 	source, found, err := c.readProxyHeader()
 	switch {
-	case err != nil && !found:
-		return err
-	case found && !believed:
+	case found && !r.proxies.Load().Believe(proxyproto.Addr(peer)):
+		r.metrics.handshakeFailed("proxy")
 		r.warnings.Refused(r.log, r.proxyField(), peer)
-		c.unbelieved = true
-		return err
-	case err != nil:
+		c.unbelieved = true // and told so, if the header can be read
+	case found && err != nil:
+		r.metrics.handshakeFailed("proxy")
 		r.warnings.Unreadable(r.log, peer, err)
-		return err
+	case err != nil:
+		r.metrics.handshakeFailed("tls")
+		r.log.Debug("the connection ended before a ClientHello", "peer", peer.String(), "error", err)
 	case source.IsValid():
 		c.client.Store(net.TCPAddrFromAddrPort(source))
 		r.sendAway(r.strangers.Locate(&v.stranger, source.Addr(), int(r.config.Load().MaxPending)))
 	}
-	return nil
+	return err == nil
 }
 
 // proxyField is where whose headers are believed is set.

@@ -50,7 +50,7 @@ func Accept(l net.Listener, log *slog.Logger, serve func(*net.TCPConn)) error {
 const (
 	EndedLimit  = "limit"  // another came, and there were too many
 	EndedSilent = "silent" // it said nothing in time, or left
-	EndedProxy  = "proxy"  // it began with a PROXY protocol header that can't be read
+	EndedProxy  = "proxy"  // it began with a PROXY protocol header that can't be read, or isn't believed
 )
 
 // Options of a Door. Places and Patience are required.
@@ -144,14 +144,17 @@ func (c *Conn) listen() error {
 	d := c.door
 	c.SetReadDeadline(time.Now().Add(d.o.Patience))
 	source, found, rest, err := proxyproto.Read(c.tcp, make([]byte, 0, firstRead))
-	broken := found && err != nil
-	believed := d.proxies.Believe(proxyproto.Addr(c.tcp.RemoteAddr()))
+	from := c.tcp.RemoteAddr()
+	believed := d.proxies.Believe(proxyproto.Addr(from))
+	bad := found && (err != nil || !believed)
 	switch {
-	case found && !believed:
-		d.warnings.Refused(d.o.Log, d.o.Field, c.tcp.RemoteAddr())
+	case bad && !believed:
+		d.o.Ended(EndedProxy)
+		d.warnings.Refused(d.o.Log, d.o.Field, from)
 		c.unbelieved = true
-	case broken:
-		d.warnings.Unreadable(d.o.Log, c.tcp.RemoteAddr(), err)
+	case bad:
+		d.o.Ended(EndedProxy)
+		d.warnings.Unreadable(d.o.Log, from, err)
 	case source.IsValid():
 		c.client.Store(net.TCPAddrFromAddrPort(source))
 		d.sendAway(d.crowd.Locate(&c.stranger, source.Addr(), d.o.Places))
@@ -162,14 +165,12 @@ func (c *Conn) listen() error {
 		n, err = c.tcp.Read(rest)
 		rest = rest[:n]
 	}
-	switch {
-	case len(rest) > 0:
+	if len(rest) > 0 {
 		c.early = rest
 		d.crowd.Spoke(&c.stranger, false)
 		return c.SetReadDeadline(time.Time{})
-	case broken:
-		d.o.Ended(EndedProxy)
-	default:
+	}
+	if !bad {
 		d.o.Ended(EndedSilent)
 	}
 	return errors.Join(errors.New("door: the connection ended before it said anything"), err)
