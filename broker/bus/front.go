@@ -2,6 +2,7 @@ package bus
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -36,6 +37,8 @@ const (
 	greetAfter = 250 * time.Millisecond
 	// closeGrace is how long one direction may go on after the other has ended.
 	closeGrace = 2 * time.Second
+	// writeTimeout is how long a peer may take nothing of what is sent to it. The server gives slow ones up after 10 s.
+	writeTimeout = 30 * time.Second
 	// infoTimeout and maxInfo bound the server's INFO; it comes from this process.
 	infoTimeout = 10 * time.Second
 	maxInfo     = 16 << 10
@@ -74,7 +77,8 @@ func newFront(o door.Options) (*front, error) {
 
 // listen opens a public listener; port -1 is a free one.
 func (f *front) listen(host string, port int) (net.Listener, error) {
-	l, err := net.Listen("tcp", net.JoinHostPort(host, strconv.Itoa(max(port, 0))))
+	lc := net.ListenConfig{KeepAlive: -1} // the server's pings find out who has vanished
+	l, err := lc.Listen(context.Background(), "tcp", net.JoinHostPort(host, strconv.Itoa(max(port, 0))))
 	if err != nil {
 		return nil, fmt.Errorf("bus: %w", err)
 	}
@@ -113,7 +117,7 @@ func (f *front) pass(c *door.Conn, to string, greeted bool) {
 	if c.Unbelieved() != "" { // and was logged
 		return
 	}
-	nc, err := net.Dial("tcp", to)
+	nc, err := (&net.Dialer{KeepAlive: -1}).Dial("tcp", to)
 	if err != nil {
 		f.log.Error("the bus's server takes no connection", "remote", c.RemoteAddr().String(), "error", err)
 		return
@@ -286,6 +290,7 @@ func pump(to, from *net.TCPConn) error {
 		case n == 0:
 			return nil
 		}
+		to.SetWriteDeadline(time.Now().Add(writeTimeout))
 		_, err := to.Write(buf[:n])
 		buffers.Put(buf)
 		if err != nil {
