@@ -330,7 +330,7 @@ func ResolvePeers(host string, port int, self string) func(context.Context) ([]s
 }
 
 // Routes counts the other replicas that this one is joined to.
-func (s *Server) Routes() int { return len(s.nats.ActivePeers()) }
+func (s *Server) Routes() int { return s.nats.NumRoutes() } // one per peer: ActivePeers may hold for a minute one that has gone
 
 // Clients counts the agents and gateways on this replica.
 func (s *Server) Clients() int { return s.auth.count() }
