@@ -50,6 +50,11 @@ unit: ## Unit, golden, CEL and envtest tests (kube-apiserver and etcd from the c
 	go -C hack/bench test ./...
 	go -C hack/sim test ./...
 
+FUZZTIME ?= 1m
+.PHONY: fuzz
+fuzz: ## Run every fuzz target for FUZZTIME (1m) and keep new inputs that reach further in testdata/fuzz
+	go -C hack run ./fuzz -time $(FUZZTIME) -keep 8
+
 .PHONY: e2e
 e2e: ## The end-to-end tests, on the embedded cluster
 	go -C hack test ./e2e -count=1 -timeout 45m -v
