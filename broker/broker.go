@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"sync/atomic"
 	"time"
@@ -114,7 +115,7 @@ func Run(ctx context.Context, o Options) error {
 	b, err := bus.Start(life, bus.Options{
 		Namespace: o.Config.Namespace, Workspace: o.Config.Workspace, Name: o.Name, TLS: reloaders[o.BusDir],
 		Host: o.Host, Port: o.BusPort, WebSocketPort: o.BusWebSocketPort, RoutePort: o.BusRoutePort,
-		Peers: peers(o), Admit: enrolment.Member, Log: log,
+		Peers: peers(o), Admit: enrolment.Member, Picked: picked(o.Inventory), Log: log,
 		Presence: func(id identity.ID, conn uint64, connected bool) {
 			if orch := orchestrator.Load(); orch != nil {
 				orch.Presence(id, conn, connected)
@@ -253,6 +254,14 @@ func peers(o Options) func(context.Context) ([]string, error) {
 		return nil
 	}
 	return bus.ResolvePeers(o.Config.PeersHost, config.PortBusRoutes, o.PodIP)
+}
+
+// picked says which gateways are the workspace's. While nothing is known of the declared world, each is.
+func picked(source model.Source) func(string) bool {
+	return func(gateway string) bool {
+		snap := source.Snapshot()
+		return snap.Workspace == nil || slices.ContainsFunc(snap.Gateways, func(g *model.Gateway) bool { return g.Name == gateway })
+	}
 }
 
 func port(p, standard int) int {
