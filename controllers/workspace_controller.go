@@ -41,6 +41,7 @@ type workspaceScope struct {
 	oidcCAErr bool // oidcCA is named, but can't be had
 	resources int32
 	gateways  []string
+	pools     []rdv.HostPool // all of the workspace, whether or not a resource names them
 
 	// Set by applyCertificates.
 	certificatesIssued bool
@@ -90,11 +91,20 @@ func (r *workspaceReconciler) setup(mgr ctrl.Manager) error {
 		Watches(&corev1.Secret{}, byField(c, indexCABundle, workspaces, func(o client.Object) string { return "Secret/" + o.GetName() }), builder.OnlyMetadata).
 		Watches(&corev1.ConfigMap{}, byField(c, indexCABundle, workspaces, func(o client.Object) string { return "ConfigMap/" + o.GetName() }), builder.OnlyMetadata).
 		Watches(&rdv.HostPool{}, byField(c, indexHostPool, workspaces, name), builder.WithPredicates(predicate.GenerationChangedPredicate{})).
+		Watches(&rdv.HostPool{}, ofWorkspace(), builder.WithPredicates(predicate.GenerationChangedPredicate{})).
 		Watches(&rdv.Gateway{}, inNamespace(c, workspaces), builder.WithPredicates(specOrLabels())).
 		Watches(&certmanager.Issuer{}, byIssuer(c, certmanager.IssuerKind, workspaces)).
 		Watches(&certmanager.ClusterIssuer{}, byIssuer(c, certmanager.ClusterIssuerKind, workspaces)).
 		WatchesRawSource(source.Channel(r.discovery.events, &handler.TypedEnqueueRequestForObject[*rdv.Workspace]{})).
 		Complete(r)
+}
+
+// ofWorkspace wakes the Workspace that a HostPool belongs to.
+func ofWorkspace() handler.EventHandler {
+	return handler.EnqueueRequestsFromMapFunc(func(_ context.Context, o client.Object) []ctrl.Request {
+		pool := o.(*rdv.HostPool)
+		return []ctrl.Request{{NamespacedName: client.ObjectKey{Namespace: pool.Namespace, Name: pool.Spec.WorkspaceRef.Name}}}
+	})
 }
 
 // specOrLabels lets changes of status pass unseen.
@@ -174,6 +184,11 @@ func (r *workspaceReconciler) gather(ctx context.Context, s *workspaceScope) err
 			s.resources++
 		}
 	}
+	pools := &rdv.HostPoolList{}
+	if err := r.Client.List(ctx, pools, client.InNamespace(ws.Namespace), client.MatchingFields{indexWorkspace: ws.Name}); err != nil {
+		return fmt.Errorf("list HostPools: %w", err)
+	}
+	s.pools = pools.Items
 	return r.gatherGateways(ctx, s)
 }
 
@@ -263,7 +278,7 @@ func (r *workspaceReconciler) applyCertificates(ctx context.Context, s *workspac
 func (r *workspaceReconciler) applyAccess(ctx context.Context, s *workspaceScope) error {
 	ws := s.ws
 	return r.applyAll(ctx, &s.pass, ws,
-		render.BrokerServiceAccount(ws), render.BrokerRole(ws), render.BrokerRoleBinding(ws),
+		render.BrokerScope(ws, s.pools), render.BrokerServiceAccount(ws), render.BrokerRole(ws), render.BrokerRoleBinding(ws),
 		render.BrokerNetworkPolicy(ws),
 		render.BrokerService(ws), render.BusService(ws), render.BrokerPeersService(ws), render.BrokerSessionsService(ws),
 		render.BrokerDisruptionBudget(ws))
