@@ -581,8 +581,8 @@ func TestRenew(t *testing.T) {
 
 // Whatever is looked up, only the very token is good.
 func FuzzLookUp(f *testing.F) {
-	poolToken, poolHash := newToken("machines", "-")
-	hostToken, hostHash := newToken("linux", "linux-1")
+	poolToken, hostToken := fixedToken("machines", "-"), fixedToken("linux", "linux-1")
+	poolHash, hostHash := tokenHash(poolToken), tokenHash(hostToken)
 	valid := now.Add(time.Hour)
 	s := New(Options{Namespace: ns, Workspace: ws, Now: func() time.Time { return now }, Source: source{&model.Snapshot{
 		Workspace: &model.Workspace{Name: ws},

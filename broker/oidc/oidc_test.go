@@ -30,14 +30,14 @@ import (
 // idp is an identity provider of one test.
 type idp struct {
 	*httptest.Server
-	t     *testing.T
+	t     testing.TB
 	key   *ecdsa.PrivateKey
 	kid   string
 	away  atomic.Bool
 	asked atomic.Int32
 }
 
-func newIDP(t *testing.T) *idp {
+func newIDP(t testing.TB) *idp {
 	p := &idp{t: t}
 	p.rotate("k1")
 	mux := http.NewServeMux()
@@ -86,7 +86,7 @@ type fixture struct {
 	cfg model.OIDC
 }
 
-func setUp(t *testing.T) *fixture {
+func setUp(t testing.TB) *fixture {
 	f := &fixture{idp: newIDP(t), now: time.Date(2030, 1, 1, 12, 0, 0, 0, time.UTC)}
 	ca := filepath.Join(t.TempDir(), "oidc-ca.crt")
 	if err := os.WriteFile(ca, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: f.idp.Certificate().Raw}), 0o600); err != nil {

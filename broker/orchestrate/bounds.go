@@ -20,6 +20,8 @@ const (
 	maxUser     = 512 // a token's name of 256 bytes, in another spelling
 	// maxLatencies bounds the other gateways that one measures.
 	maxLatencies = 256
+	// maxCount bounds a pod's numbers of sessions, whose sums must fit.
+	maxCount = 1 << 20
 	// maxPods bounds the pods of one gateway that are heard.
 	maxPods = 512
 	// maxIntroduced bounds a host's report as brokers tell it to one that they meet. With hostsMessageSize it leaves room
@@ -57,7 +59,8 @@ func anonymous(s *bus.HostSession) bus.HostSession {
 	return bus.HostSession{State: s.State, Since: s.Since, Assumed: s.Assumed}
 }
 
-// boundedLoad is a gateway pod's report as it is kept: round trips to gateways of the workspace alone.
+// boundedLoad is a gateway pod's report as it is kept: round trips to gateways of the workspace alone, and no less than no
+// sessions, which would draw every client.
 func boundedLoad(r bus.GatewayReport, gateways []*model.Gateway) bus.GatewayReport {
 	known := map[string]int64{}
 	for _, g := range gateways {
@@ -66,5 +69,8 @@ func boundedLoad(r bus.GatewayReport, gateways []*model.Gateway) bus.GatewayRepo
 		}
 	}
 	r.Latencies = known
+	for _, n := range []*int32{&r.Sessions, &r.Pending, &r.MaxSessions} {
+		*n = min(max(*n, 0), maxCount)
+	}
 	return r
 }

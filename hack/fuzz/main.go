@@ -79,7 +79,9 @@ func fuzz(ctx context.Context, root, run string, each time.Duration, keep, paral
 	var failed []error
 	for i, t := range targets {
 		fmt.Printf("== %d/%d %s, %s\n", i+1, len(targets), t, each)
-		cmd := exec.CommandContext(ctx, "go", "test", "./"+t.folder, "-run", "^"+t.name+"$", "-fuzz", "^"+t.name+"$", "-fuzztime", each.String(), "-parallel", fmt.Sprint(parallel))
+		cmd := exec.CommandContext(ctx, "go", "test", "./"+t.folder, "-run", "^"+t.name+"$", "-fuzz", "^"+t.name+"$", "-fuzztime", each.String(),
+			"-fuzzminimizetime", "1s", // of 60, which one input after the other may take, and nothing new is tried meanwhile
+			"-parallel", fmt.Sprint(parallel))
 		cmd.Dir, cmd.Stdout, cmd.Stderr = root, os.Stdout, os.Stderr
 		cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) } // lets go test write down what it has
 		cmd.WaitDelay = time.Minute
