@@ -132,6 +132,11 @@ func checkTemplate(spec *corev1.PodSpec) error {
 		if c.Name == agentContainer {
 			return fmt.Errorf("spec.template.spec: a container is named %q, which is the name of the sidecar that the operator adds; rename it", agentContainer)
 		}
+		for _, m := range c.VolumeMounts {
+			if m.Name == "agent-state" || m.Name == "registration" {
+				return fmt.Errorf("spec.template.spec: container %q mounts %q, where the agent has the machine's key and token; leave it out", c.Name, m.Name)
+			}
+		}
 		for _, p := range c.Ports {
 			if p.HostPort != 0 {
 				return fmt.Errorf("spec.template.spec: container %q asks for hostPort %d, but nothing may reach a session host from outside; leave it out", c.Name, p.HostPort)
