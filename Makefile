@@ -36,7 +36,7 @@ bin/.tools: hack/tools/go.mod hack/tools/go.sum
 	touch $@
 
 .PHONY: lint
-lint: tools ## gofmt, go vet, staticcheck, import walls, generated files up to date
+lint: tools ## gofmt, go vet, staticcheck, govulncheck, import walls, generated files up to date
 	hack/lint/check.sh
 
 .PHONY: unit
