@@ -20,7 +20,11 @@ import (
 
 	"rendezvous.dev/rendezvous/controllers"
 	"rendezvous.dev/rendezvous/controllers/render"
+	"rendezvous.dev/rendezvous/wire/version"
 )
+
+// linked is the version, set by the linker.
+var linked = ""
 
 func main() {
 	if err := run(); err != nil {
@@ -46,6 +50,7 @@ func run() error {
 	flag.StringVar(&images.RelayImage, "relay-image", env("RELATED_IMAGE_RELAY", "rendezvous/relay:dev"), "image of gateways' relay sidecar")
 	flag.StringVar(&images.AgentImage, "agent-image", env("RELATED_IMAGE_AGENT", "rendezvous/agent:dev"), "image of session hosts' agent sidecar")
 	flag.StringVar(&images.ClusterDomain, "cluster-domain", "cluster.local", "domain that ends the cluster's DNS names")
+	version.AddFlag(flag.CommandLine, linked)
 	flag.Parse()
 
 	var level slog.Level
@@ -55,6 +60,7 @@ func run() error {
 	logger := slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
 	slog.SetDefault(logger)
 	ctrl.SetLogger(logr.FromSlogHandler(logger.Handler()))
+	logger.Info("starting", "version", version.Line(linked))
 	klog.SetLogger(logr.FromSlogHandler(logger.Handler()))
 
 	config, err := ctrl.GetConfig()
