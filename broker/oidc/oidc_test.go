@@ -274,6 +274,8 @@ func TestDiscoveryRefused(t *testing.T) {
 		{"token endpoint by http", "/.well-known/openid-configuration", document("token_endpoint", "http://id.example.com/token"), "token_endpoint is"},
 		{"sign-in page of another scheme", "/.well-known/openid-configuration", document("authorization_endpoint", "search-ms:query=x"), "authorization_endpoint is"},
 		{"device endpoint by http", "/.well-known/openid-configuration", document("device_authorization_endpoint", "http://id.example.com/device"), "device_authorization_endpoint is"},
+		{"a page that isn't for the user", "/.well-known/openid-configuration", func(_ *fixture, w http.ResponseWriter) { http.Error(w, "inner secret", http.StatusForbidden) }, "answers 403 Forbidden"},
+		{"keys that aren't for the user", "/keys", func(_ *fixture, w http.ResponseWriter) { http.Error(w, "inner secret", http.StatusForbidden) }, "answers 403 Forbidden"},
 		{"document redirects to http", "/.well-known/openid-configuration", redirect(plain.URL), "which is not https"},
 		{"document redirects without end", "/.well-known/openid-configuration", redirect("/.well-known/openid-configuration"), "redirects more than 3 times"},
 		{"keys redirect to http", "/keys", redirect(plain.URL), "which is not https"},
@@ -294,6 +296,8 @@ func TestDiscoveryRefused(t *testing.T) {
 				t.Error(err)
 			case c.err != "" && (!errors.Is(err, &refusal.Error{Code: refusal.IdentityAway}) || !strings.Contains(err.Error(), c.err)):
 				t.Errorf("got %v, want %s with %q", err, refusal.IdentityAway, c.err)
+			case err != nil && strings.Contains(err.Error(), "inner secret"): // whoever signs in reads it
+				t.Errorf("what the address answers is told: %v", err)
 			}
 		})
 	}
