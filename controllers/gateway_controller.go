@@ -76,6 +76,7 @@ func (r *gatewayReconciler) setup(mgr ctrl.Manager) error {
 			}
 			return requestsFor(ctx, c, gateways(), client.InNamespace(o.GetNamespace()))
 		}), builder.OnlyMetadata).
+		Watches(&rdv.Gateway{}, inNamespace(c, gateways), builder.WithPredicates(reachedElsewhere())).
 		Watches(&rdv.Workspace{}, inNamespace(c, gateways), builder.WithPredicates(specOrLabels())).
 		Watches(&certmanager.Issuer{}, byIssuer(c, certmanager.IssuerKind, gateways)).
 		Watches(&certmanager.ClusterIssuer{}, byIssuer(c, certmanager.ClusterIssuerKind, gateways)).
@@ -170,9 +171,16 @@ func (r *gatewayReconciler) applyCertificates(ctx context.Context, s *gatewaySco
 // applyNetwork keeps who finds and who reaches the pods.
 func (r *gatewayReconciler) applyNetwork(ctx context.Context, s *gatewayScope) error {
 	gw := s.gw
+	around, err := r.surroundings(ctx, gw.Namespace)
+	if err != nil {
+		return err
+	}
+	if err := r.applyPolicy(ctx, &s.pass, gw, gw.Name, render.GatewayNetworkPolicy(gw, around)); err != nil {
+		return err
+	}
 	service := render.GatewayService(gw)
-	err := r.applyAll(ctx, &s.pass, gw,
-		render.GatewayNetworkPolicy(gw), service, render.GatewayRelaysService(gw), render.GatewayDisruptionBudget(gw))
+	err = r.applyAll(ctx, &s.pass, gw,
+		service, render.GatewayRelaysService(gw), render.GatewayDisruptionBudget(gw))
 	if err != nil {
 		return err
 	}

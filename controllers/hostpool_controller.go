@@ -67,6 +67,7 @@ func (r *hostPoolReconciler) setup(mgr ctrl.Manager) error {
 			pool := o.(*rdv.SessionHost).Spec.HostPoolRef.Name
 			return []reconcile.Request{{NamespacedName: client.ObjectKey{Namespace: o.GetNamespace(), Name: pool}}}
 		})).
+		Watches(&rdv.Gateway{}, inNamespace(c, hostPools), builder.WithPredicates(reachedElsewhere())).
 		Watches(&rdv.Workspace{}, byField(c, indexWorkspace, hostPools, name), builder.WithPredicates(predicate.GenerationChangedPredicate{})).
 		Watches(&corev1.Secret{}, byField(c, indexWorkspace, hostPools, feedTLSOf), builder.OnlyMetadata).
 		Watches(&certmanager.Issuer{}, byIssuer(c, certmanager.IssuerKind, hostPools)).
@@ -161,7 +162,11 @@ func (r *hostPoolReconciler) applyRegistration(ctx context.Context, s *hostPoolS
 // or brokers made are left alone.
 func (r *hostPoolReconciler) applyHosts(ctx context.Context, s *hostPoolScope) error {
 	pool := s.pool
-	if err := r.applyAll(ctx, &s.pass, pool, render.PoolNetworkPolicy(pool)); err != nil {
+	around, err := r.surroundings(ctx, pool.Namespace)
+	if err != nil {
+		return err
+	}
+	if err := r.applyPolicy(ctx, &s.pass, pool, render.PoolNetworkPolicyName(pool.Name), render.PoolNetworkPolicy(pool, around)); err != nil {
 		return err
 	}
 	if pool.Spec.Accounts != nil {

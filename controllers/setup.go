@@ -3,6 +3,7 @@ package controllers
 import (
 	"context"
 	"fmt"
+	"net/netip"
 	"time"
 
 	certmanager "github.com/cert-manager/cert-manager/pkg/apis/certmanager/v1"
@@ -67,6 +68,8 @@ func slimPod(obj any) (any, error) {
 // Options of the operator.
 type Options struct {
 	Render render.Options
+	// ClusterNetworks are addresses of the cluster beside those that its nodes, Services and API server tell.
+	ClusterNetworks []netip.Prefix
 	// Discovery defaults to NewDiscovery.
 	Discovery *Discovery
 	// Now defaults to time.Now.
@@ -88,6 +91,7 @@ func Setup(mgr ctrl.Manager, opts Options) error {
 		Applier:     &Applier{Client: mgr.GetClient(), Live: mgr.GetAPIReader()},
 		events:      mgr.GetEventRecorder(FieldManager),
 		authorities: &authorities{known: map[types.NamespacedName]authority{}},
+		networks:    &networks{live: mgr.GetAPIReader(), given: opts.ClusterNetworks, now: opts.Now},
 		render:      opts.Render,
 		now:         opts.Now,
 	}
@@ -109,6 +113,7 @@ type base struct {
 	*Applier
 	events      events.EventRecorder
 	authorities *authorities
+	networks    *networks
 	render      render.Options
 	now         func() time.Time
 }

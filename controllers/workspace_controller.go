@@ -277,9 +277,15 @@ func (r *workspaceReconciler) applyCertificates(ctx context.Context, s *workspac
 // applyAccess keeps what the brokers may do and who may reach them.
 func (r *workspaceReconciler) applyAccess(ctx context.Context, s *workspaceScope) error {
 	ws := s.ws
+	around, err := r.surroundings(ctx, ws.Namespace)
+	if err != nil {
+		return err
+	}
+	if err := r.applyPolicy(ctx, &s.pass, ws, render.WorkspaceBroker(ws.Name), r.render.BrokerNetworkPolicy(ws, around)); err != nil {
+		return err
+	}
 	return r.applyAll(ctx, &s.pass, ws,
 		render.BrokerScope(ws, s.pools), render.BrokerServiceAccount(ws), render.BrokerRole(ws), render.BrokerRoleBinding(ws),
-		render.BrokerNetworkPolicy(ws),
 		render.BrokerService(ws), render.BusService(ws), render.BrokerPeersService(ws), render.BrokerSessionsService(ws),
 		render.BrokerDisruptionBudget(ws))
 }

@@ -44,6 +44,9 @@ type GatewaySpec struct {
 	// admission is the gateway container, which decides.
 	// +optional
 	Admission Admission `json:"admission,omitempty,omitzero"`
+	// network rules what the gateway's pods may reach, and who may read their metrics.
+	// +optional
+	Network ServerNetworkAccess `json:"network,omitempty,omitzero"`
 }
 
 // Autoscaling of a gateway.

@@ -117,6 +117,9 @@ type HostPoolSpec struct {
 	// agent is the agent sidecar of the hosts that are pods.
 	// +optional
 	Agent AgentSidecar `json:"agent,omitempty,omitzero"`
+	// network rules what the hosts that are pods may reach. Nothing reaches them, whatever it says.
+	// +optional
+	Network NetworkAccess `json:"network,omitempty,omitzero"`
 }
 
 // AccountsConfigMap names the ConfigMap in which a pool's brokers keep who was given which account.

@@ -300,6 +300,9 @@ type Broker struct {
 	// bus exposes the agents' control channel.
 	// +optional
 	Bus BusExposure `json:"bus,omitempty,omitzero"`
+	// network rules what the broker pods may reach, and who may read their metrics.
+	// +optional
+	Network ServerNetworkAccess `json:"network,omitempty,omitzero"`
 }
 
 // BusExposure says how agents outside the cluster reach the control channel.

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"net/netip"
 	"os"
 
 	certmanager "github.com/cert-manager/cert-manager/pkg/apis/certmanager/v1"
@@ -51,6 +52,16 @@ func run() error {
 	flag.StringVar(&images.AgentImage, "agent-image", env("RELATED_IMAGE_AGENT", "rendezvous/agent:dev"), "image of session hosts' agent sidecar")
 	flag.StringVar(&images.ClusterDomain, "cluster-domain", "cluster.local", "domain that ends the cluster's DNS names")
 	version.AddFlag(flag.CommandLine, linked)
+	images.OperatorNamespace = os.Getenv("POD_NAMESPACE")
+	var clusterNetworks []netip.Prefix
+	flag.Func("cluster-cidr", "addresses of the cluster that neither its nodes nor its ServiceCIDRs tell, such as the pods' with some networks: desktops are kept off them; may be repeated", func(text string) error {
+		network, err := netip.ParsePrefix(text)
+		if err != nil {
+			return fmt.Errorf("%q is no address range such as 10.244.0.0/16", text)
+		}
+		clusterNetworks = append(clusterNetworks, network)
+		return nil
+	})
 	flag.Parse()
 
 	var level slog.Level
@@ -97,7 +108,7 @@ func run() error {
 		}
 		return fmt.Errorf("look for cert-manager: %w", err)
 	}
-	if err := controllers.Setup(mgr, controllers.Options{Render: images}); err != nil {
+	if err := controllers.Setup(mgr, controllers.Options{Render: images, ClusterNetworks: clusterNetworks}); err != nil {
 		return err
 	}
 	if err := sessions.add(mgr, images, logger); err != nil {

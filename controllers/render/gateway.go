@@ -7,7 +7,6 @@ import (
 	appsv1 "k8s.io/api/apps/v1"
 	autoscalingv2 "k8s.io/api/autoscaling/v2"
 	corev1 "k8s.io/api/core/v1"
-	networkingv1 "k8s.io/api/networking/v1"
 	policyv1 "k8s.io/api/policy/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -350,29 +349,4 @@ func scalingMetrics(a *rdv.Autoscaling) (metrics []autoscalingv2.MetricSpec) {
 		})
 	}
 	return metrics
-}
-
-// GatewayNetworkPolicy lets anybody reach the listener, and lets the pod reach no more than DNS, the brokers' bus and the
-// other relays: whoever broke into a relay could not go on from it.
-func GatewayNetworkPolicy(gw *rdv.Gateway) *networkingv1.NetworkPolicy {
-	sel := gatewaySelector(gw.Name)
-	brokers := podsOf(map[string]string{rdv.LabelComponent: componentBroker})
-	dns := append(policyPorts(corev1.ProtocolUDP, 53, 5353), policyPorts(corev1.ProtocolTCP, 53, 5353)...)
-	return &networkingv1.NetworkPolicy{
-		TypeMeta:   typeMeta(networkingv1.SchemeGroupVersion.String(), "NetworkPolicy"),
-		ObjectMeta: meta(gw.Namespace, gw.Name, gatewayLabels(gw, componentGateway)),
-		Spec: networkingv1.NetworkPolicySpec{
-			PodSelector: metav1.LabelSelector{MatchLabels: sel},
-			PolicyTypes: []networkingv1.PolicyType{networkingv1.PolicyTypeIngress, networkingv1.PolicyTypeEgress},
-			Ingress: []networkingv1.NetworkPolicyIngressRule{
-				allow(nil, config.PortPublic),
-				allow(anyPod(), config.PortMetrics, config.PortGatewayMetrics),
-			},
-			Egress: []networkingv1.NetworkPolicyEgressRule{
-				{Ports: dns},
-				{To: brokers, Ports: policyPorts(corev1.ProtocolTCP, config.PortBus)},
-				{To: podsOf(sel), Ports: policyPorts(corev1.ProtocolTCP, config.PortPublic)},
-			},
-		},
-	}
 }

@@ -14,7 +14,6 @@ import (
 	certmanager "github.com/cert-manager/cert-manager/pkg/apis/certmanager/v1"
 	cmmeta "github.com/cert-manager/cert-manager/pkg/apis/meta/v1"
 	corev1 "k8s.io/api/core/v1"
-	networkingv1 "k8s.io/api/networking/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
@@ -29,6 +28,8 @@ type Options struct {
 	BrokerImage, GatewayImage, RelayImage, AgentImage string
 	// ClusterDomain ends the cluster's DNS names. Empty means cluster.local.
 	ClusterDomain string
+	// OperatorNamespace is where the operator's pods run. Empty means that it runs elsewhere, or nobody knows where.
+	OperatorNamespace string
 }
 
 // serviceHost is the full DNS name of a Service in the cluster.
@@ -56,16 +57,23 @@ const (
 // nonRoot is the user that our images run as.
 const nonRoot int64 = 65532
 
+// The labels that Kubernetes recommends, as far as ours tell things apart by them.
+const (
+	appName           = "rendezvous"
+	labelAppName      = "app.kubernetes.io/name"
+	labelAppComponent = "app.kubernetes.io/component"
+)
+
 // labels of everything that the operator makes for the object that ownerLabel names.
 func labels(ownerLabel, owner, component string) map[string]string {
 	l := map[string]string{
-		rdv.LabelManagedBy:       rdv.ManagedBy,
-		"app.kubernetes.io/name": "rendezvous",
-		ownerLabel:               owner,
+		rdv.LabelManagedBy: rdv.ManagedBy,
+		labelAppName:       appName,
+		ownerLabel:         owner,
 	}
 	if component != "" {
 		l[rdv.LabelComponent] = component
-		l["app.kubernetes.io/component"] = component
+		l[labelAppComponent] = component
 	}
 	return l
 }
@@ -307,29 +315,6 @@ func configMap(namespace, name string, labels map[string]string, file any, more 
 		ObjectMeta: meta(namespace, name, labels),
 		Data:       data,
 	}, nil
-}
-
-// allow is an ingress rule for TCP ports from the given peers; none means from anywhere.
-func allow(from []networkingv1.NetworkPolicyPeer, ports ...int32) networkingv1.NetworkPolicyIngressRule {
-	return networkingv1.NetworkPolicyIngressRule{From: from, Ports: policyPorts(corev1.ProtocolTCP, ports...)}
-}
-
-func policyPorts(protocol corev1.Protocol, ports ...int32) []networkingv1.NetworkPolicyPort {
-	out := make([]networkingv1.NetworkPolicyPort, len(ports))
-	for i, port := range ports {
-		out[i] = networkingv1.NetworkPolicyPort{Protocol: new(protocol), Port: new(intstr.FromInt32(port))}
-	}
-	return out
-}
-
-// podsOf is the peer made of the pods with these labels in the same namespace.
-func podsOf(selector map[string]string) []networkingv1.NetworkPolicyPeer {
-	return []networkingv1.NetworkPolicyPeer{{PodSelector: &metav1.LabelSelector{MatchLabels: selector}}}
-}
-
-// anyPod is every pod of the cluster: who scrapes metrics is the cluster's affair, but the internet does not.
-func anyPod() []networkingv1.NetworkPolicyPeer {
-	return []networkingv1.NetworkPolicyPeer{{NamespaceSelector: &metav1.LabelSelector{}}}
 }
 
 // hashOf tells two values apart by their JSON.

@@ -2,6 +2,7 @@ package render
 
 import (
 	"flag"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -11,6 +12,7 @@ import (
 
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -21,7 +23,7 @@ import (
 
 var update = flag.Bool("update", false, "write the golden files instead of comparing with them")
 
-var options = Options{BrokerImage: "broker:v1", GatewayImage: "gateway:v1", RelayImage: "relay:v1", AgentImage: "agent:v1"}
+var options = Options{BrokerImage: "broker:v1", GatewayImage: "gateway:v1", RelayImage: "relay:v1", AgentImage: "agent:v1", OperatorNamespace: "rendezvous-system"}
 
 func workspace(change ...func(*rdv.Workspace)) *rdv.Workspace {
 	ws := &rdv.Workspace{
@@ -99,6 +101,16 @@ func TestGolden(t *testing.T) {
 		ws.Spec.Certificates.InternalIssuerRef = &rdv.IssuerReference{Name: "vault"}
 		ws.Spec.Signing.CommonName = "Example Corp"
 	})
+	narrow := workspace(func(ws *rdv.Workspace) {
+		ws.Spec.Broker.Network.Egress = &rdv.Egress{Base: rdv.EgressNeeded, Allow: []networkingv1.NetworkPolicyEgressRule{{
+			To: []networkingv1.NetworkPolicyPeer{{IPBlock: &networkingv1.IPBlock{CIDR: "203.0.113.0/24"}}},
+		}}}
+		ws.Spec.Broker.Network.MetricsFrom = []networkingv1.NetworkPolicyPeer{{PodSelector: &metav1.LabelSelector{MatchLabels: map[string]string{"app": "prometheus"}}}}
+	})
+	around := Surroundings{
+		Cluster:  prefixes("10.244.0.0/16", "10.96.0.0/16", "10.89.0.1/32", "fd00:244::/48"),
+		Gateways: []netip.AddrPort{netip.MustParseAddrPort("192.0.2.7:443")},
+	}
 	second := workspace(func(ws *rdv.Workspace) { ws.Name = "second" })
 	gw := gateway()
 	scaled := gateway(func(gw *rdv.Gateway) {
@@ -149,7 +161,8 @@ func TestGolden(t *testing.T) {
 		"workspace-bus-service-exposed":      BusService(exposed),
 		"workspace-peers-service":            BrokerPeersService(ws),
 		"workspace-pdb":                      BrokerDisruptionBudget(ws),
-		"workspace-networkpolicy":            BrokerNetworkPolicy(ws),
+		"workspace-networkpolicy":            options.BrokerNetworkPolicy(ws, around),
+		"workspace-networkpolicy-needed":     options.BrokerNetworkPolicy(narrow, around),
 
 		"gateway-certificate":        GatewayCertificate(gw),
 		"gateway-identity":           GatewayIdentityCertificate(gw, ws),
@@ -167,10 +180,10 @@ func TestGolden(t *testing.T) {
 		"gateway-pdb":                GatewayDisruptionBudget(gw),
 		"gateway-hpa":                GatewayAutoscaler(scaled),
 		"gateway-hpa-sessions":       GatewayAutoscaler(bySessions),
-		"gateway-networkpolicy":      GatewayNetworkPolicy(gw),
+		"gateway-networkpolicy":      GatewayNetworkPolicy(gw, around),
 
 		"hostpool-registration":         PoolRegistrationSecret(linux, registration),
-		"hostpool-networkpolicy":        PoolNetworkPolicy(linux),
+		"hostpool-networkpolicy":        PoolNetworkPolicy(linux, around),
 		"hostpool-accounts":             PoolAccounts(signedIn),
 		"hostpool-accounts-role":        PoolAccountsRole(signedIn),
 		"hostpool-accounts-rolebinding": PoolAccountsRoleBinding(signedIn),

@@ -7,7 +7,6 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
-	networkingv1 "k8s.io/api/networking/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -89,18 +88,6 @@ func SessionHost(pool *rdv.HostPool, name string, retiring bool) *rdv.SessionHos
 		TypeMeta:   typeMeta(rdv.GroupVersion.String(), "SessionHost"),
 		ObjectMeta: meta(pool.Namespace, name, labels(rdv.LabelHostPool, pool.Name, "")),
 		Spec:       rdv.SessionHostSpec{HostPoolRef: rdv.LocalReference{Name: pool.Name}, Retiring: retiring},
-	}
-}
-
-// PoolNetworkPolicy lets nothing reach the pool's pods: their desktops are reached through the agents, who dial out.
-func PoolNetworkPolicy(pool *rdv.HostPool) *networkingv1.NetworkPolicy {
-	return &networkingv1.NetworkPolicy{
-		TypeMeta:   typeMeta(networkingv1.SchemeGroupVersion.String(), "NetworkPolicy"),
-		ObjectMeta: meta(pool.Namespace, pool.Name+"-hosts", labels(rdv.LabelHostPool, pool.Name, componentSessionHost)),
-		Spec: networkingv1.NetworkPolicySpec{
-			PodSelector: metav1.LabelSelector{MatchLabels: selector(rdv.LabelHostPool, pool.Name, componentSessionHost)},
-			PolicyTypes: []networkingv1.PolicyType{networkingv1.PolicyTypeIngress},
-		},
 	}
 }
 

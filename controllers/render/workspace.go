@@ -9,7 +9,6 @@ import (
 	certmanager "github.com/cert-manager/cert-manager/pkg/apis/certmanager/v1"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
-	networkingv1 "k8s.io/api/networking/v1"
 	policyv1 "k8s.io/api/policy/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -406,24 +405,6 @@ func disruptionBudget(namespace, name string, labels, selector map[string]string
 			MaxUnavailable:             new(intstr.FromInt32(1)),
 			Selector:                   &metav1.LabelSelector{MatchLabels: selector},
 			UnhealthyPodEvictionPolicy: new(policyv1.AlwaysAllow),
-		},
-	}
-}
-
-// BrokerNetworkPolicy opens the feed and the bus, and the routes to other brokers of the same workspace alone.
-func BrokerNetworkPolicy(ws *rdv.Workspace) *networkingv1.NetworkPolicy {
-	sel := brokerSelector(ws.Name)
-	return &networkingv1.NetworkPolicy{
-		TypeMeta:   typeMeta(networkingv1.SchemeGroupVersion.String(), "NetworkPolicy"),
-		ObjectMeta: meta(ws.Namespace, WorkspaceBroker(ws.Name), workspaceLabels(ws, componentBroker)),
-		Spec: networkingv1.NetworkPolicySpec{
-			PodSelector: metav1.LabelSelector{MatchLabels: sel},
-			PolicyTypes: []networkingv1.PolicyType{networkingv1.PolicyTypeIngress},
-			Ingress: []networkingv1.NetworkPolicyIngressRule{
-				allow(nil, config.PortPublic, config.PortBus, config.PortBusWebSocket),
-				allow(podsOf(sel), config.PortBusRoutes),
-				allow(anyPod(), config.PortMetrics, config.PortSessions), // the operator's namespace isn't known here; its certificate is
-			},
 		},
 	}
 }

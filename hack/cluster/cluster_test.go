@@ -246,3 +246,12 @@ func TestEventuallyKeepsTheLastError(t *testing.T) {
 		}
 	})
 }
+
+func TestPolicyRulesAreTakenOut(t *testing.T) {
+	const other = "*filter\n:INPUT ACCEPT [1:2]\n:FORWARD ACCEPT [0:0]\n:mine - [0:0]\n-A INPUT -j mine\nCOMMIT\n"
+	saved := strings.Replace(other, ":mine", ":KUBE-ROUTER-INPUT - [0:0]\n:KUBE-NWPLCY-DEFAULT - [0:0]\n:KUBE-POD-FW-X - [0:0]\n:mine", 1)
+	saved = strings.Replace(saved, "-A INPUT -j mine\n", "-A INPUT -m comment --comment \"kube-router netpol - 4IA2\" -j KUBE-ROUTER-INPUT\n-A INPUT -j mine\n-A KUBE-ROUTER-INPUT -d 10.96.0.0/16 -j RETURN\n", 1)
+	if got := withoutPolicyRules(saved); got != other {
+		t.Errorf("left are\n%s\nwant\n%s", got, other)
+	}
+}

@@ -104,6 +104,14 @@ func (c *cluster) components() []component {
 			argv:   []string{l.bin("kube-proxy"), "--config=" + l.config("kube-proxy.yaml")},
 			health: c.get("http://" + nodeIP + ":10256/healthz"),
 		},
+		{
+			name: policyProgram,
+			argv: []string{
+				l.bin(policyProgram), "--kubeconfig=" + l.kubeconfig(policyProgram), "--hostname-override=" + nodeName,
+				"--service-cidr=" + serviceCIDR, "--health-address=" + nodeIP + ":20244",
+			},
+			health: c.get("http://" + nodeIP + ":20244/healthz"),
+		},
 	}
 }
 
