@@ -248,11 +248,13 @@ func TestPeersAreToldCheckedFacts(t *testing.T) {
 		{User: "alice", SessionID: "s1", State: bus.SessionActive, Proof: raw, Resource: "lies", Account: "root", Gateway: "lies", Instance: "lies"},
 		{User: "bob", SessionID: "s2", State: bus.SessionActive, Proof: raw, Resource: "lies", Account: "bob", ActivityID: "lies"},
 		{User: "carol", State: bus.SessionDisconnected, Assumed: true},
+		{User: "mallory", State: bus.SessionActive, Proof: raw}, // which is alice's
 	}})
 	want := []bus.HostSession{
 		{User: "alice", SessionID: "s1", State: bus.SessionActive, Proof: raw, Resource: "desk", Gateway: "gw", Instance: "i"},
 		{State: bus.SessionActive},
 		{State: bus.SessionDisconnected, Assumed: true},
+		{State: bus.SessionActive},
 	}
 	if got := r.mine()[0].Report.Sessions; !slices.Equal(got, want) {
 		t.Errorf("told %+v, want %+v", got, want)
