@@ -36,8 +36,8 @@ func FuzzRequest(f *testing.F) {
 	fix := setUp(f)
 	f.Fuzz(func(t *testing.T, method, target, token, activity, body string) {
 		u, err := url.ParseRequestURI(target)
-		if err != nil || len(target)+len(body) > 64<<10 || token == "panic" {
-			return
+		if err != nil || target == "*" || len(target)+len(body) > 64<<10 || token == "panic" {
+			return // Go's own server answers *
 		}
 		fix.log.Reset()
 		r := httptest.NewRequest(http.MethodGet, "/", strings.NewReader(body))
