@@ -43,7 +43,7 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	root := flag.String("root", "..", "the product's module") // the Makefile runs us in hack/
-	each := flag.Duration("time", time.Minute, "how long each target runs")
+	each := flag.String("time", "1m", "how long each target runs, as go test's -fuzztime has it")
 	run := flag.String("run", "", "only targets that this regular expression matches")
 	keep := flag.Int("keep", 0, "how many new inputs of each target to copy to testdata/fuzz")
 	parallel := flag.Int("parallel", 1, "how many inputs are tried at once")
@@ -55,7 +55,7 @@ func main() {
 	}
 }
 
-func fuzz(ctx context.Context, root, run string, each time.Duration, keep, parallel int) error {
+func fuzz(ctx context.Context, root, run string, each string, keep, parallel int) error {
 	wanted, err := regexp.Compile(run)
 	if err != nil {
 		return err
@@ -79,7 +79,7 @@ func fuzz(ctx context.Context, root, run string, each time.Duration, keep, paral
 	var failed []error
 	for i, t := range targets {
 		fmt.Printf("== %d/%d %s, %s\n", i+1, len(targets), t, each)
-		cmd := exec.CommandContext(ctx, "go", "test", "./"+t.folder, "-run", "^"+t.name+"$", "-fuzz", "^"+t.name+"$", "-fuzztime", each.String(),
+		cmd := exec.CommandContext(ctx, "go", "test", "./"+t.folder, "-run", "^"+t.name+"$", "-fuzz", "^"+t.name+"$", "-fuzztime", each,
 			"-fuzzminimizetime", "1s", // of 60, which one input after the other may take, and nothing new is tried meanwhile
 			"-parallel", fmt.Sprint(parallel))
 		cmd.Dir, cmd.Stdout, cmd.Stderr = root, os.Stdout, os.Stderr
