@@ -1,6 +1,7 @@
 # One target per binary: docker build --target relay -t REGISTRY/relay:TAG .
 # The embedded cluster needs none of this: `make images` builds the same images without a container engine.
-FROM golang:1.26 AS build
+# The patch release of Go that go.mod names, too: a newer one where an advisory for the standard library asks for it.
+FROM golang:1.26.11 AS build
 WORKDIR /src
 COPY go.mod go.sum ./
 RUN go mod download
@@ -12,6 +13,7 @@ COPY cmd/ cmd/
 COPY controllers/ controllers/
 COPY gateway/ gateway/
 COPY relay/ relay/
+COPY sessionsapi/ sessionsapi/
 COPY wire/ wire/
 ARG TARGETOS=linux TARGETARCH VERSION=(devel)
 RUN CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH go build -trimpath -ldflags="-s -w -X 'main.linked=$VERSION'" -o /out/ ./cmd/...

@@ -36,7 +36,7 @@ bin/.tools: hack/tools/go.mod hack/tools/go.sum
 	touch $@
 
 .PHONY: lint
-lint: tools ## gofmt, go vet, staticcheck, import walls, generated files up to date
+lint: tools ## gofmt, go vet, staticcheck, govulncheck, import walls, generated files up to date
 	hack/lint/check.sh
 
 .PHONY: unit
@@ -47,9 +47,14 @@ unit: ## Unit, golden, CEL and envtest tests (kube-apiserver and etcd from the c
 	go -C hack/cluster/dex test ./...
 	go -C hack/cluster/localpath test ./...
 	go -C hack/desktop test ./...
-	go -C hack test ./wiretap ./fleet
+	go -C hack test ./wiretap ./fleet ./fuzz
 	go -C hack/bench test ./...
 	go -C hack/sim test ./...
+
+FUZZTIME ?= 1m
+.PHONY: fuzz
+fuzz: ## Run every fuzz target for FUZZTIME (1m) and keep new inputs that reach further in testdata/fuzz
+	go -C hack run ./fuzz -time $(FUZZTIME) -keep 8
 
 .PHONY: e2e
 e2e: ## The end-to-end tests, on the embedded cluster

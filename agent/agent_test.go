@@ -680,6 +680,11 @@ func TestFailedJoins(t *testing.T) {
 			fmt.Fprintf(c, "HTTP/1.1 403 Forbidden\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
 			return true
 		}},
+		{name: "refused with a code that nobody knows", code: refusal.Protocol, refuse: func(c io.Writer) bool {
+			body, _ := json.Marshal(brokerapi.ErrorBody{Error: refusal.New(refusal.Code(strings.Repeat("x", 1000)), "Made up.")})
+			fmt.Fprintf(c, "HTTP/1.1 403 Forbidden\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
+			return true
+		}},
 		{name: "no gateway", code: refusal.Protocol, refuse: func(c io.Writer) bool {
 			io.WriteString(c, "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
 			return true

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"crypto/tls"
@@ -25,8 +26,12 @@ import (
 // enrolTimeout bounds one request; an issuer may take a while to sign.
 const enrolTimeout = 60 * time.Second
 
-// maxAnswer bounds what a broker may answer, in bytes.
-const maxAnswer = 1 << 20
+const (
+	// maxAnswer bounds what a broker may answer, in bytes.
+	maxAnswer = 1 << 20
+	// maxActivity bounds an activity id in an answer's header, which is a GUID.
+	maxActivity = 64
+)
 
 // errNoToken says that there is nothing to enrol with.
 var errNoToken = errors.New("no registration token")
@@ -273,10 +278,8 @@ func (a *Agent) call(ctx context.Context, c *http.Client, method, token string, 
 	if res.StatusCode != http.StatusOK && res.StatusCode != http.StatusCreated {
 		var e brokerapi.ErrorBody
 		if json.Unmarshal(data, &e) == nil && e.Error != nil {
-			if e.Error.ActivityID == "" {
-				e.Error = e.Error.With(res.Header.Get(brokerapi.HeaderActivity))
-			}
-			return e.Error
+			activity := cmp.Or(e.Error.ActivityID, res.Header.Get(brokerapi.HeaderActivity))
+			return refusal.Received(e.Error, refusal.Internal).With(refusal.Line(activity, maxActivity))
 		}
 		return fmt.Errorf("%s answered %s to %s: is that the URL of a Rendezvous broker?", a.opts.Broker, res.Status, brokerapi.PathEnroll)
 	}

@@ -10,6 +10,7 @@ import (
 
 	"rendezvous.dev/rendezvous/wire/brokerapi"
 	"rendezvous.dev/rendezvous/wire/bus"
+	"rendezvous.dev/rendezvous/wire/refusal"
 )
 
 const renewTimeout = 60 * time.Second
@@ -100,7 +101,7 @@ func (a *Agent) renew(ctx context.Context, m *member) (*member, error) {
 		return nil, fmt.Errorf("the broker's answer can't be read: %w", err)
 	}
 	if res.Err != nil {
-		return nil, res.Err
+		return nil, refusal.Received(res.Err, refusal.Internal)
 	}
 	next.ClientCertificate = res.ClientCertificate
 	if res.BusCA != "" {

@@ -204,7 +204,7 @@ func joinBy(ctx context.Context, d proxydial.Dialer, req bus.HostConnect, known 
 func joinRefusal(req bus.HostConnect, res *http.Response) error {
 	var body brokerapi.ErrorBody
 	if err := json.NewDecoder(io.LimitReader(res.Body, maxJoinHeader)).Decode(&body); err == nil && body.Error != nil {
-		return body.Error
+		return refusal.Received(body.Error, refusal.Protocol).With(req.ActivityID)
 	}
 	if res.StatusCode >= 500 {
 		return fmt.Errorf("gateway %s answered the join with %s", req.Address, res.Status)

@@ -13,6 +13,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"sync/atomic"
 	"time"
@@ -119,7 +120,7 @@ func Run(ctx context.Context, o Options) error {
 	b, err := bus.Start(life, bus.Options{
 		Namespace: o.Config.Namespace, Workspace: o.Config.Workspace, Name: o.Name, TLS: reloaders[o.BusDir],
 		Host: o.Host, RouteHost: routeHost(o), Port: o.BusPort, WebSocketPort: o.BusWebSocketPort, RoutePort: o.BusRoutePort,
-		Peers: peers(o), Admit: enrolment.Member, Log: log, Callers: o.Config.Bus, Ended: ended(m, "bus"),
+		Peers: peers(o), Admit: enrolment.Member, Picked: picked(o.Inventory), Log: log, Callers: o.Config.Bus, Ended: ended(m, "bus"),
 		Presence: func(id identity.ID, conn uint64, connected bool) {
 			if orch := orchestrator.Load(); orch != nil {
 				orch.Presence(id, conn, connected)
@@ -286,6 +287,14 @@ func listenFeed(o Options, m *metrics.Metrics) (net.Listener, error) {
 // ended counts the strangers that had to go.
 func ended(m *metrics.Metrics, listener string) func(why string) {
 	return func(why string) { m.StrangersEnded.WithLabelValues(listener, why).Inc() }
+}
+
+// picked says which gateways are the workspace's. While nothing is known of the declared world, each is.
+func picked(source model.Source) func(string) bool {
+	return func(gateway string) bool {
+		snap := source.Snapshot()
+		return snap.Workspace == nil || slices.ContainsFunc(snap.Gateways, func(g *model.Gateway) bool { return g.Name == gateway })
+	}
 }
 
 func port(p, standard int) int {

@@ -274,6 +274,11 @@ func TestAllTheWay(t *testing.T) {
 	if reply := ask(); reply.Err != nil || reply.Host != "h1" {
 		t.Fatalf("%+v", reply)
 	}
+	// A gateway with a good certificate that the workspace does not pick isn't told of the others.
+	unpicked := dial(ca.Reloader(identity.Gateway(ns, ws, "old")), identity.Gateway(ns, ws, "old"))
+	unpicked.Publish(bus.SubjectGateways, []byte("{}"))
+	eventually("it is refused", func() bool { return errors.Is(unpicked.LastError(), nats.ErrPermissionViolation) })
+	unpicked.Close()
 	var events []trace.Event
 	eventually("the activity is whole", func() bool {
 		call(t, ca, "GET", feed+brokerapi.PathActivities+activity, token, nil, &events)

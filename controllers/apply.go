@@ -113,7 +113,8 @@ func (a *Applier) remember(owner, child objectKey, state appliedState) {
 }
 
 // Apply makes the object as wanted, with owner as its controller. An object of that name that somebody else owns, or that
-// isn't marked as owner's child, is never touched: that is a *RefusedError, and so is what the API server finds invalid.
+// isn't marked as owner's child, is never touched: that is a *RefusedError, and so is what the API server finds invalid, and
+// a Certificate that would overwrite somebody's Secret.
 func (a *Applier) Apply(ctx context.Context, owner, want client.Object) error {
 	scheme := a.Client.Scheme()
 	gvk, err := apiutil.GVKForObject(want, scheme)
@@ -134,6 +135,10 @@ func (a *Applier) Apply(ctx context.Context, owner, want client.Object) error {
 	}
 	if live != nil {
 		if err := refusal(live, want, owner, ownerGVK, what); err != nil {
+			return err
+		}
+	} else if cert, ok := want.(*certmanager.Certificate); ok {
+		if err := a.checkSecret(ctx, cert); err != nil {
 			return err
 		}
 	}
@@ -178,6 +183,20 @@ func refusal(live, want, owner client.Object, ownerGVK schema.GroupVersionKind, 
 		return nil
 	}
 	return &RefusedError{Reason: rdv.ReasonConflict, Message: fmt.Sprintf("%s exists and %s: delete it, or choose another name for this object", what, ownedBy(live))}
+}
+
+// checkSecret refuses a Certificate that is yet to be made where its Secret is there and is no Certificate's of that name:
+// cert-manager would overwrite it. The Secret of a Certificate that was deleted, or restored from a backup, is its own.
+func (a *Applier) checkSecret(ctx context.Context, cert *certmanager.Certificate) error {
+	name := cert.Spec.SecretName
+	live, err := a.get(ctx, &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: cert.Namespace, Name: name}}, secretKind)
+	if err != nil {
+		return fmt.Errorf("get Secret %q: %w", name, err)
+	}
+	if live == nil || live.GetAnnotations()[certmanager.CertificateNameKey] == cert.Name {
+		return nil
+	}
+	return &RefusedError{Reason: rdv.ReasonConflict, Message: fmt.Sprintf("Secret %q exists and %s, and Certificate %q would overwrite it: delete the Secret, or choose another name for this object", name, ownedBy(live), cert.Name)}
 }
 
 // ofEarlier says that an object's controller is one that had owner's kind and name before: garbage collection will remove it.

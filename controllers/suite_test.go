@@ -41,8 +41,9 @@ import (
 // part.
 type world struct {
 	client.Client
-	clock *clock
-	oidc  *providers
+	config *rest.Config // an administrator's
+	clock  *clock
+	oidc   *providers
 }
 
 // shared is started by the first test that needs it, and stopped by TestMain.
@@ -116,7 +117,7 @@ func startWorld() (*world, error) {
 	if err != nil {
 		return nil, err
 	}
-	w := &world{Client: direct, clock: &clock{}, oidc: &providers{answers: map[string]error{}}}
+	w := &world{Client: direct, config: config, clock: &clock{}, oidc: &providers{answers: map[string]error{}}}
 	discovery := NewDiscovery()
 	discovery.Fetch, discovery.Now = w.oidc.fetch, w.clock.now
 	err = Setup(mgr, Options{

@@ -41,6 +41,7 @@ type workspaceScope struct {
 	oidcCAErr bool // oidcCA is named, but can't be had
 	resources int32
 	gateways  []string
+	pools     []rdv.HostPool // all of the workspace, whether or not a resource names them
 
 	// Set by applyCertificates.
 	certificatesIssued bool
@@ -88,9 +89,18 @@ func (r *workspaceReconciler) setup(mgr ctrl.Manager) error {
 		Owns(&networkingv1.NetworkPolicy{}, builder.OnlyMetadata).
 		Watches(&corev1.Secret{}, byLabel(rdv.LabelWorkspace), builder.OnlyMetadata).
 		Watches(&rdv.HostPool{}, byField(c, indexHostPool, workspaces, name), builder.WithPredicates(predicate.GenerationChangedPredicate{})).
+		Watches(&rdv.HostPool{}, ofWorkspace(), builder.WithPredicates(predicate.GenerationChangedPredicate{})).
 		Watches(&rdv.Gateway{}, inNamespace(c, workspaces), builder.WithPredicates(specOrLabels())).
 		WatchesRawSource(source.Channel(r.discovery.events, &handler.TypedEnqueueRequestForObject[*rdv.Workspace]{}))
 	return r.watchIssuers(controller, c, workspaces).Complete(r)
+}
+
+// ofWorkspace wakes the Workspace that a HostPool belongs to.
+func ofWorkspace() handler.EventHandler {
+	return handler.EnqueueRequestsFromMapFunc(func(_ context.Context, o client.Object) []ctrl.Request {
+		pool := o.(*rdv.HostPool)
+		return []ctrl.Request{{NamespacedName: client.ObjectKey{Namespace: pool.Namespace, Name: pool.Spec.WorkspaceRef.Name}}}
+	})
 }
 
 // specOrLabels lets changes of status pass unseen.
@@ -157,6 +167,11 @@ func (r *workspaceReconciler) gather(ctx context.Context, s *workspaceScope) err
 		}
 		s.refs.addProblem(problem)
 	}
+	pools := &rdv.HostPoolList{}
+	if err := r.Client.List(ctx, pools, client.InNamespace(ws.Namespace), client.MatchingFields{indexWorkspace: ws.Name}); err != nil {
+		return fmt.Errorf("list HostPools: %w", err)
+	}
+	s.pools = pools.Items
 	return r.gatherGateways(ctx, s)
 }
 
@@ -253,7 +268,7 @@ func (r *workspaceReconciler) applyAccess(ctx context.Context, s *workspaceScope
 		return err
 	}
 	return r.applyAll(ctx, &s.pass, ws,
-		render.BrokerServiceAccount(ws), render.BrokerRole(ws), render.BrokerRoleBinding(ws),
+		render.BrokerScope(ws, s.pools), render.BrokerServiceAccount(ws), render.BrokerRole(ws), render.BrokerRoleBinding(ws),
 		render.BrokerService(ws), render.BusService(ws), render.BrokerPeersService(ws), render.BrokerSessionsService(ws),
 		render.BrokerDisruptionBudget(ws))
 }

@@ -302,6 +302,42 @@ func TestForeignObjectIsLeftAlone(t *testing.T) {
 	w.is(t, &rdv.Workspace{}, ns, "demo", rdv.ConditionReferencesResolved, metav1.ConditionTrue, rdv.ReasonReady, "")
 }
 
+// cert-manager overwrites a Secret that a Certificate names, whoever made it.
+func TestForeignSecretIsLeftAlone(t *testing.T) {
+	w, ns := start(t)
+	w.issuer(t, ns)
+	foreign := map[string]*corev1.Secret{}
+	for _, name := range []string{"demo-signing", "gw-tls"} {
+		foreign[name] = &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: ns, Name: name}, StringData: map[string]string{"password": "somebody's"}}
+		w.create(t, foreign[name])
+	}
+	// What cert-manager made for a Certificate that was deleted since is that Certificate's again.
+	w.create(t, &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: ns, Name: "demo-tls", Annotations: map[string]string{certmanager.CertificateNameKey: "demo-tls"}}})
+	w.create(t, newWorkspace(ns, ns), newGateway(ns, ns))
+	w.is(t, &rdv.Workspace{}, ns, "demo", rdv.ConditionReferencesResolved, metav1.ConditionFalse, rdv.ReasonConflict,
+		`Secret "demo-signing" exists and is not managed by this operator, and Certificate "demo-signing" would overwrite it: delete the Secret`)
+	w.is(t, &rdv.Gateway{}, ns, "gw", rdv.ConditionReferencesResolved, metav1.ConditionFalse, rdv.ReasonConflict, `Secret "gw-tls" exists`)
+	appears(t, w, ns, "demo-tls", &certmanager.Certificate{})
+	appears(t, w, ns, "demo-operator-identity", &certmanager.Certificate{}) // the rest goes on
+	w.settled(t, ns)
+	for name, secret := range foreign {
+		if err := w.Get(t.Context(), client.ObjectKey{Namespace: ns, Name: name}, &certmanager.Certificate{}); !apierrors.IsNotFound(err) {
+			t.Errorf("Certificate %s was made: %v", name, err)
+		}
+		if got := read(t, w, ns, name, &corev1.Secret{}); got.ResourceVersion != secret.ResourceVersion {
+			t.Errorf("the foreign Secret %s was written: %+v", name, got)
+		}
+		if err := w.Delete(t.Context(), secret); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.poke(t, &rdv.Workspace{}, ns, "demo") // or after a minute
+	w.poke(t, &rdv.Gateway{}, ns, "gw")
+	w.is(t, &rdv.Workspace{}, ns, "demo", rdv.ConditionReferencesResolved, metav1.ConditionTrue, rdv.ReasonReady, "")
+	appears(t, w, ns, "demo-signing", &certmanager.Certificate{})
+	appears(t, w, ns, "gw-tls", &certmanager.Certificate{})
+}
+
 func TestRefusedChildShows(t *testing.T) {
 	w, ns := start(t)
 	readyWorkspace(t, w, ns)

@@ -44,6 +44,9 @@ func LoadRecords(path string) (*Records, error) {
 	if err == nil {
 		err = json.Unmarshal(data, &r.accounts)
 	}
+	if err == nil && r.accounts == nil { // null
+		err = errors.New("it holds no list")
+	}
 	if err != nil {
 		return nil, fmt.Errorf("%s says whose accounts are whose on this host, and can't be read: %w", path, err)
 	}

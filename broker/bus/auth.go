@@ -36,6 +36,7 @@ type client struct {
 	key    string    // its certificate's, as identity.KeyFingerprint
 	issued time.Time // its certificate
 	since  time.Time
+	picked bool // a gateway's permissions are those of one that the workspace has
 }
 
 func newAuthenticator(o Options) *authenticator {
@@ -73,8 +74,13 @@ func (a *authenticator) Check(c server.ClientAuthentication) bool {
 		err = a.o.Admit(id, key, leaf.NotBefore)
 	}
 	var p wirebus.Permissions
+	picked := true
 	if err == nil {
 		p, err = wirebus.PermissionsFor(id)
+		if picked = a.picked(id); !picked {
+			p = wirebus.UnpickedPermissions(id)
+			a.o.Log.Warn("gateway hears only which sessions to end: the workspace does not pick it", "gateway", id.Gateway, "remote", c.RemoteAddress())
+		}
 	}
 	if err != nil {
 		a.o.Log.Warn("connection refused", "remote", remote.String(), "error", err)
@@ -89,12 +95,12 @@ func (a *authenticator) Check(c server.ClientAuthentication) bool {
 		// A connection lives no longer than the certificate that opened it; its owner comes back with a renewed one.
 		ConnectionDeadline: leaf.NotAfter,
 	})
-	if !a.came(c.GetID(), client{id, key, leaf.NotBefore, time.Now()}) {
+	if !a.came(c.GetID(), client{id, key, leaf.NotBefore, time.Now(), picked}) {
 		a.o.Log.Warn("connection refused", "remote", remote.String(), "error", fmt.Errorf("%s has too many connections already", id))
 		return false
 	}
 	// Who was put out since Admit was asked above may have been missed by a Recheck meanwhile.
-	if err := a.o.Admit(id, key, leaf.NotBefore); err != nil {
+	if err := a.o.Admit(id, key, leaf.NotBefore); err != nil || a.picked(id) != picked {
 		a.o.Log.Warn("connection refused", "remote", remote.String(), "error", err)
 		a.gone(c.GetID())
 		return false
@@ -103,6 +109,11 @@ func (a *authenticator) Check(c server.ClientAuthentication) bool {
 		d.Vouch()
 	}
 	return true
+}
+
+// picked says whether an identity has all that its role may; all but gateways do.
+func (a *authenticator) picked(id identity.ID) bool {
+	return id.Role != identity.RoleGateway || a.o.Picked(id.Gateway)
 }
 
 func (a *authenticator) checkInProcess(c server.ClientAuthentication) bool {

@@ -83,7 +83,10 @@ type Options struct {
 	// Admit has a further say on who may connect, by a certificate over the key with this fingerprint
 	// (identity.KeyFingerprint), issued when. See Recheck. It must not block. Nil admits all.
 	Admit func(id identity.ID, key string, issued time.Time) error
-	Log   *slog.Logger
+	// Picked says whether the workspace has a gateway: the others' connections have wirebus.UnpickedPermissions. See Recheck.
+	// It must not block. Nil picks all.
+	Picked func(gateway string) bool
+	Log    *slog.Logger
 }
 
 // Server is one replica of the bus.
@@ -112,6 +115,9 @@ func Start(ctx context.Context, o Options) (*Server, error) {
 	}
 	if o.Presence == nil {
 		o.Presence = func(identity.ID, uint64, bool) {}
+	}
+	if o.Picked == nil {
+		o.Picked = func(string) bool { return true }
 	}
 	if o.Admit == nil {
 		o.Admit = func(identity.ID, string, time.Time) error { return nil }
@@ -384,10 +390,15 @@ func (s *Server) disconnect(conn uint64) {
 // newer one.
 func (s *Server) DisplaceOlder(id identity.ID, at time.Time) { s.auth.displaceOlder(id, at) }
 
-// Recheck asks Admit about everybody again, and ends the connections of those whom it does not admit any more.
+// Recheck asks Admit about everybody again, and ends the connections of those whom it does not admit any more, and of gateways
+// that may say more, or less, than when they came: they come again.
 func (s *Server) Recheck() {
 	for conn, c := range s.auth.present() {
-		if err := s.o.Admit(c.id, c.key, c.issued); err != nil {
+		err := s.o.Admit(c.id, c.key, c.issued)
+		if picked := s.auth.picked(c.id); err == nil && picked != c.picked {
+			err = fmt.Errorf("gateway %s: picked by the workspace is %t now", c.id.Gateway, picked)
+		}
+		if err != nil {
 			s.o.Log.Info("connection ended", "identity", c.id.String(), "error", err)
 			// It reads no more once it is closed.
 			time.AfterFunc(toldBefore, func() { s.disconnect(conn) })

@@ -445,6 +445,74 @@ func TestAdmit(t *testing.T) {
 	}
 }
 
+// A gateway that the workspace doesn't pick hears which sessions to end, may be refused connects, and no more.
+func TestUnpickedGateway(t *testing.T) {
+	ca := testca.New(t, "ca")
+	var picked atomic.Bool
+	s := start(t, ca, Options{Picked: func(g string) bool { return picked.Load() && g == "gw" }})
+	broker := own(t, s)
+	for _, subject := range []string{wirebus.SubjectConnect, wirebus.SubjectGateways} {
+		echo(t, broker, subject)
+	}
+	heard := make(chan *nats.Msg, 16)
+	if _, err := broker.ChanSubscribe("rdv.*.>", heard); err != nil {
+		t.Fatal(err)
+	}
+	agent := mustDial(t, s, ca, agentA)
+	violations := make(chan error, 16)
+	nc := mustDial(t, s, ca, gateway, nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { violations <- err }))
+	for _, subject := range []string{wirebus.SubjectGateways, wirebus.GatewayReportSubject("gw", "pod"), wirebus.TraceSubject(gateway)} {
+		if err := nc.PublishRequest(subject, wirebus.InboxPrefix(gateway)+".x", []byte("{}")); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case err := <-violations:
+			if !errors.Is(err, nats.ErrPermissionViolation) {
+				t.Errorf("%s: %v", subject, err)
+			}
+		case <-time.After(patience):
+			t.Fatalf("%s was taken", subject)
+		}
+	}
+	if m, err := nc.Request(wirebus.SubjectConnect, []byte("x"), patience); err != nil || string(m.Data) != "x" {
+		t.Errorf("nobody says why it gets no connect: %v", err)
+	}
+	end, err := nc.SubscribeSync(wirebus.GatewayEndSubject("gw", "pod"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	nc.Flush()
+	broker.Publish(wirebus.GatewayEndSubject("gw", "pod"), []byte("end"))
+	if _, err := end.NextMsg(patience); err != nil {
+		t.Errorf("it isn't told to end a session: %v", err)
+	}
+	broker.Flush()
+	for n := len(heard); n > 0; n-- {
+		if m := <-heard; m.Subject != wirebus.GatewayEndSubject("gw", "pod") {
+			t.Errorf("%q came through on %s", m.Data, m.Subject)
+		}
+	}
+
+	// Once it is picked it comes again, with all that gateways may; and the other way round.
+	s.Recheck()
+	if err := nc.Flush(); err != nil {
+		t.Fatalf("nothing has changed: %v", err)
+	}
+	picked.Store(true)
+	s.Recheck()
+	eventually(t, "the connection with few rights ends", nc.IsClosed)
+	nc = mustDial(t, s, ca, gateway)
+	if _, err := nc.Request(wirebus.SubjectGateways, []byte("x"), patience); err != nil {
+		t.Errorf("once it is picked: %v", err)
+	}
+	picked.Store(false)
+	s.Recheck()
+	eventually(t, "the connection with all rights ends", nc.IsClosed)
+	if err := agent.Flush(); err != nil {
+		t.Errorf("an agent was dropped: %v", err)
+	}
+}
+
 func TestRenewedCertificateAndCA(t *testing.T) {
 	oldCA, newCA := testca.New(t, "old"), testca.New(t, "new")
 	dir := oldCA.Dir(oldCA.Issue(testca.IdentitySpec(identity.Broker(ns, ws))))

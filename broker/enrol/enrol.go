@@ -43,7 +43,8 @@ const (
 	// Refused tokens that are told why; more are told to come back.
 	unknownPerSecond, unknownBurst = 50, 200
 	// maxEnrolling and maxRenewing bound those that wait for an issuer, apart from each other: however many members renew,
-	// machines enrol. Of one host there is one at a time.
+	// machines enrol. Of one host there is one at a time, and of one pool never more than there are places left: a pool whose
+	// issuer hangs leaves places to all others.
 	maxEnrolling, maxRenewing = 32, 64
 	markTries                 = 5
 	// A pool's token makes so many hosts at once, and so many a second later, at each broker.
@@ -92,9 +93,16 @@ type Service struct {
 
 	mu      sync.Mutex
 	busy    map[string]bool          // hosts that an issuer works for
+	waiting map[inLine]int           // places of enrolling and renewing that a pool has
 	makers  map[string]*rate.Limiter // by pool
 	changes map[string]change        // by host
 	arrived map[string]string        // next keys that hosts came with, until that is recorded
+}
+
+// inLine is a pool in enrolling or renewing.
+type inLine struct {
+	places chan struct{}
+	pool   string
 }
 
 // New makes a Service.
@@ -111,7 +119,7 @@ func New(o Options) *Service {
 	return &Service{
 		o: o, unknown: rate.NewLimiter(unknownPerSecond, unknownBurst),
 		enrolling: make(chan struct{}, maxEnrolling), renewing: make(chan struct{}, maxRenewing), due: make(chan struct{}, 1), elsewhere: seenElsewhere,
-		busy: map[string]bool{}, makers: map[string]*rate.Limiter{}, changes: map[string]change{}, arrived: map[string]string{},
+		busy: map[string]bool{}, waiting: map[inLine]int{}, makers: map[string]*rate.Limiter{}, changes: map[string]change{}, arrived: map[string]string{},
 	}
 }
 
@@ -230,7 +238,7 @@ func (s *Service) Enroll(ctx context.Context, r brokerapi.EnrollRequest) (res br
 	if err := s.admit(ctx, g, r.Host, key); err != nil {
 		return res, err
 	}
-	certs, err := s.sign(ctx, s.enrolling, requests)
+	certs, err := s.sign(ctx, inLine{s.enrolling, g.pool.Name}, requests)
 	if err != nil {
 		return res, err
 	}
@@ -421,14 +429,33 @@ func (s *Service) requests(pool *model.Pool, id identity.ID, clientCSR, rdpCSR s
 	return rs, key, nil
 }
 
-// sign has the issuers sign, both at a time, where working has a place.
-func (s *Service) sign(ctx context.Context, working chan struct{}, rs [2]*model.CertificateRequest) (brokerapi.Certificates, error) {
-	select {
-	case working <- struct{}{}:
-		defer func() { <-working }()
-	default:
-		return brokerapi.Certificates{}, refusal.New(refusal.IssuerAway, "Too many machines wait for certificates: try again in a few seconds.")
+// place takes one of the places that there are for a pool's machines, and gives what gives it back; ok is false where the pool
+// has as many as are left for all.
+func (s *Service) place(l inLine) (leave func(), ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.waiting[l] >= cap(l.places)-len(l.places) {
+		return nil, false
 	}
+	l.places <- struct{}{} // there is one, and mu is held
+	s.waiting[l]++
+	return func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		<-l.places
+		if s.waiting[l]--; s.waiting[l] == 0 {
+			delete(s.waiting, l)
+		}
+	}, true
+}
+
+// sign has the issuers sign, both at a time, where there is a place.
+func (s *Service) sign(ctx context.Context, l inLine, rs [2]*model.CertificateRequest) (brokerapi.Certificates, error) {
+	leave, ok := s.place(l)
+	if !ok {
+		return brokerapi.Certificates{}, refusal.New(refusal.IssuerAway, "Too many machines of HostPool %s wait for certificates: try again in a few seconds.", l.pool)
+	}
+	defer leave()
 	var chains [2][]byte
 	work, ctx := errgroup.WithContext(ctx)
 	for i, r := range rs {
@@ -531,7 +558,7 @@ func (s *Service) Renew(ctx context.Context, id identity.ID, r brokerapi.RenewRe
 		return certs, err
 	}
 	enrolled := host.Enrolment
-	if certs, err = s.sign(ctx, s.renewing, requests); err != nil {
+	if certs, err = s.sign(ctx, inLine{s.renewing, id.Pool}, requests); err != nil {
 		return certs, err
 	}
 	err = s.record(ctx, id.Host, func(h *model.Host) (model.Enrolment, error) {

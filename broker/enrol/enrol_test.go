@@ -49,7 +49,7 @@ type fixture struct {
 	hostToken, hostHash string
 }
 
-func setUp(t *testing.T) *fixture {
+func setUp(t testing.TB) *fixture {
 	f := &fixture{}
 	f.poolToken, f.poolHash = newToken("machines", "-")
 	f.hostToken, f.hostHash = newToken("linux", "linux-1")
@@ -77,7 +77,7 @@ func setUp(t *testing.T) *fixture {
 	return f
 }
 
-func makeCSR(t *testing.T, key crypto.Signer, tmpl x509.CertificateRequest) string {
+func makeCSR(t testing.TB, key crypto.Signer, tmpl x509.CertificateRequest) string {
 	t.Helper()
 	if key == nil {
 		var err error
@@ -92,7 +92,7 @@ func makeCSR(t *testing.T, key crypto.Signer, tmpl x509.CertificateRequest) stri
 	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}))
 }
 
-func clientCSR(t *testing.T, pool, host string) string {
+func clientCSR(t testing.TB, pool, host string) string {
 	return makeCSR(t, nil, x509.CertificateRequest{URIs: []*url.URL{identity.Agent(ns, ws, pool, host).URI()}})
 }
 

@@ -9,12 +9,14 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"rendezvous.dev/rendezvous/broker/model"
 	"rendezvous.dev/rendezvous/wire/brokerapi"
+	"rendezvous.dev/rendezvous/wire/config"
 	"rendezvous.dev/rendezvous/wire/identity"
 	"rendezvous.dev/rendezvous/wire/refusal"
 )
@@ -550,6 +552,97 @@ func TestRenewalsLeaveIssuersToOthers(t *testing.T) {
 	}
 }
 
+// A pool whose issuer gives no answer keeps its own machines waiting, and nobody else's, whether they enrol or renew.
+func TestPoolsShareIssuing(t *testing.T) {
+	f := setUp(t)
+	pools := []string{"linux", "windows", "kiosk"} // whose issuers hang
+	f.world.Edit(func(s *model.Snapshot) {
+		for _, name := range append(pools, "honest") {
+			s.Pools[name] = &model.Pool{Name: name, RDPIssuer: &config.Issuer{Name: name, Kind: "ClusterIssuer"}}
+		}
+	})
+	block, sign := make(chan struct{}), f.world.Signer
+	asked := make(chan string, 1000)
+	f.world.Signer = func(r model.CertificateRequest) ([]byte, error) {
+		if slices.Contains(pools, r.Issuer.Name) {
+			asked <- r.Issuer.Name
+			<-block
+		}
+		return sign(r)
+	}
+	member := func(pool string, n int) (host string) { // with a token of its own, and enrolled before
+		host = fmt.Sprint(pool, "-m", n)
+		f.world.EditHost(host, func(h *model.Host) {
+			h.Pool, h.UID = pool, "u"
+			h.Enrolment = model.Enrolment{TokenHash: "t", Key: "k", HostUID: "u"}
+		})
+		return host
+	}
+	renew := func(pool, host string) error {
+		_, err := f.Renew(t.Context(), identity.Agent(ns, ws, pool, host), brokerapi.RenewRequest{RDPCSR: rdpCSR(t, pool, host)})
+		return err
+	}
+	done, waiting := make(chan error), 0
+	for _, pool := range pools {
+		refused := 0
+		for n := range maxRenewing {
+			host := member(pool, n)
+			go func() { done <- renew(pool, host) }()
+			select {
+			case <-asked:
+				waiting++
+			case err := <-done:
+				wantCode(t, err, refusal.IssuerAway)
+				if !strings.Contains(err.Error(), "HostPool "+pool) {
+					t.Error(err)
+				}
+				refused++
+			}
+		}
+		if refused == 0 {
+			t.Errorf("all of pool %s wait", pool)
+		}
+	}
+	if waiting < maxRenewing*3/4 {
+		t.Errorf("%d places of %d are used", waiting, maxRenewing)
+	}
+	if err := renew("honest", member("honest", 0)); err != nil {
+		t.Errorf("another pool's host: %v", err)
+	}
+	// Machines that enrol: the same.
+	machines := 0
+	for _, pool := range pools {
+		for n := range maxEnrolling {
+			host := fmt.Sprint(pool, "-e", n)
+			token, hash := newToken(pool, host)
+			f.world.EditHost(host, func(h *model.Host) {
+				h.Pool, h.UID, h.Registration = pool, "u", model.Registration{TokenHash: hash, Expires: now.Add(time.Hour)}
+			})
+			go func() {
+				_, err := f.Enroll(t.Context(), brokerapi.EnrollRequest{Token: token, Host: host, ClientCSR: clientCSR(t, pool, host), RDPCSR: rdpCSR(t, pool, host)})
+				done <- err
+			}()
+			select {
+			case <-asked:
+				machines++
+			case err := <-done:
+				wantCode(t, err, refusal.IssuerAway)
+			}
+		}
+	}
+	if machines >= maxEnrolling {
+		t.Errorf("%d machines wait", machines)
+	}
+	f.enrol(t, f.poolToken, "honest-1", newMachine(t, "machines", "honest-1"))
+	close(block)
+	for range waiting + machines {
+		<-done
+	}
+	if len(f.enrolling)+len(f.renewing)+len(f.waiting) != 0 {
+		t.Error("places were not given back")
+	}
+}
+
 func TestRenew(t *testing.T) {
 	f := setUp(t)
 	f.enrol(t, f.hostToken, "linux-1", newMachine(t, "linux", "linux-1"))
@@ -581,8 +674,8 @@ func TestRenew(t *testing.T) {
 
 // Whatever is looked up, only the very token is good.
 func FuzzLookUp(f *testing.F) {
-	poolToken, poolHash := newToken("machines", "-")
-	hostToken, hostHash := newToken("linux", "linux-1")
+	poolToken, hostToken := fixedToken("machines", "-"), fixedToken("linux", "linux-1")
+	poolHash, hostHash := tokenHash(poolToken), tokenHash(hostToken)
 	valid := now.Add(time.Hour)
 	s := New(Options{Namespace: ns, Workspace: ws, Now: func() time.Time { return now }, Source: source{&model.Snapshot{
 		Workspace: &model.Workspace{Name: ws},

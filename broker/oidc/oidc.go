@@ -339,19 +339,9 @@ func fetch(ctx context.Context, issuer, ca string) (doc json.RawMessage, set jwk
 	}
 	client := idpurl.Client(issuer, tc) // it keeps no connection: looks are minutes apart
 	client.Timeout = fetchTimeout
-	p, err := gooidc.NewProvider(gooidc.ClientContext(ctx, client), issuer)
+	doc, where, err := idpurl.Discover(ctx, client, issuer)
 	if err != nil {
 		return nil, jwks.Set{}, err
-	}
-	var where idpurl.Endpoints
-	if err := errors.Join(p.Claims(&doc), p.Claims(&where)); err != nil {
-		return nil, jwks.Set{}, err
-	}
-	if err := where.Check(issuer); err != nil {
-		return nil, jwks.Set{}, fmt.Errorf("the discovery document of %s is refused: %w", issuer, err)
-	}
-	if where.JWKS == "" {
-		return nil, jwks.Set{}, fmt.Errorf("the discovery document of %s names no keys (jwks_uri)", issuer)
 	}
 	set, err = jwks.Fetch(ctx, client, where.JWKS)
 	return doc, set, err

@@ -30,14 +30,14 @@ import (
 // idp is an identity provider of one test.
 type idp struct {
 	*httptest.Server
-	t     *testing.T
+	t     testing.TB
 	key   *ecdsa.PrivateKey
 	kid   string
 	away  atomic.Bool
 	asked atomic.Int32
 }
 
-func newIDP(t *testing.T) *idp {
+func newIDP(t testing.TB) *idp {
 	p := &idp{t: t}
 	p.rotate("k1")
 	mux := http.NewServeMux()
@@ -86,7 +86,7 @@ type fixture struct {
 	cfg model.OIDC
 }
 
-func setUp(t *testing.T) *fixture {
+func setUp(t testing.TB) *fixture {
 	f := &fixture{idp: newIDP(t), now: time.Date(2030, 1, 1, 12, 0, 0, 0, time.UTC)}
 	ca := filepath.Join(t.TempDir(), "oidc-ca.crt")
 	if err := os.WriteFile(ca, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: f.idp.Certificate().Raw}), 0o600); err != nil {
@@ -274,6 +274,8 @@ func TestDiscoveryRefused(t *testing.T) {
 		{"token endpoint by http", "/.well-known/openid-configuration", document("token_endpoint", "http://id.example.com/token"), "token_endpoint is"},
 		{"sign-in page of another scheme", "/.well-known/openid-configuration", document("authorization_endpoint", "search-ms:query=x"), "authorization_endpoint is"},
 		{"device endpoint by http", "/.well-known/openid-configuration", document("device_authorization_endpoint", "http://id.example.com/device"), "device_authorization_endpoint is"},
+		{"a page that isn't for the user", "/.well-known/openid-configuration", func(_ *fixture, w http.ResponseWriter) { http.Error(w, "inner secret", http.StatusForbidden) }, "answers 403 Forbidden"},
+		{"keys that aren't for the user", "/keys", func(_ *fixture, w http.ResponseWriter) { http.Error(w, "inner secret", http.StatusForbidden) }, "answers 403 Forbidden"},
 		{"document redirects to http", "/.well-known/openid-configuration", redirect(plain.URL), "which is not https"},
 		{"document redirects without end", "/.well-known/openid-configuration", redirect("/.well-known/openid-configuration"), "redirects more than 3 times"},
 		{"keys redirect to http", "/keys", redirect(plain.URL), "which is not https"},
@@ -296,6 +298,8 @@ func TestDiscoveryRefused(t *testing.T) {
 				t.Error(err)
 			case c.err != "" && (!errors.Is(err, &refusal.Error{Code: refusal.IdentityAway}) || !strings.Contains(err.Error(), c.err)):
 				t.Errorf("got %v, want %s with %q", err, refusal.IdentityAway, c.err)
+			case err != nil && strings.Contains(err.Error(), "inner secret"): // whoever signs in reads it
+				t.Errorf("what the address answers is told: %v", err)
 			}
 		})
 	}

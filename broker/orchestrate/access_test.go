@@ -348,6 +348,9 @@ func TestStandingIsSplit(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if err := nc.Flush(); err != nil { // the subscription comes by another connection than what it is to hear
+		t.Fatal(err)
+	}
 	w.brokers[0].tellStanding("late")
 	for seen := 0; seen < users; {
 		m, err := sub.NextMsg(patience)

@@ -51,12 +51,29 @@ func (l gatewayLoad) connections() int32 { return l.sessions + l.pending + l.onT
 func (r *registry) gatewayReport(k gatewayKey, rep bus.GatewayReport) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if _, known := r.gateways[k]; !known && r.pods(k.gateway) >= maxPods {
+		return
+	}
 	r.gateways[k] = liveGateway{rep, r.now()}
 	for id, j := range r.onTheWay {
 		if j.arrived && j.gateway == k.gateway {
 			delete(r.onTheWay, id)
 		}
 	}
+}
+
+// pods counts the pods of a gateway that were heard of late, and forgets the others; mu is held.
+func (r *registry) pods(gateway string) (n int) {
+	for k, g := range r.gateways {
+		switch {
+		case k.gateway != gateway:
+		case r.now().Sub(g.at) < gatewaySilence:
+			n++
+		default:
+			delete(r.gateways, k)
+		}
+	}
+	return n
 }
 
 // gatewayLoads gives the load of every gateway that is heard of, or expected somebody.

@@ -285,7 +285,7 @@ func (b *Orchestrator) onGatewayReport(_ context.Context, m *nats.Msg) {
 	if len(parts) != 5 || !b.decode(m, &rep) {
 		return
 	}
-	b.live.gatewayReport(gatewayKey{parts[2], parts[3]}, rep)
+	b.live.gatewayReport(gatewayKey{parts[2], parts[3]}, boundedLoad(rep, b.o.Source.Snapshot().Gateways))
 }
 
 // declared finds what is declared of a host, nil where its certificate outlives its object, or names another pool.

@@ -23,8 +23,7 @@ const (
 	// estranged is after which silence a broker counts as gone, with the connections to it. When it is heard again, it is
 	// met anew: reports were missed.
 	estranged = 3 * helloEvery
-	// hostsMessageSize is from which size on a message is full, in bytes: well below the bus's bound, whatever its last
-	// report adds.
+	// hostsMessageSize is what a message holds, in bytes, or else a single report.
 	hostsMessageSize = 256 << 10
 )
 
@@ -107,16 +106,37 @@ func (b *Orchestrator) onHello(_ context.Context, m *nats.Msg) {
 	mine := b.live.mine()
 	b.o.Log.Info("met a broker", "broker", h.Broker, "hosts", len(mine))
 	msg, size := hostsMessage{Broker: b.o.Name}, 0
-	for i, s := range mine {
-		data, err := json.Marshal(s)
+	send := func() {
+		if len(msg.Hosts) > 0 {
+			b.publish(fmt.Sprintf("%s.%s", subjectHosts, h.Broker), msg)
+		}
+		msg.Hosts, size = nil, 0
+	}
+	for _, s := range mine {
+		data, err := s.encode()
 		if err != nil {
 			b.o.Log.Error("can't introduce a host", "pool", s.Report.Pool, "host", s.Report.Host, "error", err)
 			continue
 		}
+		if size+len(data) > hostsMessageSize {
+			send()
+		}
 		msg.Hosts, size = append(msg.Hosts, data), size+len(data)
-		if size >= hostsMessageSize || i == len(mine)-1 {
-			b.publish(fmt.Sprintf("%s.%s", subjectHosts, h.Broker), msg)
-			msg.Hosts, size = nil, 0
+	}
+	send()
+}
+
+// encode gives at most maxIntroduced bytes: the sessions that have no room are told as places that are taken, and whose
+// they are by the host's next report.
+func (s hostSeen) encode() ([]byte, error) {
+	for named := len(s.Report.Sessions); ; named /= 2 {
+		for i := range s.Report.Sessions[named:] {
+			told := &s.Report.Sessions[named+i]
+			*told = anonymous(told)
+		}
+		data, err := json.Marshal(s)
+		if err != nil || len(data) <= maxIntroduced || named == 0 {
+			return data, err
 		}
 	}
 }

@@ -98,7 +98,7 @@ func (r *registry) host(k hostKey) *liveHost {
 
 // report takes in an agent's report. A late one, of this life of the agent or the one before, is dropped.
 func (r *registry) report(k hostKey, rep bus.HostReport) bool {
-	rep.Sessions = rep.Sessions[:min(len(rep.Sessions), maxReported)]
+	rep = bounded(rep)
 	proofs := r.check(k, rep.Sessions)
 	r.mu.Lock()
 	defer r.mu.Unlock()

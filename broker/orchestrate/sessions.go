@@ -18,8 +18,6 @@ import (
 // the user there (broker/proof). A session without a proof for this host and user is nobody's.
 
 const (
-	// maxReported bounds the sessions of one report; a pool allows 1,000 on a host. Further ones don't count.
-	maxReported = 2000
 	// A host may show this many new proofs at once, and so many a second later: as many as sessions that begin, and far
 	// more than need be. Those beyond are looked at with a later report.
 	proofBurst, proofsPerSecond = 1100, 20
@@ -119,7 +117,8 @@ func (h *liveHost) checkedReport() bus.HostReport {
 	r.Sessions = slices.Clone(r.Sessions)
 	for i := range r.Sessions {
 		s := &r.Sessions[i]
-		told := bus.HostSession{State: s.State, Since: s.Since, Assumed: s.Assumed, Gateway: s.Gateway, Instance: s.Instance}
+		told := anonymous(s)
+		told.Gateway, told.Instance = s.Gateway, s.Instance
 		if p := h.proofs.good[s.Proof]; p != nil && h.proofs.of(s, p.HostUID) == p {
 			told.SessionID, told.ActivityID, told.Proof = s.SessionID, s.ActivityID, s.Proof
 			told.User, told.Resource, told.Account = p.User, p.Resource, p.Account

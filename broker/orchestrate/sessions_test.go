@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"testing"
@@ -16,6 +17,7 @@ import (
 	"rendezvous.dev/rendezvous/wire/brokerapi"
 	"rendezvous.dev/rendezvous/wire/bus"
 	"rendezvous.dev/rendezvous/wire/identity"
+	"rendezvous.dev/rendezvous/wire/refusal"
 	"rendezvous.dev/rendezvous/wire/ticket"
 )
 
@@ -246,11 +248,13 @@ func TestPeersAreToldCheckedFacts(t *testing.T) {
 		{User: "alice", SessionID: "s1", State: bus.SessionActive, Proof: raw, Resource: "lies", Account: "root", Gateway: "lies", Instance: "lies"},
 		{User: "bob", SessionID: "s2", State: bus.SessionActive, Proof: raw, Resource: "lies", Account: "bob", ActivityID: "lies"},
 		{User: "carol", State: bus.SessionDisconnected, Assumed: true},
+		{User: "mallory", State: bus.SessionActive, Proof: raw}, // which is alice's
 	}})
 	want := []bus.HostSession{
 		{User: "alice", SessionID: "s1", State: bus.SessionActive, Proof: raw, Resource: "desk", Gateway: "gw", Instance: "i"},
 		{State: bus.SessionActive},
 		{State: bus.SessionDisconnected, Assumed: true},
+		{State: bus.SessionActive},
 	}
 	if got := r.mine()[0].Report.Sessions; !slices.Equal(got, want) {
 		t.Errorf("told %+v, want %+v", got, want)
@@ -267,6 +271,18 @@ func TestIntroductionsAreSplit(t *testing.T) {
 		b.live.presence(k, "broker-0/1", true, true)
 		b.live.report(k, bus.HostReport{Pool: "pool", Host: k.host, Boot: "1", Sequence: 1, Message: strings.Repeat("m", 60<<10)})
 	}
+	w.fake.EditHost("huge", func(h *model.Host) { h.Pool = "pool" })
+	// One has sessions whose proofs alone fill a message of the bus, and text that grows on the wire.
+	huge := bus.HostReport{Pool: "pool", Host: "huge", Boot: "1", Sequence: 1, Message: strings.Repeat("<", 1<<20), AgentVersion: strings.Repeat("<", 1<<19)}
+	for i := range maxReported {
+		session := fmt.Sprint("s", i)
+		huge.Sessions = append(huge.Sessions, bus.HostSession{User: "alice", SessionID: session, State: bus.SessionActive, Gateway: "gw", ActivityID: strings.Repeat("<", maxName),
+			Proof: w.proof("pool", "huge", "alice", func(c *proof.Claims) {
+				c.SessionID, c.Gateway, c.Instance = session, "gw", strings.Repeat("i", maxName)
+			})})
+	}
+	b.live.presence(hostKey{"pool", "huge"}, "broker-0/1", true, true)
+	b.live.report(hostKey{"pool", "huge"}, huge)
 	nc, err := w.servers[0].Connect()
 	if err != nil {
 		t.Fatal(err)
@@ -280,15 +296,78 @@ func TestIntroductionsAreSplit(t *testing.T) {
 	if err := nc.Publish(subjectHello, data); err != nil {
 		t.Fatal(err)
 	}
-	for seen := 0; seen < hosts; {
+	var told *bus.HostReport
+	for seen := 0; seen <= hosts; {
 		m, err := sub.NextMsg(patience)
 		if err != nil {
 			t.Fatalf("%v after %d hosts", err, seen)
 		}
 		var msg hostsMessage
-		if err := json.Unmarshal(m.Data, &msg); err != nil || len(m.Data) > 2*hostsMessageSize {
-			t.Fatalf("%d bytes: %v", len(m.Data), err)
+		if err := json.Unmarshal(m.Data, &msg); err != nil || len(m.Data) > maxIntroduced+1024 || len(msg.Hosts) > 1 && len(m.Data) > hostsMessageSize+1024 {
+			t.Fatalf("%d bytes of %d hosts: %v", len(m.Data), len(msg.Hosts), err)
+		}
+		for _, data := range msg.Hosts {
+			var s hostSeen
+			if err := json.Unmarshal(data, &s); err != nil {
+				t.Fatal(err)
+			}
+			if s.Report.Host == "huge" {
+				told = &s.Report
+			}
 		}
 		seen += len(msg.Hosts)
+	}
+	// Every place that is taken is told; whose the last are will be told by the host.
+	if told == nil || len(told.Sessions) != maxReported || told.Sessions[0].User != "alice" || told.Sessions[maxReported-1] != (bus.HostSession{State: bus.SessionActive}) {
+		t.Errorf("told of the huge one: %d sessions", len(told.Sessions))
+	}
+}
+
+// Texts that hosts and gateways make up are held to a length before anything keeps them.
+func TestReportsAreBounded(t *testing.T) {
+	now := time.Unix(1_900_000_000, 0)
+	r, k, prove, _ := testRegistry(t, &now)
+	long := strings.Repeat("x", 1<<20)
+	raw := prove("alice", "s1")
+	r.report(k, bus.HostReport{
+		Boot: "1", Sequence: 1, AgentVersion: "v1\x1b[2J" + long, OS: long, Message: long, CertificateFingerprint: long, CertificateNotAfter: long,
+		LoginsRefused: map[string]uint64{"shared": 1, long: 1},
+		Sessions: []bus.HostSession{
+			{User: "alice", SessionID: "s1", State: bus.SessionActive, Proof: raw, Account: "alice"},
+			{User: "alice", SessionID: "s1", State: bus.SessionActive, Proof: raw, Account: long},
+			{User: "alice", SessionID: "s1", State: bus.SessionActive, Proof: raw, ActivityID: long},
+			{User: "alice", SessionID: "s1", State: bus.SessionActive, Proof: long},
+			{User: long, State: bus.SessionDisconnected},
+			{User: "bob", State: long},
+		},
+	})
+	got, _ := r.live(k, time.Hour)
+	if data, err := json.Marshal(got.report); err != nil || len(data) > 8<<10 {
+		t.Errorf("%d bytes are kept: %v", len(data), err)
+	}
+	if !strings.HasPrefix(got.report.AgentVersion, "v1 [2J") || len(got.report.Message) != refusal.MaxMessage || !maps.Equal(got.report.LoginsRefused, map[string]uint64{"shared": 1}) {
+		t.Errorf("kept: %q %d %v", got.report.AgentVersion[:10], len(got.report.Message), got.report.LoginsRefused)
+	}
+	for i, s := range reported(r, k, "uid") {
+		if want := map[bool]string{true: "alice"}[i == 0]; s.User != want || s.Disconnected != (i == 4) {
+			t.Errorf("session %d: %+v, want it to be %q's", i, s, want)
+		}
+	}
+
+	load := boundedLoad(bus.GatewayReport{Latencies: map[string]int64{"gw": 7, long: 1, "old": 2}}, []*model.Gateway{{Name: "gw"}, {Name: "silent"}})
+	if !maps.Equal(load.Latencies, map[string]int64{"gw": 7}) {
+		t.Errorf("latencies: %d", len(load.Latencies))
+	}
+	for i := range 2 * maxPods {
+		r.gatewayReport(gatewayKey{"gw", fmt.Sprint(i)}, bus.GatewayReport{Sessions: 1})
+	}
+	r.gatewayReport(gatewayKey{"gw", "0"}, bus.GatewayReport{Sessions: 2})
+	if loads := r.gatewayLoads(); loads["gw"].sessions != maxPods+1 {
+		t.Errorf("a gateway counts %d sessions by pods that it makes up", loads["gw"].sessions)
+	}
+	now = now.Add(gatewaySilence)
+	r.gatewayReport(gatewayKey{"gw", "new"}, bus.GatewayReport{Sessions: 3})
+	if loads := r.gatewayLoads(); loads["gw"].sessions != 3 || len(r.gateways) != 1 {
+		t.Errorf("pods that went keep new ones out: %+v", loads)
 	}
 }

@@ -83,7 +83,7 @@ func (l lapsed) SignedIn(user string, _ time.Time, groups []string, _ bool) []st
 }
 
 type fixture struct {
-	t       *testing.T
+	t       testing.TB
 	lapsed  lapsed
 	handler http.Handler
 	world   *fake.World
@@ -97,7 +97,7 @@ type fixture struct {
 	metrics *prometheus.Registry
 }
 
-func setUp(t *testing.T) *fixture {
+func setUp(t testing.TB) *fixture {
 	f := &fixture{t: t, metrics: prometheus.NewRegistry(), lapsed: lapsed{}, traces: traces.New(), load: map[string]int32{"a": 5, "b": 2, "c": 0}, people: people{"alice": {"engineers", "x"}, "bob": nil, "carol": nil, "dave": nil}}
 	f.token = "rdvreg.ns.linux.-." + base64.RawURLEncoding.EncodeToString(make([]byte, 32))
 	hash := sha256.Sum256([]byte(f.token))

@@ -338,8 +338,8 @@ func serviceCommandLine(fs *pflag.FlagSet) ([]string, error) {
 
 func versionCommand() *cobra.Command {
 	return &cobra.Command{
-		Use: "version", Short: "Print the agent's version", Args: cobra.NoArgs,
-		Run: func(c *cobra.Command, _ []string) { fmt.Fprintln(c.OutOrStdout(), version.String(linked)) },
+		Use: "version", Short: "Print the agent's version, and the Go release that built it", Args: cobra.NoArgs,
+		Run: func(c *cobra.Command, _ []string) { fmt.Fprintln(c.OutOrStdout(), version.Line(linked)) },
 	}
 }
 

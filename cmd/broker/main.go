@@ -20,7 +20,11 @@ import (
 	"rendezvous.dev/rendezvous/broker"
 	"rendezvous.dev/rendezvous/broker/inventory"
 	"rendezvous.dev/rendezvous/wire/config"
+	"rendezvous.dev/rendezvous/wire/version"
 )
+
+// linked is the version, set by the linker.
+var linked = ""
 
 func main() {
 	if err := run(); err != nil {
@@ -34,9 +38,11 @@ func run() error {
 	metricsAddr := flag.String("metrics-addr", fmt.Sprintf(":%d", config.PortMetrics), "address of /metrics, /healthz and /readyz")
 	level := slog.LevelInfo
 	flag.TextVar(&level, "log-level", level, "debug, info, warn or error")
+	version.AddFlag(flag.CommandLine, linked)
 	flag.Parse()
 	log := slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
 	slog.SetDefault(log)
+	log.Info("starting", "version", version.Line(linked))
 	klog.SetSlogLogger(log)
 	ctrllog.SetLogger(logr.FromSlogHandler(log.Handler()))
 

@@ -23,7 +23,11 @@ import (
 	"rendezvous.dev/rendezvous/wire/admission"
 	"rendezvous.dev/rendezvous/wire/config"
 	"rendezvous.dev/rendezvous/wire/door"
+	"rendezvous.dev/rendezvous/wire/version"
 )
+
+// linked is the version, set by the linker.
+var linked = ""
 
 func main() {
 	if err := run(); err != nil {
@@ -41,9 +45,11 @@ func run() error {
 	peerPort := flag.Uint("peer-port", config.PortPublic, "port of the other relays of this gateway")
 	level := slog.LevelInfo
 	flag.TextVar(&level, "log-level", level, "debug, info, warn or error")
+	version.AddFlag(flag.CommandLine, linked)
 	flag.Parse()
 	log := slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
 	slog.SetDefault(log)
+	log.Info("starting", "version", version.Line(linked))
 	if os.Getenv("GOMAXPROCS") == "" {
 		runtime.GOMAXPROCS(1) // it carries no bytes, and one core is good for 2,000 connects a second: a second would only be woken and put to sleep
 	}

@@ -58,7 +58,7 @@ type plugin struct {
 func command(out io.Writer) *cobra.Command {
 	p := &plugin{out: out, rules: clientcmd.NewDefaultClientConfigLoadingRules()}
 	root := &cobra.Command{
-		Use: "kubectl-rdv", Short: "Act on live sessions, and check manifests", SilenceUsage: true, SilenceErrors: true, Version: version.String(linked),
+		Use: "kubectl-rdv", Short: "Act on live sessions, and check manifests", SilenceUsage: true, SilenceErrors: true, Version: version.Line(linked),
 		Long: "Act on live sessions. `kubectl get sessions` lists them, with -w, -o wide, -l and --field-selector user=NAME.",
 	}
 	fs := root.PersistentFlags()

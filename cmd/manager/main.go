@@ -22,7 +22,11 @@ import (
 
 	"rendezvous.dev/rendezvous/controllers"
 	"rendezvous.dev/rendezvous/controllers/render"
+	"rendezvous.dev/rendezvous/wire/version"
 )
+
+// linked is the version, set by the linker.
+var linked = ""
 
 func main() {
 	if err := run(); err != nil {
@@ -49,6 +53,7 @@ func run() error {
 	flag.StringVar(&images.RelayImage, "relay-image", env("RELATED_IMAGE_RELAY", "rendezvous/relay:dev"), "image of gateways' relay sidecar")
 	flag.StringVar(&images.AgentImage, "agent-image", env("RELATED_IMAGE_AGENT", "rendezvous/agent:dev"), "image of session hosts' agent sidecar")
 	flag.StringVar(&images.ClusterDomain, "cluster-domain", "cluster.local", "domain that ends the cluster's DNS names")
+	version.AddFlag(flag.CommandLine, linked)
 	images.OperatorNamespace = os.Getenv("POD_NAMESPACE")
 	var clusterNetworks []netip.Prefix
 	flag.Func("cluster-cidr", "addresses of the cluster that neither its nodes nor its ServiceCIDRs tell, such as the pods' with some networks: desktops are kept off them; may be repeated", func(text string) error {
@@ -68,6 +73,7 @@ func run() error {
 	logger := slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
 	slog.SetDefault(logger)
 	ctrl.SetLogger(logr.FromSlogHandler(logger.Handler()))
+	logger.Info("starting", "version", version.Line(linked))
 	klog.SetLogger(logr.FromSlogHandler(logger.Handler()))
 
 	namespaces, err := controllers.Namespaces(*watched)

@@ -206,8 +206,8 @@ func sessionsCommand(c *client.Client) *cobra.Command {
 
 func versionCommand() *cobra.Command {
 	return &cobra.Command{
-		Use: "version", Short: "Print rdv's version", Args: cobra.NoArgs,
-		Run: func(c *cobra.Command, _ []string) { fmt.Fprintln(c.OutOrStdout(), version.String(linked)) },
+		Use: "version", Short: "Print rdv's version, and the Go release that built it", Args: cobra.NoArgs,
+		Run: func(c *cobra.Command, _ []string) { fmt.Fprintln(c.OutOrStdout(), version.Line(linked)) },
 	}
 }
 

@@ -27,10 +27,14 @@ import (
 	"rendezvous.dev/rendezvous/wire/config"
 	"rendezvous.dev/rendezvous/wire/door"
 	"rendezvous.dev/rendezvous/wire/mtls"
+	"rendezvous.dev/rendezvous/wire/version"
 )
 
 // admissionPatience is how long a client waits for a gateway container that is being replaced or has died.
 const admissionPatience = 3 * time.Second
+
+// linked is the version, set by the linker.
+var linked = ""
 
 func main() {
 	if err := run(); err != nil {
@@ -49,9 +53,11 @@ func run() error {
 	profile := flag.Bool("pprof", false, "serve Go's profiles at /debug/pprof/ beside the metrics")
 	level := slog.LevelInfo
 	flag.TextVar(&level, "log-level", level, "debug, info, warn or error")
+	version.AddFlag(flag.CommandLine, linked)
 	flag.Parse()
 	log := slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
 	slog.SetDefault(log)
+	log.Info("starting", "version", version.Line(linked))
 	defer runtime.KeepAlive(make([]byte, ballast))
 	if !*profile {
 		runtime.MemProfileRate = 0

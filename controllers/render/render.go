@@ -49,6 +49,7 @@ func (o Options) serviceNames(namespace, service string) []string {
 // Components, in the label rendezvous.dev/component.
 const (
 	componentBroker      = "broker"
+	componentBrokerScope = "broker-scope" // config/policy picks by it
 	componentGateway     = "gateway"
 	componentSessionHost = "sessionhost"
 )

@@ -163,6 +163,7 @@ func TestGolden(t *testing.T) {
 		"workspace-signing-certificate-name": SigningCertificate(exposed),
 		"workspace-configmap":                must[*corev1.ConfigMap](t)(options.BrokerConfigMap(ws, "")),
 		"workspace-configmap-exposed":        must[*corev1.ConfigMap](t)(options.BrokerConfigMap(exposed, "PEM")),
+		"workspace-scope":                    BrokerScope(ws, []rdv.HostPool{*linux}),
 		"workspace-serviceaccount":           BrokerServiceAccount(ws),
 		"workspace-role":                     BrokerRole(ws),
 		"workspace-rolebinding":              BrokerRoleBinding(ws),

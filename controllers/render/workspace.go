@@ -2,6 +2,7 @@ package render
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -213,6 +214,31 @@ func (o Options) BrokerConfigMap(ws *rdv.Workspace, oidcCA string) (*corev1.Conf
 		more["oidc-ca.crt"] = oidcCA
 	}
 	return configMap(ws.Namespace, WorkspaceBroker(ws.Name), workspaceLabels(ws, componentBroker), o.brokerConfig(ws), more)
+}
+
+// BrokerScope is what the workspace's brokers may write to and have certificates signed by, for the admission policies of
+// config/policy, which know no more of a request than who makes it: the names of the workspace's pools, and its issuers as
+// GROUP/KIND/NAME.
+func BrokerScope(ws *rdv.Workspace, pools []rdv.HostPool) *corev1.ConfigMap {
+	issuers, names := []string{issuerPath(InternalIssuer(ws))}, []string{}
+	for _, pool := range pools {
+		names = append(names, pool.Name)
+		if c := pool.Spec.RDPCertificate; c != nil {
+			issuers = append(issuers, issuerPath(c.IssuerRef))
+		}
+	}
+	slices.Sort(names)
+	slices.Sort(issuers)
+	return &corev1.ConfigMap{
+		TypeMeta:   typeMeta("v1", "ConfigMap"),
+		ObjectMeta: meta(ws.Namespace, WorkspaceBroker(ws.Name)+"-scope", workspaceLabels(ws, componentBrokerScope)),
+		Data:       map[string]string{"hostPools": strings.Join(names, ","), "issuers": strings.Join(slices.Compact(issuers), ",")},
+	}
+}
+
+func issuerPath(ref rdv.IssuerReference) string {
+	full := issuerRef(ref)
+	return full.Group + "/" + full.Kind + "/" + full.Name
 }
 
 func (o Options) brokerConfig(ws *rdv.Workspace) config.Broker {

@@ -15,6 +15,8 @@ for module in . hack hack/cluster hack/cluster/dex hack/cluster/netpol hack/clus
 done
 GOOS=windows go vet ./agent/... ./cmd/agent ./client/... ./cmd/rdv
 
+hack/lint/vulncheck.sh
+
 # Generated files: what `make generate` makes must be what is committed or staged.
 before=$(git ls-files -s -- api config docs/api.md wire/admission && git diff -- api config docs/api.md wire/admission | sha256sum)
 make --no-print-directory generate

@@ -49,10 +49,7 @@ var valid = regexp.MustCompile(`^[a-z_][a-z0-9_.-]*$`)
 // have the name, and quotes the value.
 func Name(value string) (string, error) {
 	refuse := func(why string) (string, error) {
-		if len(value) > 4*MaxLength {
-			value = strings.ToValidUTF8(value[:4*MaxLength], "") + "…"
-		}
-		return "", fmt.Errorf("%q can't become an account: %s", value, why)
+		return "", fmt.Errorf("%q can't become an account: %s", shown(value), why)
 	}
 	for _, r := range value {
 		switch {
@@ -80,6 +77,14 @@ func Name(value string) (string, error) {
 		return refuse(err.Error())
 	}
 	return name, nil
+}
+
+// shown is a name as errors quote it.
+func shown(name string) string {
+	if len(name) > 4*MaxLength {
+		return strings.ToValidUTF8(name[:4*MaxLength], "") + "…"
+	}
+	return name
 }
 
 // safe spells a text in the letters that names may have.
@@ -111,9 +116,9 @@ func CheckName(name string) error {
 	case name == "":
 		return errors.New("the name is empty")
 	case len(name) > MaxLength:
-		return fmt.Errorf("%q has %d characters, and an account's name has at most %d", name, len(name), MaxLength)
+		return fmt.Errorf("%q has %d characters, and an account's name has at most %d", shown(name), len(name), MaxLength)
 	case !valid.MatchString(name):
-		return fmt.Errorf("%q is not a valid account name: use a-z, 0-9, '_', '.' and '-', beginning with a letter", name)
+		return fmt.Errorf("%q is not a valid account name: use a-z, 0-9, '_', '.' and '-', beginning with a letter", shown(name))
 	case slices.Contains(reserved, name) || strings.HasPrefix(name, "systemd-") || strings.HasPrefix(name, "_"):
 		return fmt.Errorf("%q is a name that systems use for themselves", name)
 	}

@@ -129,6 +129,15 @@ func PermissionsFor(id identity.ID) (Permissions, error) {
 	return Permissions{}, fmt.Errorf("bus: a certificate of role %q has no place on the bus", id.Role)
 }
 
+// UnpickedPermissions is what a gateway may that its workspace does not pick (any more), or that is being deleted: hear which
+// of its sessions to end, for those go on, and be refused connects with the reason. It learns and says nothing else.
+func UnpickedPermissions(id identity.ID) Permissions {
+	return Permissions{
+		Publish:   []string{SubjectConnect, SubjectEntry},
+		Subscribe: []string{fmt.Sprintf("rdv.gateway.%s.*.end", id.Gateway), InboxPrefix(id) + ".>"},
+	}
+}
+
 // ConnectRequest asks the brokers to orchestrate one connect.
 type ConnectRequest struct {
 	ActivityID string `json:"activityId"`

@@ -2,7 +2,7 @@
 // discovery document (OpenID Connect Discovery 1.0) comes from outside, and what it names is sent secrets, opened in the
 // user's browser, or asked for from inside the cluster's network.
 //
-//	an address       https, without user and fragment; http only where issuer and address are both loopback
+//	an address       https, without user and fragment, of at most 2 KiB; http only where issuer and address are both loopback
 //	a redirect       at most MaxRedirects, of GET only, from https to https
 package idpurl
 
@@ -19,8 +19,12 @@ import (
 // MaxRedirects bounds how often one request is sent elsewhere.
 const MaxRedirects = 3
 
-// maxShown bounds an address in an error, in bytes: errors become conditions.
-const maxShown = 200
+const (
+	// maxAddress bounds an address, in bytes.
+	maxAddress = 2048
+	// maxShown bounds an address in an error, in bytes: errors become conditions.
+	maxShown = 200
+)
 
 // Endpoints are the addresses in a discovery document that anything of ours visits.
 type Endpoints struct {
@@ -54,15 +58,12 @@ func check(name, address, issuer string) error {
 		return nil
 	}
 	u, err := url.Parse(address)
-	if err == nil && u.Host != "" && u.User == nil && u.Fragment == "" {
+	if err == nil && len(address) <= maxAddress && u.Host != "" && u.User == nil && u.Fragment == "" {
 		if u.Scheme == "https" || u.Scheme == "http" && isLoopback(u.Hostname()) && issuerIsLoopback(issuer) {
 			return nil
 		}
 	}
-	if len(address) > maxShown {
-		address = address[:maxShown] + "..."
-	}
-	return fmt.Errorf("%s is %q: it must be an https:// URL without user and fragment", name, address)
+	return fmt.Errorf("%s is %q: it must be an https:// URL without user and fragment, of at most %d bytes", name, shown(address), maxAddress)
 }
 
 func issuerIsLoopback(issuer string) bool {

@@ -14,6 +14,8 @@ import (
 	"strings"
 
 	"github.com/go-jose/go-jose/v4"
+
+	"rendezvous.dev/rendezvous/wire/idpurl"
 )
 
 const (
@@ -44,7 +46,7 @@ func Fetch(ctx context.Context, client *http.Client, address string) (Set, error
 	}
 	defer res.Body.Close()
 	if res.StatusCode != http.StatusOK {
-		return Set{}, fmt.Errorf("%s answers %s", address, res.Status)
+		return Set{}, fmt.Errorf("%s answers %s", address, idpurl.Status(res))
 	}
 	data, err := io.ReadAll(io.LimitReader(res.Body, maxDocument))
 	if err != nil {

@@ -141,13 +141,17 @@ func Received(e *Error, instead Code) *Error {
 	if !codes[code] {
 		code = instead
 	}
-	// Cut first, so that a long message costs no more than a short one.
-	message := strings.ToValidUTF8(e.Message[:min(len(e.Message), MaxMessage)], "")
-	message = strings.Map(func(r rune) rune {
+	return &Error{Code: code, Message: Line(e.Message, MaxMessage)}
+}
+
+// Line is a text that another process sent as one printable line of at most so many bytes.
+func Line(text string, most int) string {
+	// Cut first, so that a long text costs no more than a short one. What is cut may have been the rest of a letter.
+	text = strings.ToValidUTF8(text[:min(len(text), most)], "")
+	return strings.Map(func(r rune) rune {
 		if unicode.IsPrint(r) {
 			return r
 		}
 		return ' '
-	}, message)
-	return &Error{Code: code, Message: message}
+	}, text)
 }
