@@ -141,7 +141,16 @@ func TestValidation(t *testing.T) {
 			h.Spec.Template, h.Spec.Autoscaling = &runtime.RawExtension{Raw: []byte(`{"spec":{"containers":[{"name":"desktop"}]}}`)}, &a
 		})
 	}
+	served := func(s rdv.Service) client.Object { return gw(func(g *rdv.Gateway) { g.Spec.Service = s }) }
+	onBus := func(s rdv.Service) client.Object {
+		return ws(func(w *rdv.Workspace) { w.Spec.Broker.Bus.Service = s })
+	}
+	behind := func(networks ...rdv.Network) client.Object {
+		return served(rdv.Service{ProxyProtocol: &rdv.ProxyProtocol{Networks: networks}})
+	}
+	const balancer, nodes = corev1.ServiceTypeLoadBalancer, corev1.ServiceTypeNodePort
 	const (
+		badNetwork     = "write the network as ADDRESS/BITS with no bit set beyond BITS, such as 10.0.0.0/8 or 2001:db8::/32; a single address ends in /32 or /128"
 		badHostname    = "hostname must be a DNS name in lower case, without scheme, port or path"
 		badName        = "metadata.name must be a DNS label of at most 40 characters: it becomes part of other names"
 		badHostName    = "metadata.name must be a DNS label of at most 52 characters: it becomes part of other names"
@@ -152,6 +161,40 @@ func TestValidation(t *testing.T) {
 		ownProperty    = "gateway*, full address, signature, signscope, pcb, loadbalanceinfo and password properties are set by Rendezvous"
 	)
 	rows := []row{
+		{"service: all of a load balancer", served(rdv.Service{Type: balancer, LoadBalancerClass: new("service.k8s.aws/nlb"), LoadBalancerSourceRanges: []rdv.Network{"203.0.113.0/24", "2001:db8::/32"},
+			ExternalTrafficPolicy: "Local", HealthCheckNodePort: new(int32(30999)), NodePorts: []rdv.NodePort{{Name: "https", NodePort: 30443}}, AllocateLoadBalancerNodePorts: new(true),
+			IPFamilyPolicy: new(corev1.IPFamilyPolicyPreferDualStack), IPFamilies: []corev1.IPFamily{"IPv6", "IPv4"}, ProxyProtocol: &rdv.ProxyProtocol{Networks: []rdv.Network{"10.0.0.0/8", "2001:db8::/32", "192.0.2.7/32"}}}), ""},
+		{"service: node ports", onBus(rdv.Service{Type: nodes, ExternalTrafficPolicy: "Local", NodePorts: []rdv.NodePort{{Name: "nats", NodePort: 30422}, {Name: "wss", NodePort: 30443}}}), ""},
+		{"service: one family", served(rdv.Service{IPFamilies: []corev1.IPFamily{"IPv6"}}), ""},
+		{"service: dual where there is", served(rdv.Service{IPFamilyPolicy: new(corev1.IPFamilyPolicyPreferDualStack)}), ""},
+		{"service: class without load balancer", served(rdv.Service{LoadBalancerClass: new("x")}), "loadBalancerClass needs type: LoadBalancer"},
+		{"service: ranges without load balancer", served(rdv.Service{Type: nodes, LoadBalancerSourceRanges: []rdv.Network{"10.0.0.0/8"}}), "loadBalancerSourceRanges needs type: LoadBalancer"},
+		{"service: a range that is an address", served(rdv.Service{Type: balancer, LoadBalancerSourceRanges: []rdv.Network{"10.0.0.1"}}), badNetwork},
+		{"service: no ranges", served(rdv.Service{Type: balancer, LoadBalancerSourceRanges: []rdv.Network{}}), ""},
+		{"service: allocation without load balancer", served(rdv.Service{Type: nodes, AllocateLoadBalancerNodePorts: new(false)}), "allocateLoadBalancerNodePorts needs type: LoadBalancer"},
+		{"service: policy inside the cluster", served(rdv.Service{ExternalTrafficPolicy: "Local"}), "externalTrafficPolicy needs type: NodePort or LoadBalancer"},
+		{"service: another policy", served(rdv.Service{Type: balancer, ExternalTrafficPolicy: "local"}), "supported values: \"Cluster\", \"Local\""},
+		{"service: node ports inside the cluster", served(rdv.Service{Type: corev1.ServiceTypeClusterIP, NodePorts: []rdv.NodePort{{Name: "https", NodePort: 30443}}}), "nodePorts needs type: NodePort or LoadBalancer"},
+		{"service: a node port of a port that isn't there", served(rdv.Service{Type: nodes, NodePorts: []rdv.NodePort{{Name: "http", NodePort: 30443}}}), "a Gateway's Service has one port: name it https in nodePorts"},
+		{"service: a node port of the feed", ws(func(w *rdv.Workspace) {
+			w.Spec.Broker.Service = rdv.Service{Type: nodes, NodePorts: []rdv.NodePort{{Name: "wss", NodePort: 30443}}}
+		}), "the Service of feed and enrolment has one port: name it https in nodePorts"},
+		{"service: a node port of the bus", onBus(rdv.Service{Type: nodes, NodePorts: []rdv.NodePort{{Name: "https", NodePort: 30443}}}), "the bus's Service has the ports nats and wss: name these in nodePorts"},
+		{"service: the same node port twice", onBus(rdv.Service{Type: nodes, NodePorts: []rdv.NodePort{{Name: "nats", NodePort: 30443}, {Name: "wss", NodePort: 30443}}}), "nodePorts must differ from each other"},
+		{"service: node port 0", onBus(rdv.Service{Type: nodes, NodePorts: []rdv.NodePort{{Name: "nats"}}}), "should be greater than or equal to 1"},
+		{"service: health check of no local policy", served(rdv.Service{Type: balancer, HealthCheckNodePort: new(int32(30999))}), "healthCheckNodePort needs type: LoadBalancer and externalTrafficPolicy: Local"},
+		{"service: health check on the node port", served(rdv.Service{Type: balancer, ExternalTrafficPolicy: "Local", HealthCheckNodePort: new(int32(30443)), NodePorts: []rdv.NodePort{{Name: "https", NodePort: 30443}}}), "healthCheckNodePort must differ from nodePorts"},
+		{"service: two families, no policy", served(rdv.Service{IPFamilies: []corev1.IPFamily{"IPv4", "IPv6"}}), "two ipFamilies need ipFamilyPolicy: PreferDualStack or RequireDualStack"},
+		{"service: two families, one stack", served(rdv.Service{IPFamilyPolicy: new(corev1.IPFamilyPolicySingleStack), IPFamilies: []corev1.IPFamily{"IPv4", "IPv6"}}), "two ipFamilies need ipFamilyPolicy: PreferDualStack or RequireDualStack"},
+		{"service: one family twice", served(rdv.Service{IPFamilyPolicy: new(corev1.IPFamilyPolicyPreferDualStack), IPFamilies: []corev1.IPFamily{"IPv4", "IPv4"}}), "ipFamilies must differ from each other"},
+		{"service: a family that isn't one", served(rdv.Service{IPFamilies: []corev1.IPFamily{"ipv4"}}), "ipFamilies are IPv4 and IPv6"},
+		{"service: PROXY protocol from nowhere", behind(), "spec.service.proxyProtocol.networks"},
+		{"service: PROXY protocol from everywhere", behind("10.0.0.0/8", "0.0.0.0/0"), "a network of all addresses would let every client claim any address"},
+		{"service: PROXY protocol from everywhere, IPv6", behind("::/0"), "a network of all addresses would let every client claim any address"},
+		{"service: PROXY protocol from an address", behind("10.0.0.1"), badNetwork},
+		{"service: PROXY protocol from a host's network", behind("10.0.0.1/8"), badNetwork},
+		{"service: PROXY protocol from a name", behind("lb.example.test/32"), badNetwork},
+		{"service: PROXY protocol twice from one network", behind("10.0.0.0/8", "10.0.0.0/8"), "Duplicate value"},
 		{"workspace: least", workspace(), ""},
 		{"workspace: a disabled user", revoking(rdv.Revocation{User: "alice@example.test", Reason: "left the company"}), ""},
 		{"workspace: a user as of a time", revoking(rdv.Revocation{User: "alice@example.test", Before: &metav1.Time{Time: time.Unix(1_900_000_000, 0)}}), ""},

@@ -162,17 +162,49 @@ func service(namespace, name string, labels, selector map[string]string, exposed
 		TypeMeta:   typeMeta("v1", "Service"),
 		ObjectMeta: meta(namespace, name, labels),
 		Spec: corev1.ServiceSpec{
-			Type:              exposed.Type,
-			Selector:          selector,
-			Ports:             ports,
-			LoadBalancerClass: exposed.LoadBalancerClass,
+			Type:                          exposed.Type,
+			Selector:                      selector,
+			Ports:                         ports,
+			LoadBalancerClass:             exposed.LoadBalancerClass,
+			ExternalTrafficPolicy:         exposed.ExternalTrafficPolicy,
+			HealthCheckNodePort:           or(exposed.HealthCheckNodePort, 0),
+			AllocateLoadBalancerNodePorts: exposed.AllocateLoadBalancerNodePorts,
+			IPFamilyPolicy:                exposed.IPFamilyPolicy,
+			IPFamilies:                    exposed.IPFamilies,
 		},
 	}
 	if s.Spec.Type == "" {
 		s.Spec.Type = corev1.ServiceTypeClusterIP
 	}
+	for _, network := range exposed.LoadBalancerSourceRanges {
+		s.Spec.LoadBalancerSourceRanges = append(s.Spec.LoadBalancerSourceRanges, string(network))
+	}
+	for _, fixed := range exposed.NodePorts {
+		for i := range s.Spec.Ports {
+			if s.Spec.Ports[i].Name == fixed.Name {
+				s.Spec.Ports[i].NodePort = fixed.NodePort
+			}
+		}
+	}
 	s.Annotations = exposed.Annotations
 	return s
+}
+
+// callers says what a pod behind an exposed Service can know of who calls.
+func callers(exposed rdv.Service) (c config.Callers) {
+	if p := exposed.ProxyProtocol; p != nil {
+		for _, network := range p.Networks {
+			c.ProxyNetworks = append(c.ProxyNetworks, string(network))
+		}
+	}
+	c.AddressesHidden = exposedByNodes(exposed) && c.ProxyNetworks == nil
+	return c
+}
+
+// exposedByNodes says that a Service's connections from outside may come with a node's address in place of the client's.
+func exposedByNodes(exposed rdv.Service) bool {
+	return exposed.ExternalTrafficPolicy != corev1.ServiceExternalTrafficPolicyLocal &&
+		(exposed.Type == corev1.ServiceTypeNodePort || exposed.Type == corev1.ServiceTypeLoadBalancer)
 }
 
 // headless is a Service for finding each pod, ready or not: peers meet before they serve, and a pod that drains still

@@ -126,6 +126,18 @@ func TestGolden(t *testing.T) {
 	bySessions := gateway(func(gw *rdv.Gateway) {
 		gw.Spec.Autoscaling = &rdv.Autoscaling{MaxReplicas: 6, TargetSessionsPerPod: new(int32(2000)), TargetCPUUtilizationPercentage: new(int32(60))}
 	})
+	// Behind load balancers with everything that a Service can be told.
+	balanced := rdv.Service{Type: corev1.ServiceTypeLoadBalancer, Annotations: map[string]string{"service.beta.kubernetes.io/aws-load-balancer-proxy-protocol": "*"},
+		LoadBalancerClass: new("service.k8s.aws/nlb"), LoadBalancerSourceRanges: []rdv.Network{"203.0.113.0/24", "2001:db8::/32"},
+		ExternalTrafficPolicy: corev1.ServiceExternalTrafficPolicyLocal, HealthCheckNodePort: new(int32(30999)), NodePorts: []rdv.NodePort{{Name: "https", NodePort: 30443}},
+		AllocateLoadBalancerNodePorts: new(true), IPFamilyPolicy: new(corev1.IPFamilyPolicyPreferDualStack), IPFamilies: []corev1.IPFamily{corev1.IPv6Protocol, corev1.IPv4Protocol},
+		ProxyProtocol: &rdv.ProxyProtocol{Networks: []rdv.Network{"10.0.0.0/16", "2001:db8:1::/48"}}}
+	behind := gateway(func(gw *rdv.Gateway) { gw.Spec.Service = balanced })
+	wsBehind := workspace(func(ws *rdv.Workspace) {
+		ws.Spec.Broker.Service = balanced
+		ws.Spec.Broker.Bus = rdv.BusExposure{Hostname: "bus.example.test", Service: rdv.Service{Type: corev1.ServiceTypeNodePort,
+			NodePorts: []rdv.NodePort{{Name: "wss", NodePort: 30444}, {Name: "nats", NodePort: 30422}}, ProxyProtocol: &rdv.ProxyProtocol{Networks: []rdv.Network{"10.0.0.0/16"}}}}
+	})
 	both := []*rdv.Workspace{ws, second}
 	linux := pool(desktopTemplate)
 	signedIn := pool(desktopTemplate)
@@ -156,6 +168,11 @@ func TestGolden(t *testing.T) {
 		"workspace-rolebinding":              BrokerRoleBinding(ws),
 		"workspace-deployment":               must[*appsv1.Deployment](t)(options.BrokerDeployment(ws)),
 		"workspace-deployment-exposed":       must[*appsv1.Deployment](t)(options.BrokerDeployment(exposed)),
+		"workspace-configmap-balanced":       must[*corev1.ConfigMap](t)(options.BrokerConfigMap(wsBehind, "")),
+		"workspace-service-balanced":         BrokerService(wsBehind),
+		"workspace-bus-service-balanced":     BusService(wsBehind),
+		"gateway-service-balanced":           GatewayService(behind),
+		"gateway-relay-balanced":             must[*corev1.ConfigMap](t)(RelayConfigMap(behind)),
 		"workspace-service":                  BrokerService(ws),
 		"workspace-service-exposed":          BrokerService(exposed),
 		"workspace-bus-service":              BusService(ws),
@@ -422,5 +439,32 @@ func TestCommonName(t *testing.T) {
 		if got := commonName(host); (got == host) != want || !want && got != "" {
 			t.Errorf("%d characters: %q", length, got)
 		}
+	}
+}
+
+// TestCallers says when clients' addresses tell them apart.
+func TestCallers(t *testing.T) {
+	networks := &rdv.ProxyProtocol{Networks: []rdv.Network{"10.0.0.0/16"}}
+	const cluster, local = corev1.ServiceExternalTrafficPolicyCluster, corev1.ServiceExternalTrafficPolicyLocal
+	for name, c := range map[string]struct {
+		service rdv.Service
+		hidden  bool
+	}{
+		"nothing said":                           {rdv.Service{}, false},
+		"inside the cluster":                     {rdv.Service{Type: corev1.ServiceTypeClusterIP}, false},
+		"node ports":                             {rdv.Service{Type: corev1.ServiceTypeNodePort}, true},
+		"a load balancer":                        {rdv.Service{Type: corev1.ServiceTypeLoadBalancer, ExternalTrafficPolicy: cluster}, true},
+		"a load balancer, local":                 {rdv.Service{Type: corev1.ServiceTypeLoadBalancer, ExternalTrafficPolicy: local}, false},
+		"node ports, local":                      {rdv.Service{Type: corev1.ServiceTypeNodePort, ExternalTrafficPolicy: local}, false},
+		"a load balancer that says who it is":    {rdv.Service{Type: corev1.ServiceTypeLoadBalancer, ProxyProtocol: networks}, false},
+		"one of our own, before node ports":      {rdv.Service{Type: corev1.ServiceTypeNodePort, ProxyProtocol: networks}, false},
+		"one in the cluster that says who it is": {rdv.Service{ProxyProtocol: networks}, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got := callers(c.service)
+			if got.AddressesHidden != c.hidden || (got.ProxyNetworks == nil) != (c.service.ProxyProtocol == nil) {
+				t.Errorf("got %+v", got)
+			}
+		})
 	}
 }

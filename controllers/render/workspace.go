@@ -224,6 +224,8 @@ func (o Options) brokerConfig(ws *rdv.Workspace) config.Broker {
 		BusURLs:        o.busURLs(ws),
 		PeersHost:      o.serviceHost(ws.Namespace, workspacePeers(ws.Name)),
 		InternalIssuer: config.Issuer{Name: issuer.Name, Kind: issuer.Kind, Group: issuer.Group},
+		Feed:           callers(ws.Spec.Broker.Service),
+		Bus:            callers(ws.Spec.Broker.Bus.Service),
 	}
 }
 
