@@ -188,6 +188,43 @@ func TestDeletedInAnyOrder(t *testing.T) {
 	}
 }
 
+// A deletion that orphans takes nothing from anybody: what was made stays, and an object of the same name takes it up.
+func TestOrphaningDeletionWaitsForNobody(t *testing.T) {
+	w, ns := start(t)
+	readyWorkspace(t, w, ns)
+	w.issue(t, ns, "gw-tls")
+	w.issue(t, ns, "gw.demo.identity")
+	pod := poolWithPod(t, w, ns)
+	d := appears(t, w, ns, "gw", &appsv1.Deployment{})
+	w.create(t, &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Namespace: ns, Name: "gw-1", Labels: d.Spec.Template.Labels},
+		Spec:       corev1.PodSpec{Containers: []corev1.Container{{Name: "gateway", Image: "x"}}},
+	})
+	w.report(t, ns, "linux-0", true, 1, false)
+	for name, obj := range map[string]client.Object{"demo": &rdv.Workspace{}, "gw": &rdv.Gateway{}, "linux": &rdv.HostPool{}} {
+		if err := w.Delete(t.Context(), read(t, w, ns, name, obj), client.PropagationPolicy(metav1.DeletePropagationOrphan)); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, func() error { // the garbage collector's finalizer alone is left
+			if err := w.Get(t.Context(), client.ObjectKey{Namespace: ns, Name: name}, obj); err != nil || !slices.Equal(obj.GetFinalizers(), []string{metav1.FinalizerOrphanDependents}) {
+				return fmt.Errorf("%s has finalizers %q, %v", name, obj.GetFinalizers(), err)
+			}
+			return nil
+		})
+		w.patch(t, obj, ns, name, `{"metadata":{"finalizers":null}}`)
+	}
+	w.settled(t, ns)
+	if now := read(t, w, ns, "linux-0", &corev1.Pod{}); now.UID != pod.UID || now.DeletionTimestamp != nil {
+		t.Error("the host's pod is gone")
+	}
+	if now := read(t, w, ns, "gw", &appsv1.Deployment{}); now.UID != d.UID || now.DeletionTimestamp != nil {
+		t.Error("the gateway's Deployment is gone")
+	}
+	if now := read(t, w, ns, "linux-0", &rdv.SessionHost{}); now.DeletionTimestamp != nil {
+		t.Error("the pool's host is deleted")
+	}
+}
+
 func TestDeletedNamespaceDoesNotHang(t *testing.T) {
 	w, ns := start(t)
 	readyWorkspace(t, w, ns)
