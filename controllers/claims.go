@@ -41,6 +41,15 @@ func (b *base) podTemplate(ctx context.Context, pool *rdv.HostPool) (template *c
 			faults = append(faults, render.SecretRefused(secrets[name], name))
 		}
 	}
+	if name := render.TemplateServiceAccount(template); name != "" {
+		account, err := getOrNil(ctx, b.Client, pool.Namespace, name, metadataOf(corev1.SchemeGroupVersion.WithKind("ServiceAccount")))
+		if err != nil {
+			return nil, nil, err
+		}
+		if account != nil && account.Labels[rdv.LabelManagedBy] == rdv.ManagedBy {
+			faults = append(faults, render.ServiceAccountRefused(name))
+		}
+	}
 	claims := render.TemplateClaims(template)
 	for _, name := range slices.Sorted(maps.Keys(claims)) {
 		claim, err := getOrNil(ctx, b.Client, pool.Namespace, name, metadataOf(claimKind))

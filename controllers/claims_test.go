@@ -187,7 +187,10 @@ func TestTemplatesOwnParts(t *testing.T) {
 	w.is(t, &rdv.HostPool{}, ns, "linux", rdv.ConditionReferencesResolved, metav1.ConditionFalse, rdv.ReasonPodInvalid,
 		`spec.template.spec.volumes[keys].secret: Secret "demo-tickets" holds keys of a workspace, a gateway or a host`)
 	w.is(t, &rdv.SessionHost{}, ns, "linux-0", rdv.ConditionReferencesResolved, metav1.ConditionFalse, rdv.ReasonPodInvalid, `"demo-tickets" holds keys`)
-	w.patch(t, &rdv.HostPool{}, ns, "linux", `{"spec":{"template":{"spec":{"volumes":null,"shareProcessNamespace":true,"hostIPC":true}}}}`)
+	w.patch(t, &rdv.HostPool{}, ns, "linux", `{"spec":{"template":{"spec":{"volumes":null,"serviceAccountName":"demo-broker"}}}}`)
+	w.is(t, &rdv.HostPool{}, ns, "linux", rdv.ConditionReferencesResolved, metav1.ConditionFalse, rdv.ReasonPodInvalid,
+		`ServiceAccount "demo-broker" is a workspace's brokers'`)
+	w.patch(t, &rdv.HostPool{}, ns, "linux", `{"spec":{"template":{"spec":{"serviceAccountName":null,"shareProcessNamespace":true,"hostIPC":true}}}}`)
 	w.is(t, &rdv.HostPool{}, ns, "linux", rdv.ConditionReferencesResolved, metav1.ConditionFalse, rdv.ReasonPodInvalid,
 		"shareProcessNamespace: must not be true, for a desktop would reach the agent's process and its key; leave it out")
 }

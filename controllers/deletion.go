@@ -68,18 +68,19 @@ type departure struct {
 	orphan string // why nobody counts its sessions, where that is so
 }
 
-// depart decides about an object that is being deleted: go says that its finalizer may be taken off, message what is waited
-// for.
-func (b *base) depart(ctx context.Context, obj client.Object, d departure) (gone bool, message string, next time.Duration, err error) {
+// depart decides about an object that is being deleted: unless why is plan.Waits, its finalizer may be taken off. message says
+// what is waited for.
+func (b *base) depart(ctx context.Context, obj client.Object, d departure) (why plan.Cause, message string, next time.Duration, err error) {
 	d.Since = obj.GetDeletionTimestamp().Time
+	d.Orphans = d.Orphans || slices.Contains(obj.GetFinalizers(), metav1.FinalizerOrphanDependents)
 	d.Skip = d.Skip || skipsDrain(obj)
 	if !d.Skip {
 		if d.NamespaceGoing, err = b.namespaceGoing(ctx, obj.GetNamespace()); err != nil {
-			return false, "", 0, err
+			return plan.Waits, "", 0, err
 		}
 	}
 	d.Uncounted = d.orphan != ""
-	why, next := plan.Depart(d.Departure, b.now())
+	why, next = plan.Depart(d.Departure, b.now())
 	lost := func(reason, because string) {
 		if d.Sessions > 0 {
 			b.events.Eventf(obj, nil, corev1.EventTypeWarning, reason, actionDrain, "deleted with %s: %s", d.what, because)
@@ -96,7 +97,7 @@ func (b *base) depart(ctx context.Context, obj client.Object, d departure) (gone
 		if d.Sessions == 0 {
 			message = "is being deleted: waits for word that no new session begins"
 		}
-		return false, message, next, nil
+		return why, message, next, nil
 	case plan.WasSkipped:
 		lost(eventDrainSkipped, "annotation "+rdv.AnnotationSkipDrain)
 	case plan.WasDeadline:
@@ -104,7 +105,7 @@ func (b *base) depart(ctx context.Context, obj client.Object, d departure) (gone
 	case plan.WasUncounted:
 		lost(eventDrainUncounted, d.orphan)
 	}
-	return true, "", 0, nil
+	return why, "", 0, nil
 }
 
 // skipsDrain says whether an object's annotation asks not to wait for its sessions.
@@ -258,11 +259,11 @@ func (r *workspaceReconciler) leave(ctx context.Context, ws *rdv.Workspace) (ctr
 	}
 	d := departure{kind: "workspace", Departure: plan.Departure{Deadline: drainDeadline(ws.Spec.DrainDeadlineSeconds)}}
 	d.Sessions, d.what, d.Settled = onHosts(hosts, r.now())
-	gone, message, next, err := r.depart(ctx, ws, d)
+	why, message, next, err := r.depart(ctx, ws, d)
 	switch {
 	case err != nil:
 		return ctrl.Result{}, err
-	case gone:
+	case why != plan.Waits:
 		return ctrl.Result{}, r.release(ctx, ws)
 	}
 	r.tellDraining(ws, ws.Status.Conditions, message)
@@ -293,11 +294,11 @@ func (r *hostPoolReconciler) leave(ctx context.Context, pool *rdv.HostPool) (ctr
 	}
 	d := departure{kind: "hostpool", Departure: plan.Departure{Deadline: drainDeadline(pool.Spec.DrainDeadlineSeconds)}}
 	d.Sessions, d.what, d.Settled = onHosts(hosts, r.now())
-	gone, message, next, err := r.depart(ctx, pool, d)
+	why, message, next, err := r.depart(ctx, pool, d)
 	switch {
 	case err != nil:
 		return ctrl.Result{}, err
-	case gone:
+	case why != plan.Waits:
 		return ctrl.Result{}, r.release(ctx, pool)
 	}
 	for i := range hosts {
@@ -343,19 +344,21 @@ func (r *sessionHostReconciler) leave(ctx context.Context, host *rdv.SessionHost
 	agent := host.Status.Agent
 	d.what = count(int(d.Sessions), "session")
 	d.Settled = agent == nil || agent.Connected && agent.DrainAcknowledged && (host.Spec.Retiring || agent.AcknowledgedGeneration == host.Generation)
-	gone, message, next, err := r.depart(ctx, host, d)
+	why, message, next, err := r.depart(ctx, host, d)
 	if err != nil {
 		return ctrl.Result{}, err
 	}
-	if gone {
+	if why != plan.Waits {
 		if err := r.recordAssignment(ctx, host); err != nil {
 			return ctrl.Result{}, err
 		}
 		if err := r.leaveClaims(ctx, host, pool); err != nil {
 			return ctrl.Result{}, err
 		}
-		if err := r.deletePodOf(ctx, host); err != nil {
-			return ctrl.Result{}, err
+		if why != plan.WasOrphaning {
+			if err := r.deletePodOf(ctx, host); err != nil {
+				return ctrl.Result{}, err
+			}
 		}
 		return ctrl.Result{}, r.release(ctx, host)
 	}
@@ -404,6 +407,7 @@ func (r *gatewayReconciler) leave(ctx context.Context, gw *rdv.Gateway) (ctrl.Re
 		return ctrl.Result{}, err
 	}
 	d := departure{kind: "gateways.rendezvous.dev", Departure: plan.Departure{Deadline: render.GatewayDrain(gw) + gatewayGoneGrace, Settled: true}}
+	d.Orphans = s.deployment != nil && s.deployment.DeletionTimestamp.IsZero() && !metav1.IsControlledBy(s.deployment, gw)
 	left := slices.Concat(s.pods.serving, s.pods.leaving)
 	var sessions int32
 	for _, p := range left {
@@ -411,11 +415,14 @@ func (r *gatewayReconciler) leave(ctx context.Context, gw *rdv.Gateway) (ctrl.Re
 	}
 	// A pod that is there has its reasons, whatever the brokers have heard.
 	d.Sessions, d.what = int32(len(left)), fmt.Sprintf("%s with %s", count(len(left), "pod"), count(int(sessions), "session"))
-	gone, message, next, err := r.depart(ctx, gw, d)
+	why, message, next, err := r.depart(ctx, gw, d)
 	if err != nil {
 		return ctrl.Result{}, err
 	}
-	if gone {
+	if why == plan.WasOrphaning {
+		return ctrl.Result{}, r.release(ctx, gw)
+	}
+	if why != plan.Waits {
 		for _, p := range left { // who doesn't wait for sessions doesn't wait for their hours of grace either
 			err := r.Client.Delete(ctx, p.Pod, client.GracePeriodSeconds(render.GatewayGraceBeyondDrain), client.Preconditions{UID: new(p.UID)})
 			if err != nil && !apierrors.IsNotFound(err) && !apierrors.IsConflict(err) {

@@ -1,6 +1,7 @@
 package controllers
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"slices"
@@ -187,6 +188,43 @@ func TestDeletedInAnyOrder(t *testing.T) {
 	}
 }
 
+// A deletion that orphans takes nothing from anybody: what was made stays, and an object of the same name takes it up.
+func TestOrphaningDeletionWaitsForNobody(t *testing.T) {
+	w, ns := start(t)
+	readyWorkspace(t, w, ns)
+	w.issue(t, ns, "gw-tls")
+	w.issue(t, ns, "gw.demo.identity")
+	pod := poolWithPod(t, w, ns)
+	d := appears(t, w, ns, "gw", &appsv1.Deployment{})
+	w.create(t, &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Namespace: ns, Name: "gw-1", Labels: d.Spec.Template.Labels},
+		Spec:       corev1.PodSpec{Containers: []corev1.Container{{Name: "gateway", Image: "x"}}},
+	})
+	w.report(t, ns, "linux-0", true, 1, false)
+	for name, obj := range map[string]client.Object{"demo": &rdv.Workspace{}, "gw": &rdv.Gateway{}, "linux": &rdv.HostPool{}} {
+		if err := w.Delete(t.Context(), read(t, w, ns, name, obj), client.PropagationPolicy(metav1.DeletePropagationOrphan)); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, func() error { // the garbage collector's finalizer alone is left
+			if err := w.Get(t.Context(), client.ObjectKey{Namespace: ns, Name: name}, obj); err != nil || !slices.Equal(obj.GetFinalizers(), []string{metav1.FinalizerOrphanDependents}) {
+				return fmt.Errorf("%s has finalizers %q, %v", name, obj.GetFinalizers(), err)
+			}
+			return nil
+		})
+		w.patch(t, obj, ns, name, `{"metadata":{"finalizers":null}}`)
+	}
+	w.settled(t, ns)
+	if now := read(t, w, ns, "linux-0", &corev1.Pod{}); now.UID != pod.UID || now.DeletionTimestamp != nil {
+		t.Error("the host's pod is gone")
+	}
+	if now := read(t, w, ns, "gw", &appsv1.Deployment{}); now.UID != d.UID || now.DeletionTimestamp != nil {
+		t.Error("the gateway's Deployment is gone")
+	}
+	if now := read(t, w, ns, "linux-0", &rdv.SessionHost{}); now.DeletionTimestamp != nil {
+		t.Error("the pool's host is deleted")
+	}
+}
+
 func TestDeletedNamespaceDoesNotHang(t *testing.T) {
 	w, ns := start(t)
 	readyWorkspace(t, w, ns)
@@ -296,7 +334,17 @@ func TestMachineStaysItsUsers(t *testing.T) {
 func TestPodOfPredecessorGoes(t *testing.T) {
 	w, ns := start(t)
 	readyWorkspace(t, w, ns)
-	pod := poolWithPod(t, w, ns)
+	pool := newPool(ns)
+	pool.Spec.Type, pool.Spec.Template = rdv.Personal, template("desktop:1") // names are kept
+	w.create(t, pool)
+	pod := appears(t, w, ns, "linux-0", &corev1.Pod{})
+	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: ns}}
+	w.create(t, node)
+	t.Cleanup(func() { _ = w.Delete(context.Background(), node) })
+	binding := &corev1.Binding{ObjectMeta: metav1.ObjectMeta{Namespace: ns, Name: "linux-0"}, Target: corev1.ObjectReference{Kind: "Node", Name: node.Name}}
+	if err := w.SubResource("binding").Create(t.Context(), pod, binding); err != nil { // so that it takes its time to end
+		t.Fatal(err)
+	}
 	w.patch(t, &rdv.SessionHost{}, ns, "linux-0", `{"metadata":{"finalizers":null}}`)
 	w.patch(t, pod, ns, "linux-0", fmt.Sprintf(`{"metadata":{"ownerReferences":[{"apiVersion":"v1","kind":"Namespace","name":%q,"uid":%q}]}}`,
 		ns, read(t, w, "", ns, &corev1.Namespace{}).UID))
@@ -311,9 +359,20 @@ func TestPodOfPredecessorGoes(t *testing.T) {
 			return err
 		case now.UID != pod.UID:
 			return nil
-		case !now.DeletionTimestamp.IsZero():
-			w.deletePod(t, ns, "linux-0")
+		case now.DeletionTimestamp.IsZero():
+			return errors.New("it is still there")
 		}
-		return errors.New("it is still there")
+		return nil
+	})
+	// While it ends, the new host waits for it; then it has a pod of its own.
+	w.is(t, &rdv.SessionHost{}, ns, "linux-0", rdv.ConditionReferencesResolved, metav1.ConditionFalse, rdv.ReasonPending, `Pod "linux-0"`)
+	w.collect(t, ns, "linux-0")
+	eventually(t, func() error {
+		now := &corev1.Pod{}
+		err := w.Get(t.Context(), client.ObjectKeyFromObject(pod), now)
+		if err == nil && now.UID == pod.UID {
+			err = errors.New("it is the old one")
+		}
+		return err
 	})
 }

@@ -62,6 +62,7 @@ func (r *sessionHostReconciler) setup(mgr ctrl.Manager) error {
 	return ctrl.NewControllerManagedBy(mgr).
 		For(&rdv.SessionHost{}).
 		Owns(&corev1.Pod{}).
+		Watches(&corev1.Pod{}, byLabel(rdv.LabelSessionHost)). // a predecessor's may have no controller any more
 		Owns(&corev1.Secret{}, builder.OnlyMetadata).
 		Watches(&corev1.PersistentVolumeClaim{}, byLabel(rdv.LabelSessionHost), builder.OnlyMetadata).
 		Watches(&rdv.HostPool{}, byField(c, indexHostPool, sessionHosts, name), builder.WithPredicates(predicate.GenerationChangedPredicate{})).
@@ -194,7 +195,13 @@ func (r *sessionHostReconciler) decide(ctx context.Context, s *sessionHostScope)
 	seen := plan.Pod{}
 	if pod := s.pod; pod != nil {
 		if !metav1.IsControlledBy(pod, s.host) && bearsMarks(pod, s.wantPod) && onlyItsNamespaces(pod) {
-			s.podDecision = plan.PodDecision{Action: plan.PodDelete} // a predecessor's
+			// A predecessor's, which wakes nobody when it ends: its controller is gone.
+			s.podDecision = plan.PodDecision{Action: plan.PodWait, Next: goneRetry}
+			if pod.DeletionTimestamp.IsZero() {
+				s.podDecision.Action = plan.PodDelete
+			}
+			s.refs.addLeaving(fmt.Sprintf("Pod %q", pod.Name))
+			s.wakeAfter(goneRetry)
 			return nil
 		}
 		if !metav1.IsControlledBy(pod, s.host) && !adoptable(pod, s.wantPod) {

@@ -370,6 +370,11 @@ func (s *set) checkPool(e *entry, pool *rdv.HostPool) {
 			s.find(e, fieldOf.FindString(message), message, false)
 		}
 	}
+	if name := render.TemplateServiceAccount(template); slices.ContainsFunc(s.byKind["Workspace"], func(ws *entry) bool {
+		return ws.namespace == e.namespace && name == render.WorkspaceBroker(ws.name)
+	}) {
+		s.find(e, "spec.template.spec.serviceAccountName", render.ServiceAccountRefused(name), false)
+	}
 	shared := render.SharedClaims(pool, template)
 	for _, volume := range slices.Sorted(maps.Keys(shared)) {
 		if claim := get[*corev1.PersistentVolumeClaim](s, "PersistentVolumeClaim", e.namespace, shared[volume]); claim != nil {

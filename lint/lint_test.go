@@ -74,6 +74,8 @@ func TestCheck(t *testing.T) {
 			[]string{"1.yaml:9: error: HostPool trial/linux: spec.template.spec.hostPID: must not be true", "1.yaml:10: error: HostPool trial/linux: spec.template.spec.shareProcessNamespace: must not be true"}},
 		"template: a workspace's keys": {[]string{workspaceYAML, template("      containers: [{name: desktop, image: x}]\n      volumes:\n      - {name: k, secret: {secretName: desktops-tickets}}\n")},
 			[]string{`1.yaml:11: error: HostPool trial/linux: spec.template.spec.volumes[k].secret: Secret "desktops-tickets" holds keys`}},
+		"template: the brokers' account": {[]string{workspaceYAML, template("      serviceAccountName: desktops-broker\n      containers: [{name: desktop, image: x}]\n")},
+			[]string{`1.yaml:9: error: HostPool trial/linux: spec.template.spec.serviceAccountName: ServiceAccount "desktops-broker" is a workspace's brokers'`}},
 		"template: overridden": {[]string{workspaceYAML, poolYAML + "  template:\n    metadata: {name: x}\n    spec: {containers: [{name: desktop, image: x}]}\n"},
 			[]string{"1.yaml:8: warning: HostPool trial/linux: spec.template.metadata.name is set by the operator"}},
 		"another namespace": {[]string{workspaceYAML, replaced(t, poolYAML, "trial", "default")},

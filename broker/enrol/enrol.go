@@ -302,6 +302,8 @@ func mayTake(g grant, h *model.Host, key string) error {
 		return refusal.New(refusal.BadRequest, "SessionHost %s exists in another pool: give the machine another name.", h.Name)
 	case !h.MadeByToken || h.Pod || h.AssignedUser != "":
 		return refusal.New(refusal.BadRequest, "SessionHost %s was declared, so it enrols with its own token alone: use the one in Secret %s-registration, or give the machine another name.", h.Name, h.Name)
+	case h.New && g.pool.Personal:
+		return refusal.New(refusal.IssuerAway, "SessionHost %s is new, and the operator has yet to look whose it was before: try again in a few seconds.", h.Name)
 	case h.Agent == nil && h.Enrolment.TokenHash == "":
 		return nil
 	case h.Agent == nil && same(g.hash, h.Enrolment.TokenHash) && same(key, h.Enrolment.Key) && !h.Revoked():

@@ -141,6 +141,31 @@ func TestPoolToken(t *testing.T) {
 	}
 }
 
+// In a Personal pool a machine of a name from before is its user's again, which the operator sees to: until it has, nobody
+// enrols as it.
+func TestPersonalPoolWaitsForTheOperator(t *testing.T) {
+	f := setUp(t)
+	g := grant{pool: &model.Pool{Name: "machines", Personal: true}, hash: f.poolHash}
+	seen := model.Host{Name: "pc", Pool: "machines", MadeByToken: true}
+	fresh := seen
+	fresh.New = true
+	if err := mayTake(g, &seen, "key"); err != nil {
+		t.Errorf("a host that the operator has seen: %v", err)
+	}
+	if err := mayTake(g, &fresh, "key"); refusal.From(err).Code != refusal.IssuerAway {
+		t.Errorf("a host that it has not seen: %v", err)
+	}
+	g.pool.Personal = false
+	if err := mayTake(g, &fresh, "key"); err != nil {
+		t.Errorf("where hosts are nobody's own: %v", err)
+	}
+	restored := seen
+	restored.AssignedUser = "alice"
+	if err := mayTake(g, &restored, "key"); refusal.From(err).Code != refusal.BadRequest {
+		t.Errorf("alice's machine, by the pool's token: %v", err)
+	}
+}
+
 func TestHostTokenOnce(t *testing.T) {
 	f := setUp(t)
 	pre, err := f.Pre(f.hostToken)

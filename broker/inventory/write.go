@@ -62,7 +62,9 @@ func (i *Inventory) GetHost(ctx context.Context, name string) (*model.Host, stri
 	if err := i.client.Get(ctx, i.key(name), &h); err != nil {
 		return nil, "", i.failed("get", "SessionHost", name, err)
 	}
-	return host(&h), h.ResourceVersion, nil
+	m := host(&h)
+	m.New = !slices.Contains(h.Finalizers, v1alpha1.Finalizer)
+	return m, h.ResourceVersion, nil
 }
 
 // MarkEnrolled implements model.Writer.

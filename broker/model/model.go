@@ -237,6 +237,9 @@ type Host struct {
 	// Pod says that the operator made it from its pool's template, and sees to it that it runs.
 	Pod          bool
 	AssignedUser string
+	// New says that the operator has not seen the host yet: it may be somebody's, whose it was before it was deleted.
+	// Writer.GetHost says so, and a Snapshot doesn't.
+	New          bool
 	Drain        *Drain
 	Registration Registration
 	// MadeByToken says that a machine made it with its pool's token: nobody declared it.

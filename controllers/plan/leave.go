@@ -11,6 +11,8 @@ type Departure struct {
 	Sessions int32
 	// Settled says that it is certain that no further session begins.
 	Settled bool
+	// Orphans says that what was made for the object stays without it, so that nobody is put out.
+	Orphans bool
 	// Skip says that somebody asked not to wait.
 	Skip bool
 	// NamespaceGoing says that the namespace is being deleted, and everything in it.
@@ -26,6 +28,7 @@ type Cause int
 const (
 	Waits Cause = iota
 	WasEmpty
+	WasOrphaning
 	WasSkipped
 	WasNamespaceGoing
 	WasUncounted
@@ -40,6 +43,8 @@ func Depart(d Departure, now time.Time) (why Cause, next time.Duration) {
 	left := d.Deadline - now.Sub(d.Since)
 	settles := settleDeparture - now.Sub(d.Since)
 	switch {
+	case d.Orphans:
+		return WasOrphaning, 0
 	case d.Skip:
 		return WasSkipped, 0
 	case d.NamespaceGoing:

@@ -18,6 +18,7 @@ func TestDepart(t *testing.T) {
 		"nobody came":               {Departure{Since: now.Add(-10 * time.Second), Deadline: time.Hour}, WasEmpty, 0},
 		"it is late":                {Departure{Since: now.Add(-time.Hour), Deadline: time.Hour, Sessions: 2}, WasDeadline, 0},
 		"there is no time":          {Departure{Since: now, Sessions: 2}, WasDeadline, 0},
+		"its pods stay":             {Departure{Since: now, Deadline: time.Hour, Sessions: 2, Orphans: true, Skip: true}, WasOrphaning, 0},
 		"told not to wait":          {Departure{Since: now, Deadline: time.Hour, Sessions: 2, Skip: true}, WasSkipped, 0},
 		"all goes":                  {Departure{Since: now, Deadline: time.Hour, Sessions: 2, NamespaceGoing: true}, WasNamespaceGoing, 0},
 		"nobody counts":             {Departure{Since: now, Deadline: time.Hour, Sessions: 2, Uncounted: true}, WasUncounted, 0},

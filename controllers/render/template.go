@@ -175,6 +175,19 @@ func TemplateSecrets(template *corev1.PodTemplateSpec) map[string]string {
 	return found
 }
 
+// TemplateServiceAccount is the ServiceAccount that a template's pods run as; empty means the namespace's default.
+func TemplateServiceAccount(template *corev1.PodTemplateSpec) string {
+	if template == nil {
+		return ""
+	}
+	return orString(template.Spec.ServiceAccountName, template.Spec.DeprecatedServiceAccount)
+}
+
+// ServiceAccountRefused says that a template must not run as a ServiceAccount, because it is the brokers'.
+func ServiceAccountRefused(name string) string {
+	return fmt.Sprintf("spec.template.spec.serviceAccountName: ServiceAccount %q is a workspace's brokers', whose rights users of a desktop must not have; leave it out, or name another", name)
+}
+
 // TemplateClaims are the claims that a template's pods mount, each with its volume.
 func TemplateClaims(template *corev1.PodTemplateSpec) map[string]string {
 	found := map[string]string{}
