@@ -15,6 +15,7 @@
 //	signin.go    who logs in by which connection; package login has the workings
 //	probe.go     whether the RDP server really answers, and with which certificate
 //	health.go    a Unix socket in the state folder, for liveness probes
+//	notify.go    what systemd hears of it
 //	service_*.go a systemd unit on Linux, a service on Windows
 package agent
 
@@ -202,6 +203,26 @@ type Agent struct {
 	conn     *nats.Conn // guarded by mu; nil while there is no control channel
 	probed   probeResult
 	sequence uint64
+	// Of the last try to enrol or to make a channel; guarded by mu.
+	problem        string
+	refusedForGood bool
+
+	notify notifier      // set by Run
+	ready  chan struct{} // closed once the agent serves its own machine
+}
+
+// Ready is closed once Run has all that it needs of its own machine: its folders, and the sockets by which it is asked. Whether
+// a broker can be reached is not part of it: that may come later, and restarting the agent would not bring it about.
+func (a *Agent) Ready() <-chan struct{} { return a.ready }
+
+// trouble notes why there is no membership or no channel; nil where there is.
+func (a *Agent) trouble(err error, forGood bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.problem, a.refusedForGood = "", forGood
+	if err != nil {
+		a.problem = err.Error()
+	}
 }
 
 // dialer is how the agent reaches broker, bus and gateways.
@@ -222,12 +243,14 @@ func New(o Options) (*Agent, error) {
 		opts: o, log: o.Log.With("host", o.Host), store: store{dir: o.StateDir}, ledger: newLedger(),
 		install: newInstaller(o.RDPCertDir), boot: hex.EncodeToString(boot), tlsSessions: tls.NewLRUClientSessionCache(maxInstances),
 		changed: make(chan struct{}, 1), redial: make(chan struct{}, 1), early: make(chan struct{}, 1), displaced: make(chan struct{}, 1),
+		ready: make(chan struct{}),
 	}, nil
 }
 
 // Run serves until ctx ends, then drains: no new session, a last report, and the sessions' own end or Options.Drain.
 // It returns early only where this machine can't run an agent at all (its state folder, its options).
 func (a *Agent) Run(ctx context.Context) error {
+	a.notify = newNotifier()
 	if err := a.store.prepare(); err != nil {
 		return err
 	}
@@ -258,6 +281,15 @@ func (a *Agent) Run(ctx context.Context) error {
 		defer health.Close()
 	}
 
+	if err := a.notify.send("READY=1"); err != nil {
+		a.log.Warn("systemd was not told that the agent serves", "error", err)
+	}
+	close(a.ready)
+	// It goes on while the agent drains.
+	telling, stopTelling := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopTelling()
+	go a.keepNotifying(telling)
+
 	m, err := a.membership(ctx, true)
 	if err != nil {
 		if ctx.Err() != nil {
@@ -276,6 +308,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 
 	<-ctx.Done()
+	a.notify.send("STOPPING=1")
 	a.log.Info("stopping", "sessions", a.ledger.count(), "drain", a.opts.Drain.String())
 	a.ledger.stop()
 	a.publishReport()

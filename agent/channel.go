@@ -52,6 +52,7 @@ func (a *Agent) keepChannel(ctx context.Context) {
 		next, closed, err := a.dialBus(ctx)
 		if err != nil {
 			wait := retry.delay()
+			a.trouble(err, false)
 			a.log.Error("no control channel", "error", err, "retryIn", wait.Round(time.Millisecond).String())
 			sleep(ctx, wait)
 			continue
@@ -61,6 +62,7 @@ func (a *Agent) keepChannel(ctx context.Context) {
 			conn.Drain()
 		}
 		conn = next
+		a.trouble(nil, false)
 		a.setConn(conn)
 		began := time.Now()
 		a.log.Info("control channel", "url", conn.ConnectedUrl())

@@ -65,6 +65,7 @@ func (a *Agent) membership(ctx context.Context, patient bool) (*member, error) {
 		token, err := a.readToken()
 		if err == nil {
 			if m, err = a.enrolOnce(ctx, token); err == nil {
+				a.trouble(nil, false)
 				return m, nil
 			}
 		}
@@ -80,6 +81,7 @@ func (a *Agent) membership(ctx context.Context, patient bool) (*member, error) {
 			retry.max = a.opts.timing.refusedMax
 		}
 		wait := retry.delay()
+		a.trouble(err, final)
 		a.log.Error("enrolment failed", "broker", a.opts.Broker, "error", err, "final", final, "retryIn", wait.Round(time.Millisecond).String())
 		if err := a.waitForToken(ctx, token, wait); err != nil {
 			return nil, err

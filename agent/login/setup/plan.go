@@ -63,6 +63,8 @@ type Options struct {
 	Mode Mode `json:"mode"`
 	// Program is the agent's, which PAM runs.
 	Program string `json:"program"`
+	// ProgramToCome says that Program is put there before the changes are made, so that a plan does without it.
+	ProgramToCome bool `json:"-"`
 	// LoginDir is the running agent's.
 	LoginDir string `json:"loginDir"`
 	// RDPAddr is where xrdp is to listen in mode Connection: a loopback address.
