@@ -13,6 +13,9 @@ import (
 // ServiceName is the agent's name with the operating system's service manager.
 const ServiceName = "rendezvous-agent"
 
+// ServiceFlag of `agent run` says that Windows's service manager started it.
+const ServiceFlag = "as-service"
+
 // serviceDescription is shown there.
 const serviceDescription = "Rendezvous session host agent"
 

@@ -162,6 +162,6 @@ func systemctl(ctx context.Context, args ...string) error {
 
 // RunAsService says whether the service manager started this process in a way that needs an answer of its own; on
 // Linux it never does.
-func RunAsService(func(context.Context) error, <-chan struct{}) (handled bool, err error) {
+func RunAsService(bool, func(context.Context) error, <-chan struct{}) (handled bool, err error) {
 	return false, nil
 }

@@ -25,6 +25,6 @@ func InstallService(context.Context, []string, Options) error { return errNoServ
 func UninstallService(context.Context) error { return errNoService }
 
 // RunAsService is only for systems whose service manager wants an answer.
-func RunAsService(func(context.Context) error, <-chan struct{}) (handled bool, err error) {
+func RunAsService(bool, func(context.Context) error, <-chan struct{}) (handled bool, err error) {
 	return false, nil
 }

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/windows"
 	"golang.org/x/sys/windows/svc"
@@ -80,27 +81,25 @@ func InstallService(ctx context.Context, command []string, o Options) error {
 	}
 	defer m.Disconnect()
 	conf := mgr.Config{
-		ServiceType: windows.SERVICE_WIN32_OWN_PROCESS, StartType: mgr.StartAutomatic, ErrorControl: mgr.ErrorNormal,
-		DisplayName: "Rendezvous agent", Description: serviceDescription, Dependencies: []string{"TermService"},
+		StartType: mgr.StartAutomatic, ErrorControl: mgr.ErrorNormal, DisplayName: "Rendezvous agent", Description: serviceDescription,
+		Dependencies: []string{"TermService"},
 	}
+	command = append(command, "--"+ServiceFlag)
 	logFile := logFileOf(command)
 	logged := fileSize(logFile)
 
-	var before *mgr.Config
+	before := "" // the command line of an earlier installation
 	s, err := m.OpenService(ServiceName)
 	switch {
 	case err == nil:
 		defer s.Close()
-		was, err := s.Config()
-		if err != nil {
+		if before, err = serviceCommand(s); err != nil {
 			return fmt.Errorf("service %s: %w", ServiceName, err)
 		}
-		before = &was
 		if err := stopService(ctx, s, o.Drain+startPatience); err != nil {
 			return fmt.Errorf("service %s: %w: stop it, and run this again", ServiceName, err)
 		}
-		conf.BinaryPathName = windows.ComposeCommandLine(command)
-		if err := s.UpdateConfig(conf); err != nil {
+		if err := setServiceCommand(s, windows.ComposeCommandLine(command)); err != nil {
 			return fmt.Errorf("service %s: %w", ServiceName, err)
 		}
 	case errors.Is(err, windows.ERROR_SERVICE_DOES_NOT_EXIST):
@@ -121,14 +120,34 @@ func InstallService(ctx context.Context, command []string, o Options) error {
 	if err == nil {
 		return nil
 	}
-	if before == nil {
+	if before == "" {
 		return errors.Join(err, stopService(ctx, s, startPatience), s.Delete())
 	}
-	err = errors.Join(err, stopService(ctx, s, startPatience), s.UpdateConfig(*before))
+	err = errors.Join(err, stopService(ctx, s, startPatience), setServiceCommand(s, before))
 	if again := startService(ctx, s); again != nil {
 		return errors.Join(err, fmt.Errorf("the service is as it was before, and does not start either: %w", again))
 	}
 	return fmt.Errorf("%w\nThe service runs as it was installed before", err)
+}
+
+// serviceCommand is a service's command line. mgr's own Config asks for more, which wine does not know.
+func serviceCommand(s *mgr.Service) (string, error) {
+	size := uint32(8 << 10) // the most that Windows has
+	buf := make([]byte, size)
+	conf := (*windows.QUERY_SERVICE_CONFIG)(unsafe.Pointer(&buf[0]))
+	if err := windows.QueryServiceConfig(s.Handle, conf, size, &size); err != nil {
+		return "", err
+	}
+	return windows.UTF16PtrToString(conf.BinaryPathName), nil
+}
+
+// setServiceCommand changes it, and has the service start at boot.
+func setServiceCommand(s *mgr.Service, command string) error {
+	line, err := windows.UTF16PtrFromString(command)
+	if err != nil {
+		return err
+	}
+	return windows.ChangeServiceConfig(s.Handle, windows.SERVICE_NO_CHANGE, mgr.StartAutomatic, windows.SERVICE_NO_CHANGE, line, nil, nil, nil, nil, nil, nil)
 }
 
 // startService starts a service and returns once it runs, which the agent says of itself when it serves.
@@ -225,10 +244,11 @@ func UninstallService(ctx context.Context) error {
 	return stopErr
 }
 
-// RunAsService answers Windows's service manager while run serves, where that manager started this process. It is told that
-// the service runs when ready closes.
-func RunAsService(run func(context.Context) error, ready <-chan struct{}) (handled bool, err error) {
-	if is, err := svc.IsWindowsService(); err != nil || !is {
+// RunAsService answers Windows's service manager while run serves, where that manager started this process: it is told that
+// the service runs when ready closes. The service's own command line says so (ServiceFlag); a process that was not told is
+// looked at, which finds the service manager on Windows, and doesn't under wine.
+func RunAsService(told bool, run func(context.Context) error, ready <-chan struct{}) (handled bool, err error) {
+	if is, err := svc.IsWindowsService(); !told && (err != nil || !is) {
 		return false, err
 	}
 	h := &handler{run: run, ready: ready}

@@ -107,6 +107,7 @@ func (f *flags) options() (agent.Options, error) {
 
 func runCommand() *cobra.Command {
 	f := &flags{}
+	asService := false
 	c := &cobra.Command{
 		Use: "run", Short: "Serve as a session host until stopped; SIGHUP renews its certificates at once", Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
@@ -116,9 +117,15 @@ func runCommand() *cobra.Command {
 			}
 			a, err := agent.New(o)
 			if err != nil {
+				if f.logFile != "" { // nobody reads standard error
+					slog.Error("the agent does not run", "error", err)
+				}
 				return err
 			}
-			if handled, err := agent.RunAsService(a.Run, a.Ready()); handled || err != nil {
+			if handled, err := agent.RunAsService(asService, a.Run, a.Ready()); handled || err != nil {
+				if err != nil {
+					slog.Error("the agent does not run", "error", err)
+				}
 				return err
 			}
 			ctx, stop := signal.NotifyContext(c.Context(), os.Interrupt, syscall.SIGTERM)
@@ -142,6 +149,8 @@ func runCommand() *cobra.Command {
 		},
 	}
 	f.add(c)
+	c.Flags().BoolVar(&asService, agent.ServiceFlag, false, "Windows's service manager started this")
+	c.Flags().MarkHidden(agent.ServiceFlag)
 	return c
 }
 
