@@ -27,6 +27,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"net/url"
 	"os"
 	"strings"
@@ -36,6 +37,7 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"rendezvous.dev/rendezvous/agent/control"
+	"rendezvous.dev/rendezvous/agent/login"
 	"rendezvous.dev/rendezvous/agent/login/setup"
 	"rendezvous.dev/rendezvous/wire/identity"
 	"rendezvous.dev/rendezvous/wire/proxydial"
@@ -80,16 +82,20 @@ type Options struct {
 	proxy    *url.URL // Proxy, with its credentials
 	timing   timing
 	desktops func() map[desktop]bool // readDesktops, but for some tests
-	control  control.Control         // for some tests
+	// listeners looks at who listens at RDPAddr; login.Listeners, but for some tests.
+	listeners func() (login.Listening, error)
+	control   control.Control // for some tests
 	// guarded says why logging people in by connection would not be safe on this machine; setup.Check, but for some tests.
 	guarded func() error
 }
 
 // timing is what tests shorten.
 type timing struct {
-	probeReady   time.Duration // between probes of a server that answers
+	probe        time.Duration // for one probe of the RDP server
+	probeReady   time.Duration // between probes of a server that answers, where the kernel can't be asked, and between looks at who may log in
+	probeAgain   time.Duration // between probes of one that there is no reason to ask
 	look         time.Duration // between looks at the RDP server's sessions
-	probeUnready time.Duration // between probes of one that does not
+	probeUnready time.Duration // between looks at its listening socket, and at first between probes of one that does not answer
 	retryMin     time.Duration // first delay after a transient failure
 	retryMax     time.Duration // and the longest
 	refusedMax   time.Duration // longest delay after a final refusal
@@ -105,7 +111,9 @@ func (t timing) withDefaults() timing {
 			*d = v
 		}
 	}
+	def(&t.probe, 5*time.Second)
 	def(&t.probeReady, 10*time.Second)
+	def(&t.probeAgain, 5*time.Minute)
 	def(&t.look, time.Second)
 	def(&t.probeUnready, time.Second)
 	def(&t.retryMin, 500*time.Millisecond)
@@ -167,6 +175,15 @@ func (o Options) withDefaults() (Options, error) {
 		}
 		o.Host, _, _ = strings.Cut(strings.ToLower(name), ".")
 	}
+	if o.listeners == nil {
+		addr, err := netip.ParseAddrPort(o.RDPAddr)
+		o.listeners = func() (login.Listening, error) {
+			if err != nil { // a name
+				return login.Listening{}, err
+			}
+			return login.Listeners(addr)
+		}
+	}
 	if !identity.IsLabel(o.Host) {
 		return o, fmt.Errorf("--host: %q is not a DNS label (lower-case letters, digits and '-', at most 63): name the session host with --host", o.Host)
 	}
@@ -189,6 +206,7 @@ type Agent struct {
 	changed chan struct{} // one waiting signal: report at once
 	redial  chan struct{} // one waiting signal: make another control channel in place of this one
 	early   chan struct{} // one waiting signal: renew before the time has come
+	suspect chan struct{} // one waiting signal: ask the RDP server, for something has changed or gone wrong
 	// displaced is one waiting signal: another machine came as this host, and took the channel's place.
 	displaced chan struct{}
 
@@ -242,7 +260,7 @@ func New(o Options) (*Agent, error) {
 	return &Agent{
 		opts: o, log: o.Log.With("host", o.Host), store: store{dir: o.StateDir}, ledger: newLedger(),
 		install: newInstaller(o.RDPCertDir), boot: hex.EncodeToString(boot), tlsSessions: tls.NewLRUClientSessionCache(maxInstances),
-		changed: make(chan struct{}, 1), redial: make(chan struct{}, 1), early: make(chan struct{}, 1), displaced: make(chan struct{}, 1),
+		changed: make(chan struct{}, 1), redial: make(chan struct{}, 1), early: make(chan struct{}, 1), suspect: make(chan struct{}, 1), displaced: make(chan struct{}, 1),
 		ready: make(chan struct{}),
 	}, nil
 }
@@ -335,6 +353,7 @@ func (a *Agent) adopt(m *member) {
 		a.log.Error("the RDP certificate could not be installed; clients will not trust this host", "error", err)
 		return
 	}
+	signal(a.suspect)
 	a.log.Info("RDP certificate installed", "fingerprint", fingerprint(m.rdp), "notAfter", m.rdp.NotAfter)
 }
 

@@ -329,7 +329,7 @@ func (w *world) options() Options {
 		Broker: w.broker.URL, CAFile: ca, TokenFile: w.token, Host: host, StateDir: shortDir(w.t), RDPAddr: w.rdp.addr, RDPCertDir: w.dir,
 		Drain: 10 * time.Second, Version: "test", Log: slog.New(slog.DiscardHandler),
 		desktops: w.look,
-		timing: timing{look: 10 * time.Millisecond, probeReady: 50 * time.Millisecond, probeUnready: 20 * time.Millisecond, retryMin: 10 * time.Millisecond,
+		timing: timing{look: 10 * time.Millisecond, probeReady: 50 * time.Millisecond, probeAgain: 50 * time.Millisecond, probeUnready: 20 * time.Millisecond, retryMin: 10 * time.Millisecond,
 			retryMax: 50 * time.Millisecond, refusedMax: 50 * time.Millisecond, closeGrace: time.Second, joinMin: 500 * time.Millisecond},
 	}
 }

@@ -245,6 +245,8 @@ func planXrdp(text string, o Options) (string, error) {
 		f.set("Globals", "port", "tcp://"+o.RDPAddr)
 		f.set("Globals", "use_vsock", "false")
 		f.set("Globals", "security_layer", "tls")
+		// xrdp shows its window to a client that sends no password, as files opened without rdv have it.
+		f.set("Globals", "ls_title", "No password needed: press OK")
 		f.set(name, "password", "none") // never the client's: who may log in is no question of one
 		for _, s := range f.sections() {
 			if !strings.EqualFold(s, name) && !slices.ContainsFunc(notSessions, func(n string) bool { return strings.EqualFold(s, n) }) {
