@@ -233,6 +233,10 @@ func (a *Agent) onConfig(msg *nats.Msg) {
 	if a.ledger.configure(c) {
 		a.log.Info("configured", "generation", c.Generation, "maxSessions", c.MaxSessions, "draining", c.Draining)
 		signal(a.changed)
+		if a.otherRDPKey() {
+			a.log.Info("the pool wants another kind of RDP key: renewing", "kind", c.RDPKey.String())
+			signal(a.early)
+		}
 	}
 }
 
