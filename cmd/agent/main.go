@@ -20,6 +20,7 @@ import (
 	"rendezvous.dev/rendezvous/agent"
 	"rendezvous.dev/rendezvous/agent/login"
 	"rendezvous.dev/rendezvous/agent/login/setup"
+	"rendezvous.dev/rendezvous/wire/terminal"
 	"rendezvous.dev/rendezvous/wire/version"
 )
 
@@ -28,7 +29,7 @@ var linked = ""
 
 func main() {
 	if err := command().Execute(); err != nil {
-		fmt.Fprintln(os.Stderr, "error:", err)
+		fmt.Fprintln(terminal.Writer(os.Stderr), "error:", err) // a broker may have had a hand in it
 		os.Exit(1)
 	}
 }
@@ -41,6 +42,7 @@ func command() *cobra.Command {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
+	root.SetOut(terminal.Writer(os.Stdout))
 	root.AddCommand(runCommand(), enrollCommand(), healthcheckCommand(), serviceCommand(), loginCommand(), pamCommand(), sessionCommand(), sessionHelperCommand(), versionCommand())
 	return root
 }
