@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"os"
 	"path"
 	"strconv"
 	"strings"
@@ -93,14 +94,17 @@ const joinPatience = 10 * time.Second
 
 // AwaitService tells on out what becomes of a service that has just been installed: that it is connected, or what keeps it from
 // that as yet, which may well pass. The error says that the broker refuses this machine, and that it takes a person to change that.
-func AwaitService(ctx context.Context, stateDir string, out io.Writer) error {
+func AwaitService(ctx context.Context, o Options, out io.Writer) error {
 	ctx, cancel := context.WithTimeout(ctx, joinPatience)
 	defer cancel()
 	for {
-		h, err := CheckHealth(ctx, stateDir)
+		h, err := CheckHealth(ctx, o.StateDir)
 		switch {
 		case err == nil && h.Connected:
 			fmt.Fprintf(out, "the service runs: session host %s is connected to its broker\n", h.Host)
+			if _, err := os.Stat(o.TokenFile); err == nil {
+				fmt.Fprintf(out, "the registration token has done its work, and a pool's enrols further machines: delete %s\n", o.TokenFile)
+			}
 			return nil
 		case err == nil && h.Refused:
 			return fmt.Errorf("the service runs, but the broker refuses this machine: %s. The agent tries a new token within 15 seconds", h.Problem)

@@ -285,7 +285,7 @@ func serviceCommand() *cobra.Command {
 				}
 				return err
 			}
-			return agent.AwaitService(c.Context(), o.StateDir, c.OutOrStdout())
+			return agent.AwaitService(c.Context(), o, c.OutOrStdout())
 		},
 	}
 	f.add(install)
