@@ -76,7 +76,7 @@ func TestActsOnSessions(t *testing.T) {
 	fake := &fakeControl{}
 	o.LoginDir, o.LoginShared, o.control = filepath.Join(filepath.Dir(o.StateDir), "login"), true, fake
 	w.run(o)
-	w.ready(bus.HostConfig{Generation: 1, MaxSessions: 2})
+	w.ready(bus.HostConfig{Generation: 1, MaxSessions: 3}) // two desktops are there before alice comes
 	d := desktop{uid: "10001", display: 10}
 	w.setDesktops(map[desktop]bool{d: true, {uid: "10002", display: 11}: true})
 	req := w.request("s1")
@@ -114,7 +114,11 @@ func TestActsOnSessions(t *testing.T) {
 		t.Fatalf("refused, and done all the same: %q", done)
 	}
 
-	reply := w.act(bus.SessionAct{SessionID: "s1", Act: bus.ActMessage, Text: "<b>Hello</b>\nalice"})
+	var reply bus.SessionActReply
+	w.eventually("alice's desktop seen", func() bool { // by the agent, a moment after her login
+		reply = w.act(bus.SessionAct{SessionID: "s1", Act: bus.ActMessage, Text: "<b>Hello</b>\nalice"})
+		return reply.Err == nil || reply.Err.Code != refusal.UnknownSession
+	})
 	if want := []string{"tell display :10 of user id 10001: <b>Hello</b>\nalice"}; reply.Err != nil || !slices.Equal(fake.all(), want) {
 		t.Errorf("message: %+v, %q", reply, fake.all())
 	}

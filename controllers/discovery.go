@@ -138,14 +138,12 @@ func fetchDiscovery(ctx context.Context, issuerURL, caBundle string) error {
 			return errors.New("the CA bundle holds no PEM certificate")
 		}
 	}
-	transport := &http.Transport{TLSClientConfig: tlsConfig, Proxy: http.ProxyFromEnvironment, DisableKeepAlives: true}
-	defer transport.CloseIdleConnections()
 	address := strings.TrimSuffix(issuerURL, "/") + "/.well-known/openid-configuration"
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, address, nil)
 	if err != nil {
 		return err
 	}
-	client := &http.Client{Transport: transport, CheckRedirect: idpurl.CheckRedirect}
+	client := idpurl.Client(issuerURL, tlsConfig)
 	resp, err := client.Do(req)
 	if err != nil {
 		return errors.New(stableReason(ctx, err))
@@ -186,7 +184,10 @@ func stableReason(ctx context.Context, err error) string {
 	var wrongName x509.HostnameError
 	var invalid x509.CertificateInvalidError
 	var dns *net.DNSError
+	var forbidden *idpurl.ForbiddenAddress
 	switch {
+	case errors.As(err, &forbidden):
+		return fmt.Sprintf("it is at a %s address, at which no identity provider is asked", forbidden.Kind)
 	case errors.As(err, &unknownCA):
 		return "its certificate is signed by a CA that is not trusted: set spec.identity.oidc.caBundle or caBundleRef"
 	case errors.As(err, &wrongName):

@@ -82,6 +82,9 @@ func TestFetchDiscovery(t *testing.T) {
 		"a token endpoint by http":   {server.URL + "/dex", ca, naming("token_endpoint", "http://id.example.com/token"), "token_endpoint is"},
 		"a sign-in page of no web":   {server.URL + "/dex", ca, naming("authorization_endpoint", "search-ms:query=x"), "authorization_endpoint is"},
 		"a device endpoint by http":  {server.URL + "/dex", ca, naming("device_authorization_endpoint", "http://id.example.com/device"), "device_authorization_endpoint is"},
+		"metadata of the cloud":      {"https://169.254.169.254", ca, good, "it is at a link-local address, at which no identity provider is asked"},
+		"keys there":                 {server.URL + "/dex", ca, naming("jwks_uri", "https://[fd00:ec2::254]/keys"), "it is at a cloud platform's address"},
+		"a redirect there":           {server.URL + "/dex", ca, redirect("https://169.254.169.254/"), "it is at a link-local address"},
 		"a redirect to http":         {server.URL + "/dex", ca, redirect(plain.URL), "which is not https"},
 		"a redirect that has no end": {server.URL + "/dex", ca, redirect("/dex/.well-known/openid-configuration"), "redirects more than 3 times"},
 	} {

@@ -2,11 +2,13 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"flag"
 	"fmt"
 	"log/slog"
 	"net/http"
+	"net/netip"
 	"os"
 
 	certmanager "github.com/cert-manager/cert-manager/pkg/apis/certmanager/v1"
@@ -36,6 +38,7 @@ func run() error {
 		leaderElect = flag.Bool("leader-elect", true, "work only while holding the Lease, so that replicas can stand by")
 		leaseNS     = flag.String("leader-election-namespace", "", "namespace of the Lease; empty means the pod's own")
 		logLevel    = flag.String("log-level", "info", "debug, info, warn or error")
+		watched     = flag.String("watch-namespaces", os.Getenv("WATCH_NAMESPACES"), "the only namespaces to look at, with commas between; empty means all. The operator then needs Roles in these instead of a ClusterRole: config/namespaced")
 	)
 	var sessions sessionsOptions
 	flag.StringVar(&sessions.addr, "sessions-addr", "", "address at which sessions.live.rendezvous.dev is served to the Kubernetes API server; empty means not at all")
@@ -46,6 +49,16 @@ func run() error {
 	flag.StringVar(&images.RelayImage, "relay-image", env("RELATED_IMAGE_RELAY", "rendezvous/relay:dev"), "image of gateways' relay sidecar")
 	flag.StringVar(&images.AgentImage, "agent-image", env("RELATED_IMAGE_AGENT", "rendezvous/agent:dev"), "image of session hosts' agent sidecar")
 	flag.StringVar(&images.ClusterDomain, "cluster-domain", "cluster.local", "domain that ends the cluster's DNS names")
+	images.OperatorNamespace = os.Getenv("POD_NAMESPACE")
+	var clusterNetworks []netip.Prefix
+	flag.Func("cluster-cidr", "addresses of the cluster that neither its nodes nor its ServiceCIDRs tell, such as the pods' with some networks: desktops are kept off them; may be repeated", func(text string) error {
+		network, err := netip.ParsePrefix(text)
+		if err != nil {
+			return fmt.Errorf("%q is no address range such as 10.244.0.0/16", text)
+		}
+		clusterNetworks = append(clusterNetworks, network)
+		return nil
+	})
 	flag.Parse()
 
 	var level slog.Level
@@ -57,6 +70,10 @@ func run() error {
 	ctrl.SetLogger(logr.FromSlogHandler(logger.Handler()))
 	klog.SetLogger(logr.FromSlogHandler(logger.Handler()))
 
+	namespaces, err := controllers.Namespaces(*watched)
+	if err != nil {
+		return fmt.Errorf("--watch-namespaces: %w", err)
+	}
 	config, err := ctrl.GetConfig()
 	if err != nil {
 		return fmt.Errorf("no cluster to work on: %w", err)
@@ -74,7 +91,7 @@ func run() error {
 				"/readyz":  http.StripPrefix("/readyz", &healthz.Handler{Checks: map[string]healthz.Checker{"caches": synced.check}}),
 			},
 		},
-		Cache:                   controllers.CacheOptions(),
+		Cache:                   controllers.CacheOptions(namespaces...),
 		Controller:              ctrlconfig.Controller{MaxConcurrentReconciles: controllers.MaxConcurrentReconciles},
 		LeaderElection:          *leaderElect,
 		LeaderElectionID:        "manager.rendezvous.dev",
@@ -91,7 +108,14 @@ func run() error {
 		}
 		return fmt.Errorf("look for cert-manager: %w", err)
 	}
-	if err := controllers.Setup(mgr, controllers.Options{Render: images}); err != nil {
+	noClusterIssuers := false
+	if len(namespaces) > 0 {
+		if noClusterIssuers, err = controllers.MayNotReadClusterIssuers(context.Background(), mgr.GetClient()); err != nil {
+			return err
+		}
+		logger.Info("held to namespaces", "namespaces", namespaces, "reads ClusterIssuers", !noClusterIssuers)
+	}
+	if err := controllers.Setup(mgr, controllers.Options{Render: images, ClusterNetworks: clusterNetworks, NoClusterIssuers: noClusterIssuers}); err != nil {
 		return err
 	}
 	if err := sessions.add(mgr, images, logger); err != nil {

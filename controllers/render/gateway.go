@@ -2,12 +2,12 @@ package render
 
 import (
 	"fmt"
+	"time"
 
 	certmanager "github.com/cert-manager/cert-manager/pkg/apis/certmanager/v1"
 	appsv1 "k8s.io/api/apps/v1"
 	autoscalingv2 "k8s.io/api/autoscaling/v2"
 	corev1 "k8s.io/api/core/v1"
-	networkingv1 "k8s.io/api/networking/v1"
 	policyv1 "k8s.io/api/policy/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -108,7 +108,7 @@ func RelayConfigMap(gw *rdv.Gateway) (*corev1.ConfigMap, error) {
 	return configMap(gw.Namespace, gatewayRelayConfig(gw.Name), gatewayLabels(gw, componentGateway), config.Relay{
 		Gateway:                 gw.Name,
 		Hostname:                gw.Spec.Hostname,
-		ClientAddressesHidden:   exposedByNodes(gw.Spec.Service.Type),
+		Callers:                 callers(gw.Spec.Service),
 		MaxSessions:             or(gw.Spec.Relay.Limits.MaxSessions, relayMaxSessions),
 		MaxPending:              or(gw.Spec.Relay.Limits.MaxPending, relayMaxPending),
 		HandshakeTimeoutSeconds: relayHandshakeTimeout,
@@ -118,12 +118,10 @@ func RelayConfigMap(gw *rdv.Gateway) (*corev1.ConfigMap, error) {
 	}, nil)
 }
 
-// exposedByNodes says that a Service's connections from outside may come with a node's address in place of the client's:
-// externalTrafficPolicy is Cluster.
-func exposedByNodes(t corev1.ServiceType) bool {
-	return t == corev1.ServiceTypeNodePort || t == corev1.ServiceTypeLoadBalancer
+// GatewayDrain is how long a pod of the gateway that must go waits for its last session.
+func GatewayDrain(gw *rdv.Gateway) time.Duration {
+	return time.Duration(drainDeadline(gw)) * time.Second
 }
-
 func drainDeadline(gw *rdv.Gateway) int32 {
 	return or(gw.Spec.Relay.Drain.DeadlineSeconds, relayDrainDeadline)
 }
@@ -182,6 +180,7 @@ func (o Options) GatewayDeployment(gw *rdv.Gateway, workspaces []*rdv.Workspace)
 	if replicas, fixed := GatewayReplicas(gw); fixed {
 		d.Spec.Replicas = new(replicas)
 	}
+	dress(&d.Spec.Template, sel, &gw.Spec.Pod)
 	image := &d.Spec.Template.Spec.Containers[0].Image
 	given := *image
 	*image = ""
@@ -350,29 +349,4 @@ func scalingMetrics(a *rdv.Autoscaling) (metrics []autoscalingv2.MetricSpec) {
 		})
 	}
 	return metrics
-}
-
-// GatewayNetworkPolicy lets anybody reach the listener, and lets the pod reach no more than DNS, the brokers' bus and the
-// other relays: whoever broke into a relay could not go on from it.
-func GatewayNetworkPolicy(gw *rdv.Gateway) *networkingv1.NetworkPolicy {
-	sel := gatewaySelector(gw.Name)
-	brokers := podsOf(map[string]string{rdv.LabelComponent: componentBroker})
-	dns := append(policyPorts(corev1.ProtocolUDP, 53, 5353), policyPorts(corev1.ProtocolTCP, 53, 5353)...)
-	return &networkingv1.NetworkPolicy{
-		TypeMeta:   typeMeta(networkingv1.SchemeGroupVersion.String(), "NetworkPolicy"),
-		ObjectMeta: meta(gw.Namespace, gw.Name, gatewayLabels(gw, componentGateway)),
-		Spec: networkingv1.NetworkPolicySpec{
-			PodSelector: metav1.LabelSelector{MatchLabels: sel},
-			PolicyTypes: []networkingv1.PolicyType{networkingv1.PolicyTypeIngress, networkingv1.PolicyTypeEgress},
-			Ingress: []networkingv1.NetworkPolicyIngressRule{
-				allow(nil, config.PortPublic),
-				allow(anyPod(), config.PortMetrics, config.PortGatewayMetrics),
-			},
-			Egress: []networkingv1.NetworkPolicyEgressRule{
-				{Ports: dns},
-				{To: brokers, Ports: policyPorts(corev1.ProtocolTCP, config.PortBus)},
-				{To: podsOf(sel), Ports: policyPorts(corev1.ProtocolTCP, config.PortPublic)},
-			},
-		},
-	}
 }

@@ -8,7 +8,6 @@ import (
 	certmanager "github.com/cert-manager/cert-manager/pkg/apis/certmanager/v1"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
-	networkingv1 "k8s.io/api/networking/v1"
 	policyv1 "k8s.io/api/policy/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -20,6 +19,14 @@ import (
 )
 
 // Names of a Workspace's children.
+
+// WorkspaceSecrets are the Secrets with keys that are a workspace's own.
+func WorkspaceSecrets(workspace string) []string {
+	return []string{
+		WorkspaceTLS(workspace), WorkspaceTickets(workspace), WorkspaceSigning(workspace), WorkspaceBrokerIdentity(workspace),
+		WorkspaceOperatorIdentity(workspace), workspaceInternalCA(workspace),
+	}
+}
 
 // WorkspaceTLS names the Certificate of the feed, and its Secret.
 func WorkspaceTLS(workspace string) string { return workspace + "-tls" }
@@ -217,6 +224,8 @@ func (o Options) brokerConfig(ws *rdv.Workspace) config.Broker {
 		BusURLs:        o.busURLs(ws),
 		PeersHost:      o.serviceHost(ws.Namespace, workspacePeers(ws.Name)),
 		InternalIssuer: config.Issuer{Name: issuer.Name, Kind: issuer.Kind, Group: issuer.Group},
+		Feed:           callers(ws.Spec.Broker.Service),
+		Bus:            callers(ws.Spec.Broker.Bus.Service),
 	}
 }
 
@@ -268,7 +277,7 @@ func (o Options) BrokerDeployment(ws *rdv.Workspace) (*appsv1.Deployment, error)
 	}
 	sel := brokerSelector(ws.Name)
 	podLabels := workspaceLabels(ws, componentBroker)
-	return &appsv1.Deployment{
+	d := &appsv1.Deployment{
 		TypeMeta:   typeMeta(appsv1.SchemeGroupVersion.String(), "Deployment"),
 		ObjectMeta: meta(ws.Namespace, WorkspaceBroker(ws.Name), podLabels),
 		Spec: appsv1.DeploymentSpec{
@@ -294,7 +303,9 @@ func (o Options) BrokerDeployment(ws *rdv.Workspace) (*appsv1.Deployment, error)
 				},
 			},
 		},
-	}, nil
+	}
+	dress(&d.Spec.Template, sel, &ws.Spec.Broker.Pod)
+	return d, nil
 }
 
 func (o Options) brokerContainer(ws *rdv.Workspace) corev1.Container {
@@ -380,24 +391,6 @@ func disruptionBudget(namespace, name string, labels, selector map[string]string
 			MaxUnavailable:             new(intstr.FromInt32(1)),
 			Selector:                   &metav1.LabelSelector{MatchLabels: selector},
 			UnhealthyPodEvictionPolicy: new(policyv1.AlwaysAllow),
-		},
-	}
-}
-
-// BrokerNetworkPolicy opens the feed and the bus, and the routes to other brokers of the same workspace alone.
-func BrokerNetworkPolicy(ws *rdv.Workspace) *networkingv1.NetworkPolicy {
-	sel := brokerSelector(ws.Name)
-	return &networkingv1.NetworkPolicy{
-		TypeMeta:   typeMeta(networkingv1.SchemeGroupVersion.String(), "NetworkPolicy"),
-		ObjectMeta: meta(ws.Namespace, WorkspaceBroker(ws.Name), workspaceLabels(ws, componentBroker)),
-		Spec: networkingv1.NetworkPolicySpec{
-			PodSelector: metav1.LabelSelector{MatchLabels: sel},
-			PolicyTypes: []networkingv1.PolicyType{networkingv1.PolicyTypeIngress},
-			Ingress: []networkingv1.NetworkPolicyIngressRule{
-				allow(nil, config.PortPublic, config.PortBus, config.PortBusWebSocket),
-				allow(podsOf(sel), config.PortBusRoutes),
-				allow(anyPod(), config.PortMetrics, config.PortSessions), // the operator's namespace isn't known here; its certificate is
-			},
 		},
 	}
 }

@@ -25,6 +25,9 @@ var programs = []string{
 	"etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy", "kubectl",
 }
 
+// policyProgram enforces NetworkPolicies; it is a binary of its own.
+const policyProgram = "netpol"
+
 // cluster is the one development cluster of this machine.
 type cluster struct {
 	layout
@@ -101,6 +104,7 @@ func (c *cluster) boot(ctx context.Context, addons addons) error {
 				func(ctx context.Context) error { return start(ctx, "kube-controller-manager") },
 				func(ctx context.Context) error { return start(ctx, "kube-scheduler") },
 				func(ctx context.Context) error { return start(ctx, "kube-proxy") },
+				func(ctx context.Context) error { return start(ctx, policyProgram) }, // it waits for its rights and its node
 				func(ctx context.Context) error { return c.applyAddons(ctx, addons) },
 			)
 		},
@@ -174,6 +178,9 @@ func (c *cluster) prepare(ctx context.Context) error {
 			return err
 		}
 	}
+	if err := linkOrCopy(filepath.Join(c.built.netpol, policyProgram), c.bin(policyProgram)); err != nil {
+		return err
+	}
 	if err := c.writePKI(); err != nil {
 		return err
 	}
@@ -218,7 +225,7 @@ func (c *cluster) wantedRecord(a addons) (record, error) {
 	}
 	return record{
 		BootID: strings.TrimSpace(string(bootID)),
-		Node:   fingerprint(filepath.Base(c.built.kube), files, argv, clients, leaves),
+		Node:   fingerprint(filepath.Base(c.built.kube), filepath.Base(c.built.netpol), files, argv, clients, leaves),
 		Addons: fingerprint(a),
 		Booted: true,
 	}, nil

@@ -58,8 +58,9 @@ func TestNFTRules(t *testing.T) {
 
 func TestAddonsRender(t *testing.T) {
 	values := map[string]any{
-		"Image": map[string]string{"coredns": "coredns:1", "certmanager": "certmanager:1", "dex": "dex:1"},
-		"DNSIP": dnsIP, "Domain": clusterDomain, "Upstreams": "192.0.2.53",
+		"Image":   map[string]string{"coredns": "coredns:1", "certmanager": "certmanager:1", "dex": "dex:1", "localpathprovisioner": "provisioner:1", "volume": "volume:1"},
+		"Volumes": "/state/volumes",
+		"DNSIP":   dnsIP, "Domain": clusterDomain, "Upstreams": "192.0.2.53",
 		"DexConfig": "{\"a\": \"b\"}\n", "DexConfigHash": "hash",
 	}
 	for _, name := range []string{"base.yaml", "issued.yaml"} {
@@ -245,4 +246,13 @@ func TestEventuallyKeepsTheLastError(t *testing.T) {
 			t.Errorf("error = %v, want the deadline and the last reason", err)
 		}
 	})
+}
+
+func TestPolicyRulesAreTakenOut(t *testing.T) {
+	const other = "*filter\n:INPUT ACCEPT [1:2]\n:FORWARD ACCEPT [0:0]\n:mine - [0:0]\n-A INPUT -j mine\nCOMMIT\n"
+	saved := strings.Replace(other, ":mine", ":KUBE-ROUTER-INPUT - [0:0]\n:KUBE-NWPLCY-DEFAULT - [0:0]\n:KUBE-POD-FW-X - [0:0]\n:mine", 1)
+	saved = strings.Replace(saved, "-A INPUT -j mine\n", "-A INPUT -m comment --comment \"kube-router netpol - 4IA2\" -j KUBE-ROUTER-INPUT\n-A INPUT -j mine\n-A KUBE-ROUTER-INPUT -d 10.96.0.0/16 -j RETURN\n", 1)
+	if got := withoutPolicyRules(saved); got != other {
+		t.Errorf("left are\n%s\nwant\n%s", got, other)
+	}
 }

@@ -80,7 +80,7 @@ func (c *cluster) components() []component {
 				l.bin("kube-controller-manager"), "--use-service-account-credentials",
 				"--service-account-private-key-file=" + l.key("service-accounts"), "--root-ca-file=" + l.crt("ca"),
 				"--cluster-signing-cert-file=" + l.crt("ca"), "--cluster-signing-key-file=" + l.key("ca"),
-				"--cluster-cidr=" + podCIDR, "--service-cluster-ip-range=" + serviceCIDR, "--allocate-node-cidrs=false",
+				"--cluster-cidr=" + podCIDR, "--service-cluster-ip-range=" + serviceCIDR, "--allocate-node-cidrs", "--node-cidr-mask-size=16",
 			}, kubeconfigs("kube-controller-manager")...),
 			health: c.get("https://" + nodeIP + ":10257/healthz"),
 		},
@@ -103,6 +103,14 @@ func (c *cluster) components() []component {
 			name:   "kube-proxy",
 			argv:   []string{l.bin("kube-proxy"), "--config=" + l.config("kube-proxy.yaml")},
 			health: c.get("http://" + nodeIP + ":10256/healthz"),
+		},
+		{
+			name: policyProgram,
+			argv: []string{
+				l.bin(policyProgram), "--kubeconfig=" + l.kubeconfig(policyProgram), "--hostname-override=" + nodeName,
+				"--service-cidr=" + serviceCIDR, "--health-address=" + nodeIP + ":20244",
+			},
+			health: c.get("http://" + nodeIP + ":20244/healthz"),
 		},
 	}
 }

@@ -64,6 +64,7 @@ var clients = map[string]pki.Leaf{
 	"kube-controller-manager": {CommonName: "system:kube-controller-manager"},
 	"kube-scheduler":          {CommonName: "system:kube-scheduler"},
 	"kube-proxy":              {CommonName: "system:kube-proxy"},
+	policyProgram:             {CommonName: "rdv:netpol"},
 	"kubelet":                 {CommonName: "system:node:" + nodeName, Organization: []string{"system:nodes"}},
 }
 

@@ -15,6 +15,7 @@ var packages = map[string]string{
 	"/usr/lib/cni/bridge": "containernetworking-plugins",
 	"/usr/sbin/nft":       "nftables",
 	"/usr/sbin/iptables":  "iptables",
+	"/usr/sbin/ipset":     "ipset",
 	"/usr/sbin/conntrack": "conntrack",
 	"/usr/bin/nsenter":    "util-linux",
 	"/sbin/ip":            "iproute2",

@@ -97,7 +97,7 @@ func (c *cluster) isComponent(exe string, args []string) bool {
 		return slices.Contains(args, c.config("containerd.toml"))
 	}
 	program := filepath.Base(args[0])
-	return filepath.Dir(exe) == c.path("bin") && program != "kubectl" && slices.Contains(programs, program)
+	return filepath.Dir(exe) == c.path("bin") && (program == policyProgram || program != "kubectl" && slices.Contains(programs, program))
 }
 
 // isShim knows the keepers of this cluster's containers by the socket they report to.
@@ -238,6 +238,7 @@ func (c *cluster) networkDown(ctx context.Context) error {
 		}
 	}
 	c.removeHostPortRules(ctx)
+	removePolicyRules(ctx)
 	for _, match := range [][]string{{"-s", podCIDR}, {"-d", podCIDR}, {"-d", serviceCIDR}} {
 		_, _ = command(ctx, "conntrack", append([]string{"-D"}, match...)...) // it fails when nothing matches
 	}
@@ -266,6 +267,38 @@ func (c *cluster) removeHostPortRules(ctx context.Context) {
 		}
 	}
 	_, _ = commandInput(ctx, strings.NewReader(kept.String()), "iptables-restore", "-T", "nat")
+}
+
+// removePolicyRules removes the iptables chains and the ipsets of what enforces NetworkPolicies.
+func removePolicyRules(ctx context.Context) {
+	saved, err := command(ctx, "iptables-save", "-t", "filter")
+	if err != nil {
+		return
+	}
+	if kept := withoutPolicyRules(saved); kept != saved {
+		_, _ = commandInput(ctx, strings.NewReader(kept), "iptables-restore", "-T", "filter")
+	}
+	names, _ := command(ctx, "ipset", "list", "-name")
+	for name := range strings.FieldsSeq(names) {
+		if strings.HasPrefix(name, "KUBE-") || strings.HasPrefix(name, "kube-router-") {
+			_, _ = command(ctx, "ipset", "destroy", name)
+		}
+	}
+}
+
+// withoutPolicyRules is what iptables-save printed, without the chains of kube-router and the rules that lead to them.
+func withoutPolicyRules(saved string) string {
+	var kept strings.Builder
+	for line := range strings.Lines(saved) {
+		ours := false
+		for _, chain := range []string{"KUBE-ROUTER-", "KUBE-POD-FW-", "KUBE-NWPLCY-"} {
+			ours = ours || strings.Contains(line, chain)
+		}
+		if !ours {
+			kept.WriteString(line)
+		}
+	}
+	return kept.String()
 }
 
 // removeLogLinks removes the links to pods' logs that the kubelet puts into a
