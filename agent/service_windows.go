@@ -152,11 +152,18 @@ func setServiceCommand(s *mgr.Service, command string) error {
 
 // startService starts a service and returns once it runs, which the agent says of itself when it serves.
 func startService(ctx context.Context, s *mgr.Service) error {
-	if err := s.Start(); err != nil {
-		return err
-	}
 	ctx, cancel := context.WithTimeout(ctx, startPatience)
 	defer cancel()
+	// The service manager is locked while it starts services itself, as after a boot.
+	for {
+		err := s.Start()
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, windows.ERROR_SERVICE_DATABASE_LOCKED) || sleep(ctx, 250*time.Millisecond) != nil {
+			return err
+		}
+	}
 	for {
 		st, err := s.Query()
 		switch {

@@ -223,8 +223,12 @@ func serviceCommand() *cobra.Command {
 			if _, err := agent.New(o); err != nil { // the flags are checked here, not in a log
 				return err
 			}
-			if runtime.GOOS == "windows" && f.logFile == "" { // a service's standard error is lost there
-				if err := c.Flags().Set("log-file", filepath.Join(o.StateDir, "agent.log")); err != nil {
+			if runtime.GOOS == "windows" {
+				// A service's environment need not be this one's, which the folder's default comes from; its standard error is lost.
+				if f.logFile == "" {
+					f.logFile = filepath.Join(o.StateDir, "agent.log")
+				}
+				if err := errors.Join(c.Flags().Set("state-dir", o.StateDir), c.Flags().Set("log-file", f.logFile)); err != nil {
 					return err
 				}
 			}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -66,11 +67,30 @@ func TestWindowsBuilds(t *testing.T) {
 	wine := func(argv ...string) (string, error) {
 		cmd := box.Command(ctx, append([]string{"wine"}, argv...)...)
 		cmd.Env = append(cmd.Env, "HOME=/root")
-		out, err := cmd.CombinedOutput()
-		return strings.ReplaceAll(string(out), "\r", ""), err
+		return outputOf(t, cmd)
 	}
 	if out, err := wine("wineboot", "--init"); err != nil {
 		t.Fatalf("wineboot: %v\n%s", err, out)
+	}
+	// What made the prefix goes on for a while, with a service manager of its own.
+	if out, err := outputOf(t, box.Command(ctx, "sh", "-c", "wineserver --kill; wineserver --wait")); err != nil {
+		t.Fatalf("wineserver: %v\n%s", err, out)
+	}
+	// Without a program that stays, wine would shut Windows down after each command, and boot it, with all services, for the next.
+	stays, err := box.Start("sh", "-c", "sleep 3600 | HOME=/root exec wine cmd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(stays.Stop)
+	// The service manager takes no orders while it boots, and is done when the last of the services that start by themselves is.
+	if err := within(ctx, time.Minute, func() error {
+		out, err := wine("sc", "query", "PlugPlay")
+		if err == nil && !strings.Contains(out, "RUNNING") {
+			err = errors.New(out)
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
 	}
 
 	t.Run("rdv", func(t *testing.T) {
@@ -83,17 +103,32 @@ func TestWindowsBuilds(t *testing.T) {
 	for pkg, beyond := range map[string]string{"agent": agentBeyondWine, "client": clientBeyondWine} {
 		t.Run("tests of "+pkg, func(t *testing.T) {
 			cmd := box.Command(ctx, "sh", "-c", `cd "$0" && exec wine "$1" -test.v -test.timeout=4m -test.skip="$2"`, "/win/"+pkg, `Z:\win\`+pkg+`\`+pkg+".test.exe", beyond)
-			out, err := cmd.CombinedOutput()
-			if n := strings.Count(string(out), "--- PASS: "); err != nil || n < 25 {
+			out, err := outputOf(t, cmd)
+			if n := strings.Count(out, "--- PASS: "); err != nil || n < 25 {
 				t.Errorf("%v, %d tests passed\n%s", err, n, out)
 			}
-			for line := range strings.Lines(string(out)) {
+			for line := range strings.Lines(out) {
 				if strings.Contains(line, "--- SKIP: ") {
 					t.Log(strings.TrimSpace(line))
 				}
 			}
 		})
 	}
+}
+
+// outputOf runs a command of wine's and gives what it says. Not by a pipe: wine's own servers go on after the first command, and
+// would keep that open.
+func outputOf(t *testing.T, cmd *exec.Cmd) (string, error) {
+	t.Helper()
+	f, err := os.CreateTemp(t.TempDir(), "output")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	cmd.Stdout, cmd.Stderr = f, f
+	err = cmd.Run()
+	text, readErr := os.ReadFile(f.Name())
+	return strings.ReplaceAll(string(text), "\r", ""), errors.Join(err, readErr)
 }
 
 // windowsService installs, updates and removes the service, and has it fail.
