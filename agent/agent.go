@@ -15,6 +15,7 @@
 //	signin.go    who logs in by which connection; package login has the workings
 //	probe.go     whether the RDP server really answers, and with which certificate
 //	health.go    a Unix socket in the state folder, for liveness probes
+//	notify.go    what systemd hears of it
 //	service_*.go a systemd unit on Linux, a service on Windows
 package agent
 
@@ -26,6 +27,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"net/url"
 	"os"
 	"strings"
@@ -35,6 +37,7 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"rendezvous.dev/rendezvous/agent/control"
+	"rendezvous.dev/rendezvous/agent/login"
 	"rendezvous.dev/rendezvous/agent/login/setup"
 	"rendezvous.dev/rendezvous/wire/identity"
 	"rendezvous.dev/rendezvous/wire/proxydial"
@@ -79,16 +82,20 @@ type Options struct {
 	proxy    *url.URL // Proxy, with its credentials
 	timing   timing
 	desktops func() map[desktop]bool // readDesktops, but for some tests
-	control  control.Control         // for some tests
+	// listeners looks at who listens at RDPAddr; login.Listeners, but for some tests.
+	listeners func() (login.Listening, error)
+	control   control.Control // for some tests
 	// guarded says why logging people in by connection would not be safe on this machine; setup.Check, but for some tests.
 	guarded func() error
 }
 
 // timing is what tests shorten.
 type timing struct {
-	probeReady   time.Duration // between probes of a server that answers
+	probe        time.Duration // for one probe of the RDP server
+	probeReady   time.Duration // between probes of a server that answers, where the kernel can't be asked, and between looks at who may log in
+	probeAgain   time.Duration // between probes of one that there is no reason to ask
 	look         time.Duration // between looks at the RDP server's sessions
-	probeUnready time.Duration // between probes of one that does not
+	probeUnready time.Duration // between looks at its listening socket, and at first between probes of one that does not answer
 	retryMin     time.Duration // first delay after a transient failure
 	retryMax     time.Duration // and the longest
 	refusedMax   time.Duration // longest delay after a final refusal
@@ -104,7 +111,9 @@ func (t timing) withDefaults() timing {
 			*d = v
 		}
 	}
+	def(&t.probe, 5*time.Second)
 	def(&t.probeReady, 10*time.Second)
+	def(&t.probeAgain, 5*time.Minute)
 	def(&t.look, time.Second)
 	def(&t.probeUnready, time.Second)
 	def(&t.retryMin, 500*time.Millisecond)
@@ -166,6 +175,15 @@ func (o Options) withDefaults() (Options, error) {
 		}
 		o.Host, _, _ = strings.Cut(strings.ToLower(name), ".")
 	}
+	if o.listeners == nil {
+		addr, err := netip.ParseAddrPort(o.RDPAddr)
+		o.listeners = func() (login.Listening, error) {
+			if err != nil { // a name
+				return login.Listening{}, err
+			}
+			return login.Listeners(addr)
+		}
+	}
 	if !identity.IsLabel(o.Host) {
 		return o, fmt.Errorf("--host: %q is not a DNS label (lower-case letters, digits and '-', at most 63): name the session host with --host", o.Host)
 	}
@@ -188,6 +206,7 @@ type Agent struct {
 	changed chan struct{} // one waiting signal: report at once
 	redial  chan struct{} // one waiting signal: make another control channel in place of this one
 	early   chan struct{} // one waiting signal: renew before the time has come
+	suspect chan struct{} // one waiting signal: ask the RDP server, for something has changed or gone wrong
 	// displaced is one waiting signal: another machine came as this host, and took the channel's place.
 	displaced chan struct{}
 
@@ -202,6 +221,26 @@ type Agent struct {
 	conn     *nats.Conn // guarded by mu; nil while there is no control channel
 	probed   probeResult
 	sequence uint64
+	// Of the last try to enrol or to make a channel; guarded by mu.
+	problem        string
+	refusedForGood bool
+
+	notify notifier      // set by Run
+	ready  chan struct{} // closed once the agent serves its own machine
+}
+
+// Ready is closed once Run has all that it needs of its own machine: its folders, and the sockets by which it is asked. Whether
+// a broker can be reached is not part of it: that may come later, and restarting the agent would not bring it about.
+func (a *Agent) Ready() <-chan struct{} { return a.ready }
+
+// trouble notes why there is no membership or no channel; nil where there is.
+func (a *Agent) trouble(err error, forGood bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.problem, a.refusedForGood = "", forGood
+	if err != nil {
+		a.problem = err.Error()
+	}
 }
 
 // dialer is how the agent reaches broker, bus and gateways.
@@ -221,13 +260,15 @@ func New(o Options) (*Agent, error) {
 	return &Agent{
 		opts: o, log: o.Log.With("host", o.Host), store: store{dir: o.StateDir}, ledger: newLedger(),
 		install: newInstaller(o.RDPCertDir), boot: hex.EncodeToString(boot), tlsSessions: tls.NewLRUClientSessionCache(maxInstances),
-		changed: make(chan struct{}, 1), redial: make(chan struct{}, 1), early: make(chan struct{}, 1), displaced: make(chan struct{}, 1),
+		changed: make(chan struct{}, 1), redial: make(chan struct{}, 1), early: make(chan struct{}, 1), suspect: make(chan struct{}, 1), displaced: make(chan struct{}, 1),
+		ready: make(chan struct{}),
 	}, nil
 }
 
 // Run serves until ctx ends, then drains: no new session, a last report, and the sessions' own end or Options.Drain.
 // It returns early only where this machine can't run an agent at all (its state folder, its options).
 func (a *Agent) Run(ctx context.Context) error {
+	a.notify = newNotifier()
 	if err := a.store.prepare(); err != nil {
 		return err
 	}
@@ -258,6 +299,15 @@ func (a *Agent) Run(ctx context.Context) error {
 		defer health.Close()
 	}
 
+	if err := a.notify.send("READY=1"); err != nil {
+		a.log.Warn("systemd was not told that the agent serves", "error", err)
+	}
+	close(a.ready)
+	// It goes on while the agent drains.
+	telling, stopTelling := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopTelling()
+	go a.keepNotifying(telling)
+
 	m, err := a.membership(ctx, true)
 	if err != nil {
 		if ctx.Err() != nil {
@@ -276,6 +326,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 
 	<-ctx.Done()
+	a.notify.send("STOPPING=1")
 	a.log.Info("stopping", "sessions", a.ledger.count(), "drain", a.opts.Drain.String())
 	a.ledger.stop()
 	a.publishReport()
@@ -302,6 +353,7 @@ func (a *Agent) adopt(m *member) {
 		a.log.Error("the RDP certificate could not be installed; clients will not trust this host", "error", err)
 		return
 	}
+	signal(a.suspect)
 	a.log.Info("RDP certificate installed", "fingerprint", fingerprint(m.rdp), "notAfter", m.rdp.NotAfter)
 }
 

@@ -41,6 +41,7 @@ import (
 	"rendezvous.dev/rendezvous/wire/bus"
 	"rendezvous.dev/rendezvous/wire/identity"
 	"rendezvous.dev/rendezvous/wire/mtls"
+	"rendezvous.dev/rendezvous/wire/rdpkey"
 	"rendezvous.dev/rendezvous/wire/refusal"
 	"rendezvous.dev/rendezvous/wire/trace"
 )
@@ -64,7 +65,9 @@ type world struct {
 	answer    func(w http.ResponseWriter, token string) bool // refuses an enrolment where it returns true
 	enrolled  []brokerapi.EnrollRequest
 	lose      bool                         // the answers of enrolments
+	rdpKey    rdpkey.Kind                  // that the pool chooses
 	admit     func(*x509.Certificate) bool // whom the bus lets in, nil for all
+	busy      bool                         // refuses the next renewal
 	older     bool                         // the brokers are of a release without bus.HostDisplaced
 	config    *bus.HostConfig              // what this host must hold to
 	renewals  int
@@ -110,9 +113,9 @@ func (a *authority) sign(t *testing.T, tmpl x509.Certificate, public any, lifeti
 // pair issues a certificate with its key.
 func (a *authority) pair(t *testing.T, tmpl x509.Certificate) (certPEM, keyPEM string) {
 	t.Helper()
-	k, err := newKey()
+	k, err := rdpkey.Kind{}.Generate()
 	must(t, err)
-	key, err := parseKey(k)
+	key, _, err := rdpkey.Parse(k)
 	must(t, err)
 	return a.sign(t, tmpl, key.Public(), time.Hour), string(k)
 }
@@ -159,7 +162,7 @@ func (w *world) startBroker() {
 		if w.answer != nil && w.answer(rw, token) {
 			return
 		}
-		json.NewEncoder(rw).Encode(brokerapi.PreEnroll{Namespace: namespace, Workspace: workspace, Pool: pool, RDPCertificate: true})
+		json.NewEncoder(rw).Encode(brokerapi.PreEnroll{Namespace: namespace, Workspace: workspace, Pool: pool, RDPCertificate: true, RDPKey: w.rdpKey})
 	})
 	mux.HandleFunc("POST "+brokerapi.PathEnroll, func(rw http.ResponseWriter, r *http.Request) {
 		var req brokerapi.EnrollRequest
@@ -314,6 +317,9 @@ func (w *world) startBus() {
 		w.renewals++
 		w.lifetime = time.Hour // once is enough for a test
 		res := brokerapi.RenewResponse{Certificates: w.certificates(req)}
+		if w.busy {
+			res, w.busy = brokerapi.RenewResponse{Err: refusal.New(refusal.IssuerAway, "It renewed a moment ago.")}, false
+		}
 		w.mu.Unlock()
 		data, _ := json.Marshal(res)
 		m.Respond(data)
@@ -329,7 +335,7 @@ func (w *world) options() Options {
 		Broker: w.broker.URL, CAFile: ca, TokenFile: w.token, Host: host, StateDir: shortDir(w.t), RDPAddr: w.rdp.addr, RDPCertDir: w.dir,
 		Drain: 10 * time.Second, Version: "test", Log: slog.New(slog.DiscardHandler),
 		desktops: w.look,
-		timing: timing{look: 10 * time.Millisecond, probeReady: 50 * time.Millisecond, probeUnready: 20 * time.Millisecond, retryMin: 10 * time.Millisecond,
+		timing: timing{look: 10 * time.Millisecond, probeReady: 50 * time.Millisecond, probeAgain: 50 * time.Millisecond, probeUnready: 20 * time.Millisecond, retryMin: 10 * time.Millisecond,
 			retryMax: 50 * time.Millisecond, refusedMax: 50 * time.Millisecond, closeGrace: time.Second, joinMin: 500 * time.Millisecond},
 	}
 }
@@ -749,6 +755,42 @@ func TestRenewal(t *testing.T) {
 	}
 	if len(w.enrolled) != 1 {
 		t.Errorf("%d enrolments, want 1", len(w.enrolled))
+	}
+}
+
+// The pool chooses the kind of the RDP server's key. A host that has another renews, also where it is refused at first.
+func TestChosenRDPKey(t *testing.T) {
+	w := newWorld(t)
+	w.rdpKey = rdpkey.Kind{Algorithm: rdpkey.RSA, Size: 2048, Encoding: rdpkey.PKCS1}
+	o := w.options()
+	stop := w.run(o)
+	installed := func() (k rdpkey.Kind) {
+		data, err := os.ReadFile(filepath.Join(w.dir, mtls.KeyFile))
+		if err == nil {
+			_, k, err = rdpkey.Parse(data)
+		}
+		if err != nil {
+			t.Error(err)
+		}
+		return k
+	}
+	w.ready(bus.HostConfig{Generation: 1, MaxSessions: 1, RDPKey: w.rdpKey})
+	if k := installed(); k != w.rdpKey || w.renewals != 0 {
+		t.Errorf("enrolled with a key of %v, after %d renewals", k, w.renewals)
+	}
+	next := rdpkey.Kind{Algorithm: rdpkey.ECDSA, Size: 384, Encoding: rdpkey.PKCS8}
+	w.mu.Lock()
+	w.busy = true // for the first renewal
+	w.mu.Unlock()
+	w.ready(bus.HostConfig{Generation: 2, MaxSessions: 1, RDPKey: next})
+	w.eventually("a renewal with the other key", func() bool { return w.renewals == 2 && installed() == next })
+	// A broker of before says nothing of keys: what is there stays.
+	w.ready(bus.HostConfig{Generation: 3, MaxSessions: 1})
+	stop()
+	w.run(o)
+	w.ready(bus.HostConfig{Generation: 4, MaxSessions: 1, RDPKey: next})
+	if k := installed(); k != next || w.renewals != 2 {
+		t.Errorf("in the end the key is of %v, after %d renewals", k, w.renewals)
 	}
 }
 

@@ -1,16 +1,12 @@
 package agent
 
 import (
-	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/hex"
 	"encoding/pem"
-	"errors"
-	"fmt"
 	"net/url"
 	"os"
 	"os/user"
@@ -20,36 +16,8 @@ import (
 	"rendezvous.dev/rendezvous/wire/brokerapi"
 	"rendezvous.dev/rendezvous/wire/identity"
 	"rendezvous.dev/rendezvous/wire/mtls"
+	"rendezvous.dev/rendezvous/wire/rdpkey"
 )
-
-// newKey makes an ECDSA P-256 key (PEM, PKCS #8).
-func newKey() ([]byte, error) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return nil, err
-	}
-	der, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		return nil, err
-	}
-	return pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), nil
-}
-
-func parseKey(data []byte) (*ecdsa.PrivateKey, error) {
-	block, _ := pem.Decode(data)
-	if block == nil {
-		return nil, errors.New("no PEM block")
-	}
-	key, err := x509.ParsePKCS8PrivateKey(block.Bytes)
-	if err != nil {
-		return nil, err
-	}
-	ec, ok := key.(*ecdsa.PrivateKey)
-	if !ok {
-		return nil, fmt.Errorf("it is a %T, not an ECDSA key", key)
-	}
-	return ec, nil
-}
 
 // clientCSR asks for the bus identity: one URI name and nothing else.
 func clientCSR(id identity.ID, keyPEM []byte) (string, error) {
@@ -68,7 +36,7 @@ func rdpCSR(id identity.ID, keyPEM []byte) (string, error) {
 }
 
 func csr(template *x509.CertificateRequest, keyPEM []byte) (string, error) {
-	key, err := parseKey(keyPEM)
+	key, _, err := rdpkey.Parse(keyPEM)
 	if err != nil {
 		return "", err
 	}

@@ -52,6 +52,7 @@ func (a *Agent) keepChannel(ctx context.Context) {
 		next, closed, err := a.dialBus(ctx)
 		if err != nil {
 			wait := retry.delay()
+			a.trouble(err, false)
 			a.log.Error("no control channel", "error", err, "retryIn", wait.Round(time.Millisecond).String())
 			sleep(ctx, wait)
 			continue
@@ -61,6 +62,7 @@ func (a *Agent) keepChannel(ctx context.Context) {
 			conn.Drain()
 		}
 		conn = next
+		a.trouble(nil, false)
 		a.setConn(conn)
 		began := time.Now()
 		a.log.Info("control channel", "url", conn.ConnectedUrl())
@@ -231,6 +233,10 @@ func (a *Agent) onConfig(msg *nats.Msg) {
 	if a.ledger.configure(c) {
 		a.log.Info("configured", "generation", c.Generation, "maxSessions", c.MaxSessions, "draining", c.Draining)
 		signal(a.changed)
+		if a.otherRDPKey() {
+			a.log.Info("the pool wants another kind of RDP key: renewing", "kind", c.RDPKey.String())
+			signal(a.early)
+		}
 	}
 }
 

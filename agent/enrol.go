@@ -20,6 +20,7 @@ import (
 	"rendezvous.dev/rendezvous/wire/brokerapi"
 	"rendezvous.dev/rendezvous/wire/clock"
 	"rendezvous.dev/rendezvous/wire/identity"
+	"rendezvous.dev/rendezvous/wire/rdpkey"
 	"rendezvous.dev/rendezvous/wire/refusal"
 )
 
@@ -70,6 +71,7 @@ func (a *Agent) membership(ctx context.Context, patient bool) (*member, error) {
 		token, err := a.readToken()
 		if err == nil {
 			if m, err = a.enrolOnce(ctx, token); err == nil {
+				a.trouble(nil, false)
 				return m, nil
 			}
 		}
@@ -85,6 +87,7 @@ func (a *Agent) membership(ctx context.Context, patient bool) (*member, error) {
 			retry.max = a.opts.timing.refusedMax
 		}
 		wait := retry.delay()
+		a.trouble(err, final)
 		a.log.Error("enrolment failed", "broker", a.opts.Broker, "error", err, "final", final, "retryIn", wait.Round(time.Millisecond).String())
 		if err := a.waitForToken(ctx, token, wait); err != nil {
 			return nil, err
@@ -160,7 +163,11 @@ func (a *Agent) enrolOnce(ctx context.Context, token string) (m *member, err err
 		host = pre.Host
 	}
 	id := identity.Agent(pre.Namespace, pre.Workspace, pre.Pool, host)
-	m, req, err := a.enrolling.request(id, token, pre.RDPCertificate && a.install != nil)
+	var rdp *rdpkey.Kind
+	if pre.RDPCertificate && a.install != nil {
+		rdp = &pre.RDPKey
+	}
+	m, req, err := a.enrolling.request(id, token, rdp)
 	if err != nil {
 		return nil, err
 	}
@@ -193,36 +200,37 @@ func (a *Agent) enrolOnce(ctx context.Context, token string) (m *member, err err
 type enrolling struct {
 	id    identity.ID
 	token string
+	rdp   *rdpkey.Kind
 	m     *member
 	req   brokerapi.RenewRequest
 }
 
-// request gives the membership to be, with its keys, and the CSRs for it.
-func (e *enrolling) request(id identity.ID, token string, rdp bool) (*member, brokerapi.RenewRequest, error) {
-	if e.m == nil || e.id != id || e.token != token || (e.req.RDPCSR != "") != rdp {
+// request gives the membership to be, with its keys, and the CSRs for it. rdp is the kind of the RDP server's key; nil for none.
+func (e *enrolling) request(id identity.ID, token string, rdp *rdpkey.Kind) (*member, brokerapi.RenewRequest, error) {
+	if e.m == nil || e.id != id || e.token != token || (e.rdp == nil) != (rdp == nil) || rdp != nil && *rdp != *e.rdp {
 		sum := sha256.Sum256([]byte(token))
 		m := &member{Namespace: id.Namespace, Workspace: id.Workspace, Pool: id.Pool, Host: id.Host, TokenHash: hex.EncodeToString(sum[:])}
 		req, err := certificateRequest(id, m, rdp)
 		if err != nil {
 			return nil, req, err
 		}
-		*e = enrolling{id, token, m, req}
+		*e = enrolling{id, token, rdp, m, req}
 	}
 	return e.m, e.req, nil
 }
 
-// certificateRequest makes the CSRs for id over new keys, which go into m.
-func certificateRequest(id identity.ID, m *member, rdp bool) (brokerapi.RenewRequest, error) {
+// certificateRequest makes the CSRs for id over new keys, which go into m. rdp is the kind of the RDP server's; nil for none.
+func certificateRequest(id identity.ID, m *member, rdp *rdpkey.Kind) (brokerapi.RenewRequest, error) {
 	var req brokerapi.RenewRequest
-	key, err := newKey()
+	key, err := rdpkey.Kind{}.Generate()
 	if err != nil {
 		return req, err
 	}
 	m.ClientKey = string(key)
-	if req.ClientCSR, err = clientCSR(id, key); err != nil || !rdp {
+	if req.ClientCSR, err = clientCSR(id, key); err != nil || rdp == nil {
 		return req, err
 	}
-	if key, err = newKey(); err != nil {
+	if key, err = rdp.Generate(); err != nil {
 		return req, err
 	}
 	m.RDPKey = string(key)

@@ -23,8 +23,12 @@ type Health struct {
 	Connected bool   `json:"connected"` // a control channel to a broker stands
 	RDPReady  bool   `json:"rdpReady"`
 	Message   string `json:"message,omitempty"`
-	Sessions  int    `json:"sessions"`
-	Stopping  bool   `json:"stopping"`
+	// Problem is why this host has not enrolled, or has no channel, as of the last try.
+	Problem string `json:"problem,omitempty"`
+	// Refused says that the broker refuses this machine for good: it takes a person to change that.
+	Refused  bool `json:"refused,omitempty"`
+	Sessions int  `json:"sessions"`
+	Stopping bool `json:"stopping"`
 }
 
 // Ready says that the host can be given sessions.
@@ -49,7 +53,7 @@ func (a *Agent) health() Health {
 	defer a.mu.Unlock()
 	return Health{
 		Host: a.opts.Host, Enrolled: a.member != nil, Connected: a.conn != nil, RDPReady: a.probed.ready,
-		Message: a.probed.why, Sessions: a.ledger.count(), Stopping: stopping,
+		Message: a.probed.why, Problem: a.problem, Refused: a.refusedForGood, Sessions: a.ledger.count(), Stopping: stopping,
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"encoding/hex"
 	"fmt"
+	"os"
 	"os/exec"
 	"strings"
 	"unsafe"
@@ -17,8 +18,22 @@ import (
 
 // secureDir leaves the state folder to SYSTEM and the administrators alone. ProgramData, where it usually stands,
 // would pass on reading to every user.
+//
+// ProgramData also lets every user make folders: one who made this one first would stay its owner, who may give out rights, and
+// a link of theirs would lead elsewhere.
 func secureDir(dir string) error {
-	sd, err := windows.SecurityDescriptorFromString("D:PAI(A;OICI;FA;;;SY)(A;OICI;FA;;;BA)")
+	fi, err := os.Lstat(dir)
+	if err != nil {
+		return err
+	}
+	if !fi.IsDir() { // a junction or another link
+		return fmt.Errorf("it is a link, not a folder (%s): look who made it, and remove it", fi.Mode().Type())
+	}
+	sd, err := windows.SecurityDescriptorFromString("O:BAD:PAI(A;OICI;FA;;;SY)(A;OICI;FA;;;BA)")
+	if err != nil {
+		return err
+	}
+	owner, _, err := sd.Owner()
 	if err != nil {
 		return err
 	}
@@ -27,7 +42,7 @@ func secureDir(dir string) error {
 		return err
 	}
 	return windows.SetNamedSecurityInfo(dir, windows.SE_FILE_OBJECT,
-		windows.DACL_SECURITY_INFORMATION|windows.PROTECTED_DACL_SECURITY_INFORMATION, nil, nil, dacl, nil)
+		windows.OWNER_SECURITY_INFORMATION|windows.DACL_SECURITY_INFORMATION|windows.PROTECTED_DACL_SECURITY_INFORMATION, owner, nil, dacl, nil)
 }
 
 // syncDir has nothing to do: NTFS journals its renames, and Windows can't flush a folder.
@@ -97,7 +112,11 @@ func importPair(pair tls.Certificate) error {
 	blob := windows.CryptDataBlob{Size: uint32(len(pfx)), Data: &pfx[0]}
 	imported, err := windows.PFXImportCertStore(&blob, secret, windows.CRYPT_MACHINE_KEYSET|windows.PKCS12_ALWAYS_CNG_KSP|windows.PKCS12_ALLOW_OVERWRITE_KEY)
 	if err != nil {
-		return err
+		// A store that knows no CNG flags, or lets nobody use it, may take the key into the older kind of store.
+		var older error
+		if imported, older = windows.PFXImportCertStore(&blob, secret, windows.CRYPT_MACHINE_KEYSET); older != nil {
+			return fmt.Errorf("%w; without CNG: %w", err, older)
+		}
 	}
 	defer windows.CertCloseStore(imported, 0)
 	for ctx, err := windows.CertEnumCertificatesInStore(imported, nil); ctx != nil && err == nil; ctx, err = windows.CertEnumCertificatesInStore(imported, ctx) {

@@ -12,11 +12,9 @@ import (
 	"slices"
 	"time"
 
+	"rendezvous.dev/rendezvous/agent/login"
 	"rendezvous.dev/rendezvous/wire/brokerapi"
 )
-
-// probeTimeout bounds one probe.
-const probeTimeout = 5 * time.Second
 
 // Security protocols of RDP's negotiation (MS-RDPBCGR 2.2.1.1.1).
 const (
@@ -42,9 +40,9 @@ type probeResult struct {
 	served *x509.Certificate // what the RDP server shows
 }
 
-// probeRDP connects as a client would, up to and with TLS.
-func probeRDP(ctx context.Context, addr string) (*x509.Certificate, error) {
-	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+// probeRDP connects as a client would, up to and with TLS, within a time.
+func probeRDP(ctx context.Context, addr string, within time.Duration) (*x509.Certificate, error) {
+	ctx, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, "tcp", addr)
@@ -122,16 +120,97 @@ func (a *Agent) safeLogins() error {
 	return nil
 }
 
-// keepProbing asks the RDP server every few seconds. One failure alone does not take a ready host away.
+// watch decides when the RDP server is asked. A server logs every connection, for ever, so that it is asked when there is a
+// reason to: it has just been started, connections to it wait, one of ours went wrong, it was not well the last time; and rarely
+// without a reason. Between, the kernel says whether it listens. It is owned by keepProbing.
+type watch struct {
+	addr   string
+	timing timing
+	look   func() (login.Listening, error)
+
+	last    login.Listening // by the last look
+	waiting int             // looks in a row that saw connections wait
+	probed  time.Time
+	served  *x509.Certificate // by the last probe
+	err     error             // of the last probe
+	retry   backoff           // of one that fails
+	next    time.Duration     // until the next probe of one that fails
+}
+
+// due says whether the server is to be asked now; else gone says that there is none to ask. wrong says that its certificate
+// was not the right one, which a server may change between two connections.
+func (w *watch) due(now time.Time, suspect, wrong bool) (due bool, gone error) {
+	since := now.Sub(w.probed)
+	l, err := w.look()
+	if err != nil { // not to be had here
+		if w.err != nil {
+			return since >= w.next, nil
+		}
+		return since >= w.timing.probeReady, nil
+	}
+	changed := !slices.Equal(l.Sockets, w.last.Sockets)
+	w.last = l
+	if l.Waiting > 0 {
+		w.waiting++
+	} else {
+		w.waiting = 0
+	}
+	switch {
+	case len(l.Sockets) == 0:
+		return false, fmt.Errorf("nothing listens at %s", w.addr)
+	case changed || suspect:
+		return true, nil
+	case w.err != nil:
+		return since >= w.next, nil
+	case wrong || w.waiting > 1: // a busy server accepts within a look or two
+		return since >= w.timing.probeReady, nil
+	}
+	return since >= w.timing.probeAgain, nil
+}
+
+// ask asks the server.
+func (w *watch) ask(ctx context.Context) {
+	w.served, w.err = probeRDP(ctx, w.addr, w.timing.probe)
+	w.probed, w.next = time.Now(), 0
+	if w.err == nil {
+		w.retry.reset()
+		return
+	}
+	w.next = w.retry.delay()
+}
+
+// keepProbing has the RDP server watched, and with it what else must be well for this host to take sessions. One failure alone
+// does not take a ready host away.
 func (a *Agent) keepProbing(ctx context.Context) {
+	t := a.opts.timing
+	w := &watch{addr: a.opts.RDPAddr, timing: t, look: a.opts.listeners, retry: backoff{min: t.probeUnready, max: t.probeReady}}
 	failures := 0
+	var unsafe error
+	var asked time.Time // for unsafe
 	for {
-		served, err := probeRDP(ctx, a.opts.RDPAddr)
-		if err == nil {
-			err = servesOurs(a.current(), served, time.Now())
+		suspect := false
+		select {
+		case <-a.suspect:
+			suspect = true
+		default:
+		}
+		now := time.Now()
+		due, err := w.due(now, suspect, w.served != nil && servesOurs(a.current(), w.served, now) != nil)
+		if due {
+			w.ask(ctx)
 		}
 		if err == nil {
-			err = a.safeLogins()
+			err = w.err
+		}
+		served := w.served
+		if err == nil {
+			err = servesOurs(a.current(), served, now)
+		}
+		if err == nil {
+			if unsafe != nil || now.Sub(asked) >= t.probeReady {
+				unsafe, asked = a.safeLogins(), now
+			}
+			err = unsafe
 		}
 		if ctx.Err() != nil {
 			return
@@ -146,12 +225,9 @@ func (a *Agent) keepProbing(ctx context.Context) {
 		} else {
 			failures = 0
 		}
-		wait := a.opts.timing.probeReady
-		if err != nil {
-			wait = a.opts.timing.probeUnready
-		}
 		if was.ready && !next.ready && failures < 2 {
 			next = was
+			w.next = 0 // ask again at once
 		}
 		if next.served == nil {
 			next.served = was.served
@@ -164,7 +240,7 @@ func (a *Agent) keepProbing(ctx context.Context) {
 			a.log.Info("RDP server", "ready", next.ready, "address", a.opts.RDPAddr, "why", next.why)
 			signal(a.changed)
 		}
-		if sleep(ctx, wait) != nil {
+		if sleep(ctx, t.probeUnready) != nil {
 			return
 		}
 	}

@@ -11,6 +11,7 @@ import (
 	"rendezvous.dev/rendezvous/wire/brokerapi"
 	"rendezvous.dev/rendezvous/wire/bus"
 	"rendezvous.dev/rendezvous/wire/refusal"
+	"rendezvous.dev/rendezvous/wire/rdpkey"
 )
 
 const renewTimeout = 60 * time.Second
@@ -18,6 +19,7 @@ const renewTimeout = 60 * time.Second
 // keepRenewing asks for the next certificates in time, over the control channel that the present ones opened.
 func (a *Agent) keepRenewing(ctx context.Context) {
 	for {
+		early := false
 		m := a.current()
 		due := time.NewTimer(time.Until(renewAt(m)))
 		select {
@@ -26,7 +28,7 @@ func (a *Agent) keepRenewing(ctx context.Context) {
 			return
 		case <-a.early:
 			due.Stop()
-			m = a.current()
+			early, m = true, a.current()
 		case <-due.C:
 			if a.current() != m {
 				continue // enrolled again meanwhile
@@ -38,6 +40,10 @@ func (a *Agent) keepRenewing(ctx context.Context) {
 				return
 			}
 			wait := renewRetry(time.Until(m.notAfter()), a.opts.timing.retryMin)
+			if early { // there is a reason for it now, and it stays
+				wait = min(wait, a.opts.timing.refusedMax)
+				signal(a.early)
+			}
 			a.log.Error("certificates not renewed", "error", err, "notAfter", m.notAfter(), "retryIn", wait.Round(time.Millisecond).String())
 			if sleep(ctx, wait) != nil {
 				return
@@ -73,6 +79,30 @@ func renewRetry(left, min time.Duration) time.Duration {
 	return d/2 + rand.N(d/2+1)
 }
 
+// rdpKind is the kind of key that the RDP server is to have next: the one that the brokers name, or else the present one's. It is nil
+// where the host keeps its own certificate.
+func (a *Agent) rdpKind(m *member) *rdpkey.Kind {
+	if m.rdp == nil {
+		return nil
+	}
+	c, _ := a.ledger.inForce()
+	if c.RDPKey.Algorithm != "" {
+		return &c.RDPKey
+	}
+	_, kind, _ := rdpkey.Parse([]byte(m.RDPKey)) // the default where it can't be read
+	return &kind
+}
+
+// otherRDPKey says that the brokers want the RDP certificate to be over another kind of key than it is.
+func (a *Agent) otherRDPKey() bool {
+	m := a.current()
+	if m == nil || m.rdp == nil {
+		return false
+	}
+	_, kind, err := rdpkey.Parse([]byte(m.RDPKey))
+	return err != nil || kind != a.rdpKind(m).Complete()
+}
+
 // renew asks for certificates over new keys and saves them.
 func (a *Agent) renew(ctx context.Context, m *member) (*member, error) {
 	a.mu.Lock()
@@ -82,7 +112,7 @@ func (a *Agent) renew(ctx context.Context, m *member) (*member, error) {
 		return nil, errors.New("no control channel to a broker")
 	}
 	next := &member{Namespace: m.Namespace, Workspace: m.Workspace, Pool: m.Pool, Host: m.Host, BusURLs: m.BusURLs, BusCA: m.BusCA, TokenHash: m.TokenHash}
-	req, err := certificateRequest(m.id(), next, m.rdp != nil)
+	req, err := certificateRequest(m.id(), next, a.rdpKind(m))
 	if err != nil {
 		return nil, err
 	}

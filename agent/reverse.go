@@ -91,6 +91,9 @@ func (a *Agent) serveSession(req bus.HostConnect) {
 	log.Info("session joined", "gateway", req.Address, "instance", req.Instance, "took", step.Duration.String())
 
 	toHost, toGateway, err := pump(gateway, host, a.opts.timing.closeGrace)
+	if toGateway == 0 { // not a word of the RDP server
+		signal(a.suspect)
+	}
 	log = log.With("bytesToHost", toHost, "bytesToGateway", toGateway, "took", time.Since(began).Round(time.Millisecond).String())
 	if err != nil {
 		log = log.With("error", err)
@@ -120,6 +123,7 @@ func (a *Agent) openLegs(req bus.HostConnect) (gateway *joinedConn, host *net.TC
 	}
 	if host, release, err = a.dialRDP(ctx, req); err != nil {
 		gateway.Close()
+		signal(a.suspect)
 		return nil, nil, release, refusal.New(refusal.HostNotReady, "The RDP server at %s does not answer: %v.", a.opts.RDPAddr, err)
 	}
 	return gateway, host, release, nil

@@ -1,13 +1,21 @@
 package agent
 
 import (
+	"context"
+	"fmt"
+	"io"
+	"os"
 	"path"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // ServiceName is the agent's name with the operating system's service manager.
 const ServiceName = "rendezvous-agent"
+
+// ServiceFlag of `agent run` says that Windows's service manager started it.
+const ServiceFlag = "as-service"
 
 // serviceDescription is shown there.
 const serviceDescription = "Rendezvous session host agent"
@@ -60,6 +68,9 @@ Wants=network-online.target
 After=network-online.target xrdp.service
 
 [Service]
+Type=notify
+NotifyAccess=main
+WatchdogSec=180
 EnvironmentFile=-/etc/default/rendezvous-agent
 ExecStart={exec}
 Restart=always
@@ -76,4 +87,41 @@ ReadWritePaths={paths}
 [Install]
 WantedBy=multi-user.target
 `)
+}
+
+// joinPatience is how long AwaitService waits for the host to be a member with a channel: an issuer may take a while.
+const joinPatience = 10 * time.Second
+
+// AwaitService tells on out what becomes of a service that has just been installed: that it is connected, or what keeps it from
+// that as yet, which may well pass. The error says that the broker refuses this machine, and that it takes a person to change that.
+func AwaitService(ctx context.Context, o Options, out io.Writer) error {
+	ctx, cancel := context.WithTimeout(ctx, joinPatience)
+	defer cancel()
+	for {
+		h, err := CheckHealth(ctx, o.StateDir)
+		switch {
+		case err == nil && h.Connected:
+			fmt.Fprintf(out, "the service runs: session host %s is connected to its broker\n", h.Host)
+			if _, err := os.Stat(o.TokenFile); err == nil {
+				fmt.Fprintf(out, "the registration token has done its work, and a pool's enrols further machines: delete %s\n", o.TokenFile)
+			}
+			return nil
+		case err == nil && h.Refused:
+			return fmt.Errorf("the service runs, but the broker refuses this machine: %s. The agent tries a new token within 15 seconds", h.Problem)
+		}
+		if sleep(ctx, 250*time.Millisecond) == nil {
+			continue
+		}
+		if err != nil {
+			fmt.Fprintf(out, "the service runs; how it does can't be asked: %v\n", err)
+			return nil
+		}
+		fmt.Fprintf(out, "the service runs, and goes on trying. As yet: %s\n", h.Summary())
+		return nil
+	}
+}
+
+// indent sets text off from what is said about it.
+func indent(text string) string {
+	return "    " + strings.ReplaceAll(strings.TrimSpace(text), "\n", "\n    ")
 }

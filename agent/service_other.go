@@ -12,11 +12,19 @@ var errNoService = errors.New("installing a service is known for Linux (systemd)
 // CheckService says so.
 func CheckService() error { return errNoService }
 
+// ServiceProgram is not known on this system.
+func ServiceProgram() (program string, missing bool, err error) { return "", false, errNoService }
+
+// InstallProgram is not known on this system.
+func InstallProgram(context.Context) error { return errNoService }
+
 // InstallService is not known on this system.
-func InstallService([]string, Options) error { return errNoService }
+func InstallService(context.Context, []string, Options) error { return errNoService }
 
 // UninstallService is not known on this system.
-func UninstallService() error { return errNoService }
+func UninstallService(context.Context) error { return errNoService }
 
 // RunAsService is only for systems whose service manager wants an answer.
-func RunAsService(func(context.Context) error) (handled bool, err error) { return false, nil }
+func RunAsService(bool, func(context.Context) error, <-chan struct{}) (handled bool, err error) {
+	return false, nil
+}

@@ -167,6 +167,14 @@ func (a *Agent) dialRDP(ctx context.Context, req bus.HostConnect) (conn *net.TCP
 
 // copyProgram puts this program at path, whole or not at all.
 func copyProgram(path string) error {
+	if err := writeProgram(path + ".new"); err != nil {
+		return err
+	}
+	return os.Rename(path+".new", path)
+}
+
+// writeProgram writes this program to path.
+func writeProgram(path string) error {
 	self, err := os.Executable()
 	if err != nil {
 		return err
@@ -176,13 +184,10 @@ func copyProgram(path string) error {
 		return err
 	}
 	defer in.Close()
-	out, err := os.OpenFile(path+".new", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o755)
+	out, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o755)
 	if err != nil {
 		return err
 	}
 	_, err = io.Copy(out, in)
-	if err = errors.Join(err, out.Chmod(0o755), out.Close()); err != nil {
-		return err
-	}
-	return os.Rename(path+".new", path)
+	return errors.Join(err, out.Chmod(0o755), out.Sync(), out.Close())
 }

@@ -184,17 +184,14 @@ func (c *Client) prepare(ctx context.Context, cn *connect, o ConnectOptions, dir
 	return path, rdp, resource.Account, err
 }
 
-// signIn is what FreeRDP needs in order to log in without asking, where the host knows the user by the connection: the
-// account is in the file, and xrdp logs in at once only with a password, whatever it is.
+// signIn is what FreeRDP needs in order to log in without asking, where the host knows the user by the connection. The file says
+// it too; a broker of before does not, and xrdp logs in at once only with a password, whatever it is.
 func signIn(program rdpClient, account string) []string {
 	if account == "" || program.kind != kindFreeRDP {
 		return nil
 	}
-	return []string{"/u:" + account, "/p:" + notAPassword}
+	return []string{"/u:" + account, "/p:" + brokerapi.NotAPassword}
 }
-
-// notAPassword goes where a client won't connect without one. No host looks at it.
-const notAPassword = "by-connection"
 
 // findResource gives the one that the user named.
 func findResource(list *brokerapi.Resources, name string, a *Account, activity string) (brokerapi.Resource, error) {

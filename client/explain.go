@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"rendezvous.dev/rendezvous/wire/brokerapi"
+	"rendezvous.dev/rendezvous/wire/terminal"
 	"rendezvous.dev/rendezvous/wire/trace"
 )
 
@@ -50,7 +51,7 @@ func (c *Client) Recent(ctx context.Context, asJSON bool) error {
 		return c.printJSON(list)
 	}
 	if len(list) == 0 {
-		fmt.Fprintf(c.err(), "Workspace %s knows of no connect of yours: timelines are kept for a while only.\n", oneLine(f.account.Workspace.Name))
+		fmt.Fprintf(c.err(), "Workspace %s knows of no connect of yours: timelines are kept for a while only.\n", terminal.OneLine(f.account.Workspace.Name))
 		return nil
 	}
 	w := tabwriter.NewWriter(c.out(), 0, 4, 2, ' ', 0)
@@ -67,7 +68,7 @@ func (c *Client) Recent(ctx context.Context, asJSON bool) error {
 		if s.Anonymous {
 			detail = "(before any ticket was shown; it may be somebody else's) " + detail
 		}
-		fmt.Fprintf(w, "%s\t%s\t%d\t%s\t%s\n", s.At.Local().Format(time.DateTime), oneLine(s.ActivityID), s.Step, oneLine(result), oneLine(detail))
+		fmt.Fprintf(w, "%s\t%s\t%d\t%s\t%s\n", s.At.Local().Format(time.DateTime), terminal.OneLine(s.ActivityID), s.Step, terminal.OneLine(result), terminal.OneLine(detail))
 	}
 	return w.Flush()
 }
@@ -87,7 +88,7 @@ func (c *Client) ExplainLast(ctx context.Context, asJSON bool) error {
 			return c.Explain(ctx, s.ActivityID, asJSON)
 		}
 	}
-	return fmt.Errorf("workspace %s knows of no connect of yours: timelines are kept for a while only", oneLine(f.account.Workspace.Name))
+	return fmt.Errorf("workspace %s knows of no connect of yours: timelines are kept for a while only", terminal.OneLine(f.account.Workspace.Name))
 }
 
 func (f *feed) recent(ctx context.Context) (list []trace.Summary, err error) {
@@ -106,7 +107,7 @@ func (c *Client) refusals(ctx context.Context, f *feed, since time.Time) {
 		if s.Error == "" || s.At.Before(since) && s.ActivityID != f.activity {
 			continue
 		}
-		fmt.Fprintf(c.err(), "refused: %s (%s, activity %s)\n", oneLine(s.Detail), oneLine(s.Error), oneLine(s.ActivityID))
+		fmt.Fprintf(c.err(), "refused: %s (%s, activity %s)\n", terminal.OneLine(s.Detail), terminal.OneLine(s.Error), terminal.OneLine(s.ActivityID))
 	}
 }
 
@@ -150,7 +151,7 @@ func explain(out io.Writer, activity string, events []trace.Event) error {
 			if e.Error != "" {
 				detail = "ERROR " + e.Error + ": " + detail
 			}
-			fmt.Fprintf(w, "%s\t%s\t%s\t+%s\t%s\t%s\n", number, what, oneLine(e.Component), short(e.At.Sub(first)), short(e.Duration), oneLine(detail))
+			fmt.Fprintf(w, "%s\t%s\t%s\t+%s\t%s\t%s\n", number, what, terminal.OneLine(e.Component), short(e.At.Sub(first)), short(e.Duration), terminal.OneLine(detail))
 		}
 	}
 	if err := w.Flush(); err != nil {

@@ -15,6 +15,7 @@ import (
 	"rendezvous.dev/rendezvous/wire/brokerapi"
 	"rendezvous.dev/rendezvous/wire/clock"
 	"rendezvous.dev/rendezvous/wire/refusal"
+	"rendezvous.dev/rendezvous/wire/terminal"
 	"rendezvous.dev/rendezvous/wire/trace"
 )
 
@@ -163,26 +164,26 @@ func (c *Client) List(ctx context.Context, asJSON bool) error {
 		return c.printJSON(r)
 	}
 	if r.Notice != "" {
-		fmt.Fprintln(c.err(), oneLine(r.Notice))
+		fmt.Fprintln(c.err(), terminal.OneLine(r.Notice))
 	}
 	if len(r.Resources) == 0 {
-		fmt.Fprintf(c.err(), "Workspace %s grants %s nothing yet: ask its administrator for a resource that names you or one of your groups.\n", oneLine(f.account.Workspace.Name), oneLine(r.User))
+		fmt.Fprintf(c.err(), "Workspace %s grants %s nothing yet: ask its administrator for a resource that names you or one of your groups.\n", terminal.OneLine(f.account.Workspace.Name), terminal.OneLine(r.User))
 		return nil
 	}
 	w := tabwriter.NewWriter(c.out(), 0, 4, 3, ' ', 0)
 	fmt.Fprintln(w, "NAME\tDISPLAY NAME\tTYPE\tPOOL")
 	for _, x := range r.Resources {
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", oneLine(x.Name), oneLine(x.DisplayName), oneLine(x.Type), oneLine(x.HostPool))
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", terminal.OneLine(x.Name), terminal.OneLine(x.DisplayName), terminal.OneLine(x.Type), terminal.OneLine(x.HostPool))
 	}
 	fmt.Fprintln(w, "\nGATEWAY\tREGION\tADDRESS\tCONNECTIONS")
 	for _, g := range r.Gateways {
-		fmt.Fprintf(w, "%s\t%s\t%s:%d\t%d\n", oneLine(g.Name), oneLine(g.Region), oneLine(g.Hostname), g.Port, g.Connections)
+		fmt.Fprintf(w, "%s\t%s\t%s:%d\t%d\n", terminal.OneLine(g.Name), terminal.OneLine(g.Region), terminal.OneLine(g.Hostname), g.Port, g.Connections)
 	}
 	return w.Flush()
 }
 
 func (c *Client) printJSON(v any) error {
-	e := json.NewEncoder(jsonWriter{c.Out})
+	e := json.NewEncoder(terminal.JSON(c.Out))
 	e.SetIndent("", "  ")
 	return e.Encode(v)
 }

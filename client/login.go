@@ -22,6 +22,7 @@ import (
 	"rendezvous.dev/rendezvous/wire/brokerapi"
 	"rendezvous.dev/rendezvous/wire/clock"
 	"rendezvous.dev/rendezvous/wire/idpurl"
+	"rendezvous.dev/rendezvous/wire/terminal"
 )
 
 // loginTimeout is how long a person may take to sign in.
@@ -67,7 +68,7 @@ func (c *Client) Login(ctx context.Context, o LoginOptions) error {
 	}
 	if old != nil {
 		if changes := old.TokensOf.changes(a.Workspace); len(changes) > 0 {
-			fmt.Fprintf(c.err(), "workspace %s has changed since you last signed in: %s\n", oneLine(a.Workspace.Name), strings.Join(changes, "; "))
+			fmt.Fprintf(c.err(), "workspace %s has changed since you last signed in: %s\n", terminal.OneLine(a.Workspace.Name), strings.Join(changes, "; "))
 		} else {
 			a.ClientSecret, a.RedirectPort = old.ClientSecret, old.RedirectPort // another provider gets no secret of this one
 		}
@@ -104,7 +105,7 @@ func (c *Client) Login(ctx context.Context, o LoginOptions) error {
 	if err := c.Store.Use(a); err != nil {
 		return err
 	}
-	fmt.Fprintf(c.err(), "signed in to workspace %s as %s\n", oneLine(a.Workspace.Name), oneLine(a.User))
+	fmt.Fprintf(c.err(), "signed in to workspace %s as %s\n", terminal.OneLine(a.Workspace.Name), terminal.OneLine(a.User))
 	return nil
 }
 
@@ -117,7 +118,7 @@ func (c *Client) Logout() error {
 	if err := c.Store.Delete(a); err != nil {
 		return err
 	}
-	fmt.Fprintf(c.err(), "signed out of workspace %s\n", oneLine(a.Workspace.Name))
+	fmt.Fprintf(c.err(), "signed out of workspace %s\n", terminal.OneLine(a.Workspace.Name))
 	return nil
 }
 
@@ -186,7 +187,7 @@ func authStyle(p *oidc.Provider, secret string) (oauth2.AuthStyle, error) {
 	case slices.Contains(says.Methods, "client_secret_post"):
 		return oauth2.AuthStyleInParams, nil
 	}
-	return 0, fmt.Errorf("it takes a client's secret in no way that rdv knows: it names %s", oneLine(strings.Join(says.Methods, ", ")))
+	return 0, fmt.Errorf("it takes a client's secret in no way that rdv knows: it names %s", terminal.OneLine(strings.Join(says.Methods, ", ")))
 }
 
 // readSecret reads --client-secret-file.
@@ -297,8 +298,8 @@ func (c *Client) deviceFlow(p *provider) (*oauth2.Token, error) {
 	if !idpurl.IsWebPage(open) {
 		return nil, fmt.Errorf("the page to confirm the code at is %q, which is no web page", open)
 	}
-	fmt.Fprintf(c.err(), "Open this page on any device and confirm the code %s:\n", oneLine(da.UserCode))
-	fmt.Fprintln(c.out(), oneLine(open))
+	fmt.Fprintf(c.err(), "Open this page on any device and confirm the code %s:\n", terminal.OneLine(da.UserCode))
+	fmt.Fprintln(c.out(), terminal.OneLine(open))
 	return p.conf.DeviceAccessToken(p.ctx, da)
 }
 

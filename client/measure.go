@@ -16,6 +16,7 @@ import (
 	"rendezvous.dev/rendezvous/wire/brokerapi"
 	"rendezvous.dev/rendezvous/wire/choose"
 	"rendezvous.dev/rendezvous/wire/proxydial"
+	"rendezvous.dev/rendezvous/wire/terminal"
 )
 
 const (
@@ -186,7 +187,7 @@ func (c *Client) Gateways(ctx context.Context, asJSON bool) error {
 		if m.Problem != "" {
 			trip, chosen = "-", m.Problem
 		}
-		fmt.Fprintf(w, "%s\t%s\t%s:%d\t%s\t%s\t%d\t%s\n", oneLine(m.Name), oneLine(m.Region), oneLine(m.Hostname), m.Port, trip, group(m), m.Connections, chosen)
+		fmt.Fprintf(w, "%s\t%s\t%s:%d\t%s\t%s\t%d\t%s\n", terminal.OneLine(m.Name), terminal.OneLine(m.Region), terminal.OneLine(m.Hostname), m.Port, trip, group(m), m.Connections, chosen)
 	}
 	return w.Flush()
 }

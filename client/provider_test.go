@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"rendezvous.dev/rendezvous/wire/brokerapi"
+	"rendezvous.dev/rendezvous/wire/terminal"
 )
 
 // names has the broker name another provider from now on.
@@ -257,7 +258,7 @@ func TestRedirectsKeepTokens(t *testing.T) {
 }
 
 func TestOneLine(t *testing.T) {
-	if got := oneLine("a\x1b[2Jb\u009b31mc\u202ed\u2028e\n\u00e9"); strings.ContainsAny(got, "\x1b\u009b\u202e\u2028\n") || !strings.Contains(got, "\u00e9") {
+	if got := terminal.OneLine("a\x1b[2Jb\u009b31mc\u202ed\u2028e\n\u00e9"); strings.ContainsAny(got, "\x1b\u009b\u202e\u2028\n") || !strings.Contains(got, "\u00e9") {
 		t.Errorf("%q", got)
 	}
 }

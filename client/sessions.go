@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"rendezvous.dev/rendezvous/wire/brokerapi"
+	"rendezvous.dev/rendezvous/wire/terminal"
 )
 
 // watchEvery is how often Sessions looks again.
@@ -57,14 +58,14 @@ func (c *Client) printSessions(f *feed, all []brokerapi.Session, asJSON bool) er
 		return c.printJSON(brokerapi.Sessions{Sessions: all})
 	}
 	if len(all) == 0 {
-		fmt.Fprintf(c.Err, "You have no session in workspace %s: `rdv list` shows what you may open.\n", f.account.Workspace.Name)
+		fmt.Fprintf(c.err(), "You have no session in workspace %s: `rdv list` shows what you may open.\n", f.account.Workspace.Name)
 		return nil
 	}
-	w := tabwriter.NewWriter(c.Out, 0, 4, 3, ' ', 0)
+	w := tabwriter.NewWriter(c.out(), 0, 4, 3, ' ', 0)
 	fmt.Fprintln(w, "SESSION\tRESOURCE\tHOST\tACCOUNT\tSTATE\tSINCE\tCLIENT\tACTIVITY")
 	for _, s := range all {
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", s.ID, oneLine(s.Resource), oneLine(s.Host), oneLine(s.Account), oneLine(s.State),
-			s.Since.Local().Format("2006-01-02 15:04:05"), oneLine(s.Client), s.ActivityID)
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", terminal.OneLine(s.ID), terminal.OneLine(s.Resource), terminal.OneLine(s.Host), terminal.OneLine(s.Account), terminal.OneLine(s.State),
+			s.Since.Local().Format("2006-01-02 15:04:05"), terminal.OneLine(s.Client), terminal.OneLine(s.ActivityID))
 	}
 	return w.Flush()
 }
@@ -88,7 +89,7 @@ func (c *Client) Act(ctx context.Context, act, session string) error {
 	if err := json.Unmarshal(data, &done); err != nil {
 		return fmt.Errorf("workspace %s: its answer can't be read: %w", f.account.URL, err)
 	}
-	fmt.Fprintf(c.Out, "session %s: %s\n", session, oneLine(done.Detail))
+	fmt.Fprintf(c.out(), "session %s: %s\n", session, terminal.OneLine(done.Detail))
 	return nil
 }
 

@@ -16,7 +16,10 @@ import (
 // A user lists the own sessions and ends one; what hosts say is printed without control characters, and a refusal is told.
 func TestSessions(t *testing.T) {
 	w := newWorld(t)
-	all := []brokerapi.Session{{ID: "s1", Resource: "linux-desktop", Host: "linux-0\x1b[31m", Account: "alice", State: "Active", Since: time.Now(), Client: "192.0.2.1:5", Proven: true}}
+	all := []brokerapi.Session{{
+		ID: "s1", Resource: "linux-desktop", Host: "linux-0\x1b[31m", Account: "alice\u202e", State: "Active", Since: time.Now(), Client: "192.0.2.1:5", Proven: true,
+		ActivityID: "a\u009b31m\u2028",
+	}}
 	broker := w.broker.Config.Handler
 	w.broker.Config.Handler = http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		if r.URL.Path != brokerapi.PathSessions {
@@ -49,7 +52,7 @@ func TestSessions(t *testing.T) {
 	if err := c.Sessions(t.Context(), false, false); err != nil {
 		t.Fatal(err)
 	}
-	if s := out.String(); !strings.Contains(s, "s1 ") || !strings.Contains(s, "192.0.2.1:5") || strings.Contains(s, "\x1b") {
+	if s := out.String(); !strings.Contains(s, "s1 ") || !strings.Contains(s, "192.0.2.1:5") || strings.ContainsAny(s, "\x1b\u009b\u202e\u2028") {
 		t.Errorf("listed:\n%q", s)
 	}
 	ctx, stop := context.WithCancel(t.Context())

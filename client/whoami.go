@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"rendezvous.dev/rendezvous/wire/brokerapi"
+	"rendezvous.dev/rendezvous/wire/terminal"
 )
 
 // WhoAmI prints the user's token as the workspace reads it.
@@ -27,12 +28,12 @@ func (c *Client) WhoAmI(ctx context.Context, asJSON bool) error {
 		if len(names) == 0 {
 			return "none"
 		}
-		return oneLine(strings.Join(names, ", "))
+		return terminal.OneLine(strings.Join(names, ", "))
 	}
 	w := tabwriter.NewWriter(c.out(), 0, 4, 3, ' ', 0)
-	fmt.Fprintf(w, "workspace\t%s\t%s\n", oneLine(f.account.Workspace.Name), f.account.URL)
-	fmt.Fprintf(w, "user\t%s\tfrom claim %s\n", oneLine(who.User), oneLine(who.UserClaim))
-	fmt.Fprintf(w, "groups\t%s\tfrom claim %s\n", list(who.Groups), oneLine(who.GroupsClaim))
+	fmt.Fprintf(w, "workspace\t%s\t%s\n", terminal.OneLine(f.account.Workspace.Name), f.account.URL)
+	fmt.Fprintf(w, "user\t%s\tfrom claim %s\n", terminal.OneLine(who.User), terminal.OneLine(who.UserClaim))
+	fmt.Fprintf(w, "groups\t%s\tfrom claim %s\n", list(who.Groups), terminal.OneLine(who.GroupsClaim))
 	fmt.Fprintf(w, "claims in the token\t%s\t\n", list(who.Claims))
 	if !who.Expires.IsZero() {
 		fmt.Fprintf(w, "token expires\t%s\t\n", who.Expires.Local().Format(time.DateTime))
@@ -52,14 +53,14 @@ func (c *Client) WhoAmI(ctx context.Context, asJSON bool) error {
 			case account == "":
 				account = "(the host asks)"
 			}
-			fmt.Fprintf(w, "%s\t%s\t%s\n", oneLine(r.Name), oneLine(r.HostPool), oneLine(account))
+			fmt.Fprintf(w, "%s\t%s\t%s\n", terminal.OneLine(r.Name), terminal.OneLine(r.HostPool), terminal.OneLine(account))
 		}
 		if err := w.Flush(); err != nil {
 			return err
 		}
 	}
 	if who.GroupsNotice != "" {
-		fmt.Fprintln(c.err(), oneLine(who.GroupsNotice))
+		fmt.Fprintln(c.err(), terminal.OneLine(who.GroupsNotice))
 	}
 	return nil
 }

@@ -91,14 +91,49 @@ func TestBothTables(t *testing.T) {
 	}
 }
 
+// Who listens is seen without a connection; and what a server has not accepted yet.
+func TestListeners(t *testing.T) {
+	for _, address := range []string{"127.0.0.1:0", "0.0.0.0:0", "[::]:0"} {
+		l, err := net.Listen("tcp", address)
+		if err != nil {
+			t.Logf("%s: %v", address, err)
+			continue
+		}
+		at := netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), uint16(l.Addr().(*net.TCPAddr).Port))
+		before, err := Listeners(at)
+		if err != nil {
+			t.Skip("no netlink for this: ", err)
+		}
+		if len(before.Sockets) != 1 || before.Waiting != 0 {
+			t.Errorf("%s: %+v, want one socket", address, before)
+		}
+		c, err := net.Dial("tcp", at.String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if now, err := Listeners(at); err != nil || !slices.Equal(now.Sockets, before.Sockets) || now.Waiting != 1 {
+			t.Errorf("%s: with a connection that waits: %+v, %v", address, now, err)
+		}
+		c.Close()
+		l.Close()
+		if now, err := Listeners(at); err != nil || len(now.Sockets) != 0 {
+			t.Errorf("%s: closed: %+v, %v", address, now, err)
+		}
+	}
+}
+
 func FuzzParseDiag(f *testing.F) {
 	f.Add(append([]byte{88, 0, 0, 0, 20, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 1}, make([]byte, 70)...))
 	f.Add([]byte{20, 0, 0, 0, 3, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0})
 	f.Fuzz(func(t *testing.T, data []byte) {
-		var found []Socket
-		parseDiag(data, []netip.Addr{netip.MustParseAddr("0.0.0.0")}, &found)
-		if len(found) > len(data)/diagMessage {
-			t.Errorf("%d sockets in %d bytes", len(found), len(data))
+		found := 0
+		parseDiag(data, func(body []byte) {
+			if found++; len(body) < diagMessage {
+				t.Errorf("a socket in %d bytes", len(body))
+			}
+		})
+		if found > len(data)/diagMessage {
+			t.Errorf("%d sockets in %d bytes", found, len(data))
 		}
 	})
 }

@@ -11,6 +11,9 @@ import (
 // errNotHere says that this system has neither PAM nor a table of sockets that we read.
 var errNotHere = errors.New("login by connection is for Linux session hosts")
 
+// Listeners is for Linux.
+func Listeners(netip.AddrPort) (Listening, error) { return Listening{}, errNotHere }
+
 func kernelSockets(...netip.Addr) ([]Socket, error) { return nil, errNotHere }
 
 // PeerUID is known on Linux only.

@@ -26,6 +26,14 @@ type Socket struct {
 	UID uint32
 }
 
+// Listening is a look at who listens at an address.
+type Listening struct {
+	// Sockets are the inodes of the sockets that listen, in order: other ones after a restart.
+	Sockets []uint32
+	// Waiting is how many connections the server has not accepted yet.
+	Waiting int
+}
+
 // parseSockets reads /proc/net/tcp or tcp6 (proc_pid_net(5)) and gives the sockets that have one of the addresses at either
 // end. Other lines are not read further than that: a busy machine has thousands. A line that can't be read is an error,
 // because a socket that isn't seen could be an attacker's.

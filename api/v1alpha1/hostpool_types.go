@@ -43,7 +43,7 @@ const (
 // +kubebuilder:validation:XValidation:rule="!has(self.volumeClaimTemplates) || has(self.template)",message="volumeClaimTemplates needs template: only hosts that are pods mount claims"
 // +kubebuilder:validation:XValidation:rule="!has(self.autoscaling) || has(self.template)",message="autoscaling needs template: only hosts that are pods can be made by the pool"
 // +kubebuilder:validation:XValidation:rule="!(has(self.replicas) && has(self.autoscaling))",message="set replicas or autoscaling, not both"
-// +kubebuilder:validation:XValidation:rule="!has(self.accounts) || !has(self.customRDPProperties) || self.customRDPProperties.all(p, !p.lowerAscii().matches('^(username|domain|prompt +for +credentials) *:'))",message="a pool with accounts logs people in to their own: customRDPProperties can't set username, domain or prompt for credentials"
+// +kubebuilder:validation:XValidation:rule="!has(self.accounts) || !has(self.customRDPProperties) || self.customRDPProperties.all(p, !p.lowerAscii().matches('^(username|domain|password|prompt +for +credentials) *:'))",message="a pool with accounts logs people in to their own: customRDPProperties can't set username, password, domain or prompt for credentials"
 // +kubebuilder:validation:XValidation:rule="self.type == oldSelf.type",message="type can't be changed; make a new HostPool"
 // +kubebuilder:validation:XValidation:rule="self.workspaceRef.name == oldSelf.workspaceRef.name",message="workspaceRef can't be changed, because the hosts' certificates name the workspace; make a new HostPool"
 type HostPoolSpec struct {
@@ -381,6 +381,28 @@ type RDPCertificate struct {
 	// +kubebuilder:validation:Minimum=3600
 	// +kubebuilder:validation:Maximum=31536000
 	DurationSeconds *int32 `json:"durationSeconds,omitempty"`
+	// privateKey says which key each host makes for its certificate, as spec.privateKey of cert-manager's Certificate does. A
+	// change has the hosts renew at once. Unset, ECDSA on P-256, which Debian's xrdp and current clients take; RSA is for old
+	// servers (xrdp before 0.9.16) and clients. Agents of releases that don't know this field are refused renewals where it is set.
+	// +optional
+	PrivateKey *RDPPrivateKey `json:"privateKey,omitempty"`
+}
+
+// RDPPrivateKey is a kind of private key.
+// +kubebuilder:validation:XValidation:rule="!has(self.size) || (has(self.algorithm) && self.algorithm == 'RSA' ? self.size in [2048, 3072, 4096] : self.size in [256, 384, 521])",message="size is 2048, 3072 or 4096 for RSA, and 256, 384 or 521 for ECDSA"
+type RDPPrivateKey struct {
+	// algorithm is ECDSA or RSA. Defaults to ECDSA.
+	// +optional
+	// +kubebuilder:validation:Enum=ECDSA;RSA
+	Algorithm string `json:"algorithm,omitempty"`
+	// size of the key in bits: 256, 384 or 521 for ECDSA, 2048, 3072 or 4096 for RSA. Defaults to 256, for RSA to 2048.
+	// +optional
+	Size *int32 `json:"size,omitempty"`
+	// encoding of the file tls.key on the host: PKCS8, or PKCS1, which for ECDSA is SEC 1, for servers that read nothing else.
+	// Defaults to PKCS8.
+	// +optional
+	// +kubebuilder:validation:Enum=PKCS1;PKCS8
+	Encoding string `json:"encoding,omitempty"`
 }
 
 // HostPoolStatus is how the pool stands.

@@ -124,6 +124,11 @@ func TestValidation(t *testing.T) {
 		many = append(many, rdv.Revocation{User: fmt.Sprint("user", i)})
 	}
 	hp := func(change func(*rdv.HostPool)) client.Object { return with(pool, change) }
+	rdpKey := func(algorithm string, size *int32) client.Object {
+		return hp(func(h *rdv.HostPool) {
+			h.Spec.RDPCertificate = &rdv.RDPCertificate{IssuerRef: rdv.IssuerReference{Name: "ca"}, PrivateKey: &rdv.RDPPrivateKey{Algorithm: algorithm, Size: size}}
+		})
+	}
 	accounts := func(a rdv.Accounts) client.Object { return hp(func(h *rdv.HostPool) { h.Spec.Accounts = &a }) }
 	sh := func(change func(*rdv.SessionHost)) client.Object { return with(host, change) }
 	gw := func(change func(*rdv.Gateway)) client.Object { return with(gateway, change) }
@@ -262,6 +267,12 @@ func TestValidation(t *testing.T) {
 			"loadBalancing is for type Pooled; a Personal pool's users have hosts of their own"},
 		{"pool: personal and assigned", hp(func(h *rdv.HostPool) { h.Spec.Type, h.Spec.Assignment = rdv.Personal, rdv.Direct }), ""},
 		{"pool: pooled and assigned", hp(func(h *rdv.HostPool) { h.Spec.Assignment = rdv.Direct }), "assignment is for type Personal"},
+		{"pool: an RSA key", rdpKey("RSA", new(int32(3072))), ""},
+		{"pool: a key of the default size", rdpKey("RSA", nil), ""},
+		{"pool: an ECDSA key by its size alone", rdpKey("", new(int32(384))), ""},
+		{"pool: an RSA key of 1024 bits", rdpKey("RSA", new(int32(1024))), "size is 2048, 3072 or 4096 for RSA, and 256, 384 or 521 for ECDSA"},
+		{"pool: an ECDSA key of 2048 bits", rdpKey("ECDSA", new(int32(2048))), "size is 2048, 3072 or 4096 for RSA, and 256, 384 or 521 for ECDSA"},
+		{"pool: an Ed25519 key", rdpKey("Ed25519", nil), "spec.rdpCertificate.privateKey.algorithm"},
 		{"pool: replicas alone", hp(func(h *rdv.HostPool) { h.Spec.Replicas = new(int32(1)) }),
 			"replicas needs template: only hosts that are pods can be made by the pool"},
 		{"pool: replicas and template", hp(func(h *rdv.HostPool) {

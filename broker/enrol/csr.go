@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 
+	"rendezvous.dev/rendezvous/broker/model"
 	"rendezvous.dev/rendezvous/wire/brokerapi"
 	"rendezvous.dev/rendezvous/wire/identity"
 )
@@ -67,8 +68,8 @@ func checkClientCSR(text string, id identity.ID) (csr []byte, key string, err er
 	return []byte(text), identity.KeyFingerprint(parsed.RawSubjectPublicKeyInfo), nil
 }
 
-// checkRDPCSR takes a request for exactly the host's RDP names.
-func checkRDPCSR(text string, id identity.ID) ([]byte, error) {
+// checkRDPCSR takes a request for exactly the host's RDP names, over a key of the kind that the pool chooses, if it does.
+func checkRDPCSR(text string, id identity.ID, pool *model.Pool) ([]byte, error) {
 	want := brokerapi.RDPNames(id.Namespace, id.Pool, id.Host)
 	csr, names, err := parseCSR(text, append([]string{id.Host}, want...)...)
 	if err != nil {
@@ -80,6 +81,11 @@ func checkRDPCSR(text string, id identity.ID) ([]byte, error) {
 	slices.Sort(sorted)
 	if names != len(want) || !slices.Equal(got, sorted) {
 		return nil, fmt.Errorf("its only names must be the DNS names %s", strings.Join(want, " and "))
+	}
+	if pool.RDPKeyChosen {
+		if err := pool.RDPKey.Holds(csr.PublicKey); err != nil {
+			return nil, fmt.Errorf("%w, as spec.rdpCertificate.privateKey of HostPool %s says: the agent asks again once it has heard of that; update one that doesn't know this field", err, pool.Name)
+		}
 	}
 	return []byte(text), nil
 }

@@ -15,7 +15,9 @@ import (
 	"strings"
 	"testing"
 
+	"rendezvous.dev/rendezvous/broker/model"
 	"rendezvous.dev/rendezvous/wire/brokerapi"
+	"rendezvous.dev/rendezvous/wire/rdpkey"
 )
 
 func must(t testing.TB, v any, params ...string) []byte {
@@ -118,7 +120,7 @@ func TestCSRAttributes(t *testing.T) {
 		{"bytes behind the names", [][]byte{attribute(t, oidExtensionRequest, must(t, []pkix.Extension{{Id: oidSubjectAltName, Value: append(dnsNames(t, names...).Value, 0)}}))}, ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			_, err := checkRDPCSR(rawCSR(t, c.attributes...), linux1)
+			_, err := checkRDPCSR(rawCSR(t, c.attributes...), linux1, &model.Pool{})
 			switch {
 			case c.name == "the names alone":
 				if err != nil {
@@ -140,6 +142,39 @@ func TestCSRAttributes(t *testing.T) {
 	}
 	if _, _, err := checkClientCSR(rawCSR(t, uri, attribute(t, microsoft, must(t, []pkix.Extension{evil}))), linux1); err == nil || !strings.Contains(err.Error(), "1.3.6.1.4.1.311.2.1.14") {
 		t.Errorf("clientCSR: %v", err)
+	}
+}
+
+// Where the pool chooses the kind of key, no other is signed.
+func TestRDPKeyOfThePoolsChoice(t *testing.T) {
+	rsa := &model.Pool{Name: "linux", RDPKey: rdpkey.Kind{Algorithm: rdpkey.RSA, Size: 3072}, RDPKeyChosen: true}
+	for name, c := range map[string]struct {
+		pool *model.Pool
+		kind rdpkey.Kind
+		says string // empty: it is taken
+	}{
+		"as chosen":                 {rsa, rdpkey.Kind{Algorithm: rdpkey.RSA, Size: 3072, Encoding: rdpkey.PKCS1}, ""},
+		"another size":              {rsa, rdpkey.Kind{Algorithm: rdpkey.RSA}, "its key must be RSA of 3072 bits, as spec.rdpCertificate.privateKey of HostPool linux says"},
+		"another algorithm":         {rsa, rdpkey.Kind{}, "its key must be RSA of 3072 bits"},
+		"nothing chosen, and RSA":   {&model.Pool{RDPKey: rdpkey.Kind{}.Complete()}, rdpkey.Kind{Algorithm: rdpkey.RSA}, ""},
+		"nothing chosen, and ECDSA": {&model.Pool{RDPKey: rdpkey.Kind{}.Complete()}, rdpkey.Kind{}, ""},
+	} {
+		data, err := c.kind.Generate()
+		if err != nil {
+			t.Fatal(err)
+		}
+		key, _, err := rdpkey.Parse(data)
+		if err != nil {
+			t.Fatal(err)
+		}
+		der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{DNSNames: brokerapi.RDPNames(ns, "linux", "linux-1")}, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = checkRDPCSR(string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der})), linux1, c.pool)
+		if c.says == "" && err != nil || c.says != "" && (err == nil || !strings.Contains(err.Error(), c.says)) {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }
 
@@ -165,7 +200,7 @@ func FuzzCSR(f *testing.F) {
 	f.Add(der)
 	f.Fuzz(func(t *testing.T, der []byte) {
 		text := string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}))
-		_, rdp := checkRDPCSR(text, linux1)
+		_, rdp := checkRDPCSR(text, linux1, &model.Pool{})
 		_, _, client := checkClientCSR(text, linux1)
 		// What stands in it apart from its signature, which no fuzzer makes, is checked in any case.
 		csr, err := x509.ParseCertificateRequest(der)

@@ -200,7 +200,7 @@ func (s *Service) Pre(token string) (brokerapi.PreEnroll, error) {
 		return brokerapi.PreEnroll{}, err
 	}
 	return brokerapi.PreEnroll{
-		Namespace: s.o.Namespace, Workspace: s.o.Workspace, Pool: g.pool.Name, Host: g.host, RDPCertificate: g.pool.RDPIssuer != nil,
+		Namespace: s.o.Namespace, Workspace: s.o.Workspace, Pool: g.pool.Name, Host: g.host, RDPCertificate: g.pool.RDPIssuer != nil, RDPKey: g.pool.RDPKey,
 	}, nil
 }
 
@@ -422,7 +422,7 @@ func (s *Service) requests(pool *model.Pool, id identity.ID, clientCSR, rdpCSR s
 		if pool.RDPIssuer == nil {
 			return rs, "", refusal.New(refusal.BadRequest, "HostPool %s issues no RDP certificates (spec.rdpCertificate is unset), so rdpCSR must be empty.", pool.Name)
 		}
-		csr, err := checkRDPCSR(rdpCSR, id)
+		csr, err := checkRDPCSR(rdpCSR, id, pool)
 		if err != nil {
 			return rs, "", refusal.New(refusal.BadRequest, "rdpCSR of host %s was refused: %v.", id.Host, err)
 		}

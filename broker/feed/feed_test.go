@@ -74,7 +74,7 @@ func TestLines(t *testing.T) {
 	}
 	account := desktopFile()
 	account.Account = "alice"
-	account.Properties = []string{"username:s:root", "prompt for credentials:i:1"}
+	account.Properties = []string{"username:s:root", "prompt for credentials:i:1", "password:s:another"}
 	arm := desktopFile()
 	arm.ARM = true
 	for name, f := range map[string]File{

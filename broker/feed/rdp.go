@@ -15,6 +15,7 @@ import (
 	"unicode/utf16"
 
 	"rendezvous.dev/rendezvous/broker/model"
+	"rendezvous.dev/rendezvous/wire/brokerapi"
 )
 
 // File says what goes into one connection file.
@@ -101,6 +102,8 @@ func Lines(f File) []string {
 	if f.Account != "" { // whatever the pool's properties say: the host lets in nobody else
 		lines = set(lines, "username:s:"+printable(f.Account))
 		lines = set(lines, "prompt for credentials:i:0")
+		// FreeRDP and Remmina read this line, and would ask for a password without it; mstsc knows none of that name.
+		lines = set(lines, "password:s:"+brokerapi.NotAPassword)
 	}
 	text("gatewayaccesstoken", f.Ticket)
 	return lines

@@ -12,6 +12,7 @@ import (
 	"rendezvous.dev/rendezvous/api/v1alpha1"
 	"rendezvous.dev/rendezvous/broker/model"
 	"rendezvous.dev/rendezvous/wire/config"
+	"rendezvous.dev/rendezvous/wire/rdpkey"
 )
 
 // Defaults of the API, as its field comments state them.
@@ -142,6 +143,14 @@ func pool(p *v1alpha1.HostPool) *model.Pool {
 	if rc := p.Spec.RDPCertificate; rc != nil {
 		m.RDPIssuer = &config.Issuer{Name: rc.IssuerRef.Name, Kind: cmp.Or(rc.IssuerRef.Kind, "Issuer"), Group: cmp.Or(rc.IssuerRef.Group, "cert-manager.io")}
 		m.RDPDuration = seconds(rc.DurationSeconds, defaultRDPDuration)
+		if k := rc.PrivateKey; k != nil {
+			m.RDPKeyChosen = true
+			m.RDPKey = rdpkey.Kind{Algorithm: k.Algorithm, Encoding: k.Encoding}
+			if k.Size != nil {
+				m.RDPKey.Size = int(*k.Size)
+			}
+		}
+		m.RDPKey = m.RDPKey.Complete()
 	}
 	if a := p.Spec.Accounts; a != nil {
 		m.Accounts = &model.Accounts{

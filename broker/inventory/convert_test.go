@@ -12,6 +12,7 @@ import (
 	"rendezvous.dev/rendezvous/api/v1alpha1"
 	"rendezvous.dev/rendezvous/broker/model"
 	"rendezvous.dev/rendezvous/wire/config"
+	"rendezvous.dev/rendezvous/wire/rdpkey"
 )
 
 func meta(name string) metav1.ObjectMeta { return metav1.ObjectMeta{Namespace: "ns", Name: name} }
@@ -74,7 +75,7 @@ func TestEverythingSet(t *testing.T) {
 	p.UID, p.Generation = "uid", 7
 	p.Spec.Type, p.Spec.Assignment = v1alpha1.Personal, v1alpha1.Direct
 	p.Spec.Health = v1alpha1.Health{HeartbeatTimeoutSeconds: new(int32(9)), ConnectTimeoutSeconds: new(int32(2))}
-	p.Spec.RDPCertificate = &v1alpha1.RDPCertificate{IssuerRef: v1alpha1.IssuerReference{Name: "ca", Kind: "ClusterIssuer"}, DurationSeconds: new(int32(3600))}
+	p.Spec.RDPCertificate = &v1alpha1.RDPCertificate{IssuerRef: v1alpha1.IssuerReference{Name: "ca", Kind: "ClusterIssuer"}, DurationSeconds: new(int32(3600)), PrivateKey: &v1alpha1.RDPPrivateKey{Algorithm: "RSA"}}
 	p.Spec.CustomRDPProperties = []string{"a:i:1"}
 	p.Spec.Registration.MaxHostsPerToken = new(int32(7))
 	p.Status.Registration = v1alpha1.RegistrationStatus{TokenHash: "hash", Expires: &at}
@@ -102,6 +103,7 @@ func TestEverythingSet(t *testing.T) {
 	want := &model.Pool{
 		Name: "pool", UID: "uid", Generation: 7, Personal: true, MaxSessions: 1, HeartbeatTimeout: 9 * time.Second, ConnectTimeout: 2 * time.Second,
 		RDPIssuer: &config.Issuer{Name: "ca", Kind: "ClusterIssuer", Group: "cert-manager.io"}, RDPDuration: time.Hour, Properties: []string{"a:i:1"},
+		RDPKey: rdpkey.Kind{Algorithm: "RSA", Size: 2048, Encoding: "PKCS8"}, RDPKeyChosen: true,
 		Registration: model.Registration{TokenHash: "hash", Expires: at.Time}, MaxHosts: 7,
 	}
 	if !reflect.DeepEqual(s.Pools["pool"], want) {

@@ -15,6 +15,7 @@ import (
 	"unicode/utf8"
 
 	"rendezvous.dev/rendezvous/wire/config"
+	"rendezvous.dev/rendezvous/wire/rdpkey"
 )
 
 // Snapshot is the declared world at one moment.
@@ -192,8 +193,11 @@ type Pool struct {
 	HeartbeatTimeout time.Duration
 	ConnectTimeout   time.Duration
 	// RDPIssuer signs the hosts' RDP certificates; nil where hosts keep their own.
-	RDPIssuer    *config.Issuer
-	RDPDuration  time.Duration
+	RDPIssuer   *config.Issuer
+	RDPDuration time.Duration
+	// RDPKey is the kind of key that hosts make for it. Where it is Chosen, no other is signed.
+	RDPKey       rdpkey.Kind
+	RDPKeyChosen bool
 	Properties   []string
 	Registration Registration
 	// MaxHosts bounds the hosts that machines make with one token of the pool.

@@ -322,7 +322,7 @@ func (b *Orchestrator) pushConfig(pool *model.Pool, host *model.Host) {
 func hostConfig(pool *model.Pool, host *model.Host, now time.Time) bus.HostConfig {
 	c := bus.HostConfig{
 		Generation: 2 * (pool.Generation + host.Generation), MaxSessions: pool.MaxSessions, Draining: host.Draining(now),
-		ReportEvery: max(1, int32(pool.HeartbeatTimeout/time.Second/3)),
+		ReportEvery: max(1, int32(pool.HeartbeatTimeout/time.Second/3)), RDPKey: pool.RDPKey,
 	}
 	switch {
 	case c.Draining:

@@ -32,9 +32,9 @@ func defaultLogin() string {
 
 func (l *loginFlags) off() bool { return l.mode == "off" }
 
-// options are those of the setup that goes with an agent's.
-func (l *loginFlags) options(o agent.Options) (setup.Options, error) {
-	so := setup.Options{Mode: setup.Mode(l.mode), LoginDir: o.LoginDir, RDPAddr: o.RDPAddr, CertDir: o.RDPCertDir, Xvnc: l.sessions == "xvnc"}
+// options are those of the setup that goes with an agent's, and has PAM run program.
+func (l *loginFlags) options(o agent.Options, program string) (setup.Options, error) {
+	so := setup.Options{Program: program, Mode: setup.Mode(l.mode), LoginDir: o.LoginDir, RDPAddr: o.RDPAddr, CertDir: o.RDPCertDir, Xvnc: l.sessions == "xvnc"}
 	if l.sessions != "xorg" && l.sessions != "xvnc" {
 		return so, fmt.Errorf("--login-sessions: %q is not one of xorg and xvnc", l.sessions)
 	}
@@ -45,10 +45,6 @@ func (l *loginFlags) options(o agent.Options) (setup.Options, error) {
 			*dir, err = abs, errors.Join(err, absErr)
 		}
 	}
-	if err != nil {
-		return so, err
-	}
-	so.Program, err = setup.Program()
 	return so, err
 }
 
@@ -69,7 +65,11 @@ func loginCommand() *cobra.Command {
 			if l.off() {
 				return errors.New("--login=off leaves this machine alone: use `agent login uninstall` to take the setup back")
 			}
-			so, err := l.options(o)
+			program, err := setup.Program()
+			if err != nil {
+				return err
+			}
+			so, err := l.options(o, program)
 			if err != nil {
 				return err
 			}

@@ -20,6 +20,7 @@ import (
 	"rendezvous.dev/rendezvous/agent"
 	"rendezvous.dev/rendezvous/agent/login"
 	"rendezvous.dev/rendezvous/agent/login/setup"
+	"rendezvous.dev/rendezvous/wire/terminal"
 	"rendezvous.dev/rendezvous/wire/version"
 )
 
@@ -28,7 +29,7 @@ var linked = ""
 
 func main() {
 	if err := command().Execute(); err != nil {
-		fmt.Fprintln(os.Stderr, "error:", err)
+		fmt.Fprintln(terminal.Writer(os.Stderr), "error:", err) // a broker may have had a hand in it
 		os.Exit(1)
 	}
 }
@@ -41,6 +42,7 @@ func command() *cobra.Command {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
+	root.SetOut(terminal.Writer(os.Stdout))
 	root.AddCommand(runCommand(), enrollCommand(), healthcheckCommand(), serviceCommand(), loginCommand(), pamCommand(), sessionCommand(), sessionHelperCommand(), versionCommand())
 	return root
 }
@@ -107,6 +109,7 @@ func (f *flags) options() (agent.Options, error) {
 
 func runCommand() *cobra.Command {
 	f := &flags{}
+	asService := false
 	c := &cobra.Command{
 		Use: "run", Short: "Serve as a session host until stopped; SIGHUP renews its certificates at once", Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
@@ -116,9 +119,15 @@ func runCommand() *cobra.Command {
 			}
 			a, err := agent.New(o)
 			if err != nil {
+				if f.logFile != "" { // nobody reads standard error
+					slog.Error("the agent does not run", "error", err)
+				}
 				return err
 			}
-			if handled, err := agent.RunAsService(a.Run); handled || err != nil {
+			if handled, err := agent.RunAsService(asService, a.Run, a.Ready()); handled || err != nil {
+				if err != nil {
+					slog.Error("the agent does not run", "error", err)
+				}
 				return err
 			}
 			ctx, stop := signal.NotifyContext(c.Context(), os.Interrupt, syscall.SIGTERM)
@@ -142,6 +151,8 @@ func runCommand() *cobra.Command {
 		},
 	}
 	f.add(c)
+	c.Flags().BoolVar(&asService, agent.ServiceFlag, false, "Windows's service manager started this")
+	c.Flags().MarkHidden(agent.ServiceFlag)
 	return c
 }
 
@@ -183,7 +194,7 @@ func healthcheckCommand() *cobra.Command {
 				return err
 			}
 			fmt.Fprintf(c.OutOrStdout(), "host=%s enrolled=%t connected=%t rdpReady=%t sessions=%d stopping=%t %s\n",
-				h.Host, h.Enrolled, h.Connected, h.RDPReady, h.Sessions, h.Stopping, h.Message)
+				h.Host, h.Enrolled, h.Connected, h.RDPReady, h.Sessions, h.Stopping, h.Summary())
 			if ready && !h.Ready() {
 				return fmt.Errorf("session host %s can't take sessions now", h.Host)
 			}
@@ -203,7 +214,7 @@ func serviceCommand() *cobra.Command {
 	dryRun := false
 	install := &cobra.Command{
 		Use: "install", Short: "Start the agent now and at each boot, with the flags given here", Args: cobra.NoArgs,
-		Long: "Start the agent now and at each boot, with the flags given here. On Linux, xrdp is set up to log people in by their connections;\nsee `agent login install --help`.",
+		Long: "Start the agent now and at each boot, with the flags given here. Its program is copied to where the system keeps programs, unless it\nstands there. On Linux, xrdp is set up to log people in by their connections; see `agent login install --help`. What doesn't start is taken back.",
 		RunE: func(c *cobra.Command, _ []string) error {
 			o, err := f.options()
 			if err != nil {
@@ -212,18 +223,31 @@ func serviceCommand() *cobra.Command {
 			if _, err := agent.New(o); err != nil { // the flags are checked here, not in a log
 				return err
 			}
-			if runtime.GOOS == "windows" && f.logFile == "" { // a service's standard error is lost there
-				if err := c.Flags().Set("log-file", filepath.Join(o.StateDir, "agent.log")); err != nil {
+			if runtime.GOOS == "windows" {
+				// A service's environment need not be this one's, which the folder's default comes from; its standard error is lost.
+				if f.logFile == "" {
+					f.logFile = filepath.Join(o.StateDir, "agent.log")
+				}
+				if err := errors.Join(c.Flags().Set("state-dir", o.StateDir), c.Flags().Set("log-file", f.logFile)); err != nil {
 					return err
 				}
 			}
 			if err := agent.CheckService(); err != nil {
 				return err
 			}
+			program, missing, err := agent.ServiceProgram()
+			if err != nil {
+				return err
+			}
 			s := setup.New(o.StateDir, c.OutOrStdout())
+			_, wasSetUp, err := s.Installed()
+			if err != nil {
+				return err
+			}
+			var so setup.Options
 			if l.off() {
-				if _, ok, err := s.Installed(); ok || err != nil {
-					return errors.Join(err, errors.New("--login=off: login by connection is set up on this machine, and without it nobody could log in: run `agent login uninstall` first"))
+				if wasSetUp {
+					return errors.New("--login=off: login by connection is set up on this machine, and without it nobody could log in: run `agent login uninstall` first")
 				}
 			} else {
 				if o.LoginShared {
@@ -235,27 +259,37 @@ func serviceCommand() *cobra.Command {
 				if err := c.Flags().Set("login-dir", o.LoginDir); err != nil {
 					return err
 				}
-				so, err := l.options(o)
-				if err != nil {
+				if so, err = l.options(o, program); err != nil {
 					return err
 				}
 				o.LoginDir, o.RDPCertDir = so.LoginDir, so.CertDir
-				if dryRun {
-					_, err := s.Plan(c.Context(), so)
-					return err
+			}
+			if dryRun {
+				if missing {
+					fmt.Fprintf(c.OutOrStdout(), "--- %s: a copy of this program\n", program)
 				}
+				if l.off() {
+					return nil
+				}
+				so.ProgramToCome = missing
+				_, err := s.Plan(c.Context(), so)
+				return err
+			}
+			if err := agent.InstallProgram(c.Context()); err != nil {
+				return err
+			}
+			if !l.off() {
 				if err := s.Install(c.Context(), so); err != nil {
 					return err
 				}
 			}
-			if dryRun {
-				return nil
-			}
-			command, err := serviceCommandLine(c.Flags())
-			if err != nil {
+			if err := agent.InstallService(c.Context(), serviceCommandLine(program, c.Flags()), o); err != nil {
+				if !l.off() && !wasSetUp { // nobody could log in without the agent
+					err = errors.Join(err, s.Uninstall(c.Context()))
+				}
 				return err
 			}
-			return agent.InstallService(command, o)
+			return agent.AwaitService(c.Context(), o, c.OutOrStdout())
 		},
 	}
 	f.add(install)
@@ -266,7 +300,7 @@ func serviceCommand() *cobra.Command {
 		Use: "uninstall", Short: "Stop the agent and remove the service; xrdp's files are restored, the state folder stays", Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			// Also where there is no service any more: files must not stay changed for that.
-			return errors.Join(agent.UninstallService(), setup.New(stateDir, c.OutOrStdout()).Uninstall(c.Context()))
+			return errors.Join(agent.UninstallService(c.Context()), setup.New(stateDir, c.OutOrStdout()).Uninstall(c.Context()))
 		},
 	}
 	uninstall.Flags().StringVar(&stateDir, "state-dir", defaultStateDir(), "the agent's state folder, which has the originals of the files that were changed")
@@ -314,13 +348,9 @@ var pathFlags = map[string]bool{"ca-file": true, "token-file": true, "proxy-auth
 // installFlags say how to install, and mean nothing to `agent run`.
 var installFlags = map[string]bool{"login": true, "login-sessions": true, "dry-run": true}
 
-// serviceCommandLine is `agent run` with the flags that were given.
-func serviceCommandLine(fs *pflag.FlagSet) ([]string, error) {
-	exe, err := os.Executable()
-	if err != nil {
-		return nil, err
-	}
-	command := []string{exe, "run"}
+// serviceCommandLine is program's `run` with the flags that were given.
+func serviceCommandLine(program string, fs *pflag.FlagSet) []string {
+	command := []string{program, "run"}
 	fs.Visit(func(f *pflag.Flag) {
 		if installFlags[f.Name] {
 			return
@@ -333,7 +363,7 @@ func serviceCommandLine(fs *pflag.FlagSet) ([]string, error) {
 		}
 		command = append(command, "--"+f.Name+"="+value)
 	})
-	return command, nil
+	return command
 }
 
 func versionCommand() *cobra.Command {

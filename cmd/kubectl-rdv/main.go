@@ -23,6 +23,7 @@ import (
 
 	"rendezvous.dev/rendezvous/sessionsapi"
 	"rendezvous.dev/rendezvous/wire/bus"
+	"rendezvous.dev/rendezvous/wire/terminal"
 	"rendezvous.dev/rendezvous/wire/version"
 )
 
@@ -34,10 +35,10 @@ const maxAtOnce = 8
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	err := command(os.Stdout).ExecuteContext(ctx)
+	err := command(terminal.Writer(os.Stdout)).ExecuteContext(ctx)
 	stop()
 	if err != nil {
-		fmt.Fprintln(os.Stderr, "error:", err)
+		fmt.Fprintln(terminal.Writer(os.Stderr), "error:", err)
 		var exit *exitError
 		if errors.As(err, &exit) {
 			os.Exit(exit.code)
@@ -188,7 +189,7 @@ func (p *plugin) run(ctx context.Context, names []string, done string, act func(
 			defer mu.Unlock()
 			if err != nil {
 				failed++
-				fmt.Fprintf(p.out, "session/%s failed: %v\n", name, err)
+				fmt.Fprintf(p.out, "session/%s failed: %s\n", name, terminal.OneLine(err.Error()))
 				return
 			}
 			fmt.Fprintf(p.out, "session/%s %s%s\n", name, done, suffix)

@@ -86,7 +86,7 @@ func TestMachine(t *testing.T) {
 	}
 
 	// The brokers' part from here on, with the rights of the agent's unit.
-	m.box.WriteFile("/etc/systemd/system/"+unit+".d/doorman.conf", fmt.Appendf(nil, "[Service]\nExecStart=\nExecStart=%s serve alice:20001=0.0.0.0:13389 bob:20002=0.0.0.0:13390 carol:20003=0.0.0.0:13392 0.0.0.0:%d\n", doorman, nobodysDoor), 0o644)
+	m.box.WriteFile("/etc/systemd/system/"+unit+".d/doorman.conf", fmt.Appendf(nil, "[Service]\nType=simple\nWatchdogSec=0\nExecStart=\nExecStart=%s serve alice:20001=0.0.0.0:13389 bob:20002=0.0.0.0:13390 carol:20003=0.0.0.0:13392 0.0.0.0:%d\n", doorman, nobodysDoor), 0o644)
 	m.do("systemctl", "daemon-reload")
 	m.do("systemctl", "restart", unit)
 	m.eventually("the doorman", func() error { // systemd takes a unit for started before that
@@ -242,13 +242,8 @@ func newMachineTest(t *testing.T) *machineTest {
 	roots, err := rdpkit.Ensure(ctx, log)
 	m.must(err)
 	bin := t.TempDir()
-	for _, b := range [][]string{{"../..", "agent", "./cmd/agent"}, {"..", "doorman", "./doorman"}} {
-		cmd := exec.CommandContext(ctx, "go", "-C", b[0], "build", "-o", filepath.Join(bin, b[1]), b[2])
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-		if out, err := cmd.CombinedOutput(); err != nil {
-			t.Fatalf("%v: %v\n%s", cmd.Args, err, out)
-		}
-	}
+	build(ctx, t, "../..", bin, "./cmd/agent")
+	build(ctx, t, "..", bin, "./doorman")
 	machineNet, err := rdpkit.NewNetns("machine")
 	m.must(err)
 	t.Cleanup(func() { machineNet.Close() })
@@ -281,6 +276,16 @@ func newMachineTest(t *testing.T) *machineTest {
 	t.Cleanup(func() { m.client.Close() })
 	m.step("machines")
 	return m
+}
+
+// build compiles a package of the module in dir, static.
+func build(ctx context.Context, t *testing.T, dir, bin, pkg string, env ...string) {
+	t.Helper()
+	cmd := exec.CommandContext(ctx, "go", "-C", dir, "build", "-o", bin+"/", pkg)
+	cmd.Env = append(append(os.Environ(), "CGO_ENABLED=0"), env...)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %v\n%s", cmd.Args, err, out)
+	}
 }
 
 func (m *machineTest) must(err error) {
@@ -322,7 +327,11 @@ func (m *machineTest) eventually(what string, f func() error) {
 // reachable says whether a user of the machine may talk to a socket.
 func (m *machineTest) reachable(want bool, socket string) {
 	m.Helper()
-	err := m.box.CommandAs(m.ctx, mallory, doorman, "reach", socket).Run()
+	reach := func() error { return m.box.CommandAs(m.ctx, mallory, doorman, "reach", socket).Run() }
+	err := reach()
+	if want && err != nil { // systemd takes sesman for started before it listens
+		err = within(m.ctx, 10*time.Second, reach)
+	}
 	if (err == nil) != want {
 		m.Errorf("a user of the machine reaches %s: %t", socket, err == nil)
 	}

@@ -82,8 +82,14 @@ func TestServiceInstall(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Log(do("rdv-agent", "service", "install", "--broker", stage.WorkspaceURL, "--ca-file", "/etc/rendezvous/company-ca.crt",
-		"--token-file", "/etc/rendezvous/token", "--host", installed, "--rdp-cert-dir", "/var/lib/rdp-cert"))
+	out := do("rdv-agent", "service", "install", "--broker", stage.WorkspaceURL, "--ca-file", "/etc/rendezvous/company-ca.crt",
+		"--token-file", "/etc/rendezvous/token", "--host", installed, "--rdp-cert-dir", "/var/lib/rdp-cert")
+	t.Log(out)
+	for _, want := range []string{"session host " + installed + " is connected to its broker", "delete /etc/rendezvous/token"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("the installation says nothing of %q", want)
+		}
+	}
 	if err := eventually(ctx, time.Minute, func() error { return w.hostReady(ctx, installed) }); err != nil {
 		t.Fatalf("%v\n%s", err, do("journalctl", "--no-pager", "-n", "60", "-o", "cat"))
 	}

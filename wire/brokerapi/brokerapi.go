@@ -20,6 +20,7 @@ package brokerapi
 import (
 	"time"
 
+	"rendezvous.dev/rendezvous/wire/rdpkey"
 	"rendezvous.dev/rendezvous/wire/refusal"
 )
 
@@ -37,6 +38,10 @@ const (
 
 // FormARM, as the parameter form of a connection file, makes one for FreeRDP 3's type:arm.
 const FormARM = "arm"
+
+// NotAPassword goes where a client won't log in without a password, or asks for one, and the host knows the user by the
+// connection: it logs in whoever the broker sends, and looks at no password.
+const NotAPassword = "by-connection"
 
 // HeaderActivity carries the activity id both ways.
 const HeaderActivity = "Activity-Id"
@@ -159,6 +164,8 @@ type PreEnroll struct {
 	Host string `json:"host,omitempty"`
 	// RDPCertificate says that the pool issues RDP certificates, so that an RDPCSR is wanted.
 	RDPCertificate bool `json:"rdpCertificate"`
+	// RDPKey is the kind of key that it is to be over; brokers of before say none.
+	RDPKey rdpkey.Kind `json:"rdpKey,omitzero"`
 }
 
 // RenewRequest asks, over the bus, for the next certificates of the host that the connection belongs to.

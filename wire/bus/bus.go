@@ -28,6 +28,7 @@ import (
 	"unicode/utf8"
 
 	"rendezvous.dev/rendezvous/wire/identity"
+	"rendezvous.dev/rendezvous/wire/rdpkey"
 	"rendezvous.dev/rendezvous/wire/refusal"
 )
 
@@ -257,6 +258,9 @@ type HostConfig struct {
 	DrainReason string `json:"drainReason,omitempty"`
 	// ReportEvery is how often the agent reports when nothing changes, in seconds.
 	ReportEvery int32 `json:"reportEvery"`
+	// RDPKey is the kind of key that the host's RDP certificate is to be over: a host that has one over another renews. Zero
+	// where the pool issues none, and from brokers of before.
+	RDPKey rdpkey.Kind `json:"rdpKey,omitzero"`
 }
 
 // HostDisplaced tells the connections of one agent's identity that one of them is about to be closed, because a newer one

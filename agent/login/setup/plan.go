@@ -63,6 +63,8 @@ type Options struct {
 	Mode Mode `json:"mode"`
 	// Program is the agent's, which PAM runs.
 	Program string `json:"program"`
+	// ProgramToCome says that Program is put there before the changes are made, so that a plan does without it.
+	ProgramToCome bool `json:"-"`
 	// LoginDir is the running agent's.
 	LoginDir string `json:"loginDir"`
 	// RDPAddr is where xrdp is to listen in mode Connection: a loopback address.
@@ -243,6 +245,8 @@ func planXrdp(text string, o Options) (string, error) {
 		f.set("Globals", "port", "tcp://"+o.RDPAddr)
 		f.set("Globals", "use_vsock", "false")
 		f.set("Globals", "security_layer", "tls")
+		// xrdp shows its window to a client that sends no password, as files opened without rdv have it.
+		f.set("Globals", "ls_title", "No password needed: press OK")
 		f.set(name, "password", "none") // never the client's: who may log in is no question of one
 		for _, s := range f.sections() {
 			if !strings.EqualFold(s, name) && !slices.ContainsFunc(notSessions, func(n string) bool { return strings.EqualFold(s, n) }) {

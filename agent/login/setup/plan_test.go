@@ -99,7 +99,7 @@ func TestPlanConnection(t *testing.T) {
 		"auth required pam_permit.so",
 		"@include common-account", "@include common-session")
 	expect(t, after(t, changes, xrdpFile),
-		"[Globals]", "use_vsock=false", "port=tcp://127.0.0.1:3389", "security_layer=tls", "autorun=Xorg", "[Logging]", "LogLevel=INFO",
+		"[Globals]", "ls_title=No password needed: press OK", "use_vsock=false", "port=tcp://127.0.0.1:3389", "security_layer=tls", "autorun=Xorg", "[Logging]", "LogLevel=INFO",
 		"[Xorg]", "xserverbpp=24", "name=Xorg", "lib=libxup.so", "username=ask", "password=none")
 	expect(t, after(t, changes, sesmanFile),
 		"[Globals]", "ListenPort=/run/xrdp-sesman/sesman.socket", "DefaultWindowManager=/etc/xrdp/rendezvous-startwm.sh", "EnableUserWindowManager=true",

@@ -80,7 +80,7 @@ type work struct {
 
 // plan compares the machine with what it is to be.
 func (s *Setup) plan(ctx context.Context, o Options) (*work, error) {
-	if err := s.tree.checkProgram(o.Program); err != nil {
+	if err := s.tree.checkProgram(o.Program); err != nil && !(o.ProgramToCome && errors.Is(err, fs.ErrNotExist)) {
 		return nil, err
 	}
 	old, err := s.store.load()

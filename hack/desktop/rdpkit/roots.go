@@ -77,6 +77,16 @@ func EnsureDebian12(ctx context.Context, log *slog.Logger) (string, error) {
 	return ensureOne(ctx, log, "debian12")
 }
 
+// EnsureRemmina returns, as Ensure does, the root of a user's machine with Debian 13's Remmina, and no other RDP client.
+func EnsureRemmina(ctx context.Context, log *slog.Logger) (string, error) {
+	return ensureOne(ctx, log, "remmina")
+}
+
+// EnsureWine returns, as Ensure does, the root of a machine that runs Windows programs, under Debian 13's wine.
+func EnsureWine(ctx context.Context, log *slog.Logger) (string, error) {
+	return ensureOne(ctx, log, "wine")
+}
+
 // ensureOne builds a root that has a folder of its own in the recipe.
 func ensureOne(ctx context.Context, log *slog.Logger, kind string) (string, error) {
 	cache, common, err := openCache()
