@@ -240,6 +240,11 @@ func (s *set) checkTogether() {
 			if e.typed == nil {
 				continue
 			}
+			for _, service := range rules.Services(e.typed) {
+				if p := rules.ProxyProtocol(service); !p.OK() { // by the annotation's name: it may be another cloud's
+					s.find(e, fieldOf.FindString(p.Message), p.Message, true)
+				}
+			}
 			for _, issuer := range rules.Issuers(e.typed) {
 				s.checkIssuer(e, issuer)
 			}

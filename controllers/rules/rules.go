@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -182,4 +183,37 @@ func HostnameIsAddress(h Hostname) Problem {
 // HostnameTaken says that another object has a hostname already.
 func HostnameTaken(h Hostname, by string) Problem {
 	return invalid("%s: %s is the hostname of %s, too: each needs one of its own, as both listen on the same port", h.Field, h.Name, by)
+}
+
+// Service is one that people expose, with the field that it stands in.
+type Service struct {
+	Field string
+	Spec  *rdv.Service
+}
+
+// Services are those of a Workspace or a Gateway.
+func Services(obj metav1.Object) []Service {
+	switch o := obj.(type) {
+	case *rdv.Workspace:
+		return []Service{{"spec.broker.service", &o.Spec.Broker.Service}, {"spec.broker.bus.service", &o.Spec.Broker.Bus.Service}}
+	case *rdv.Gateway:
+		return []Service{{"spec.service", &o.Spec.Service}}
+	}
+	return nil
+}
+
+// ProxyProtocol checks that a load balancer whose annotations ask it for PROXY protocol headers is believed: else nobody gets
+// through. Clouds spell it differently; what is unknown passes.
+func ProxyProtocol(s Service) Problem {
+	if s.Spec.ProxyProtocol != nil {
+		return Problem{}
+	}
+	for _, key := range slices.Sorted(maps.Keys(s.Spec.Annotations)) {
+		name, value := strings.NewReplacer("-", "", "_", "").Replace(strings.ToLower(key)), strings.ToLower(s.Spec.Annotations[key])
+		off := slices.Contains([]string{"", "0", "false", "no", "none", "off", "disabled"}, value)
+		if strings.Contains(name, "proxyprotocol") && !off || strings.Contains(value, "proxy_protocol_v2.enabled=true") {
+			return invalid("%s.annotations: %s has the load balancer send PROXY protocol headers, which are refused: name its networks in %s.proxyProtocol.networks", s.Field, key, s.Field)
+		}
+	}
+	return Problem{}
 }
