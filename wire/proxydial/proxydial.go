@@ -137,7 +137,7 @@ func (d Dialer) connect(ctx context.Context, network string, proxy *url.URL, add
 	case errors.As(err, &network), errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
 		return nil, fmt.Errorf("no answer to CONNECT %s: %w", address, err)
 	case err != nil: // which repeats what came
-		return nil, fmt.Errorf("its answer to CONNECT %s is not HTTP: %q", address, clip(err.Error()))
+		return nil, fmt.Errorf("no answer to CONNECT %s in HTTP: %q", address, clip(err.Error()))
 	}
 	if res.StatusCode != http.StatusOK {
 		return nil, fmt.Errorf("it answered %q to CONNECT %s%s", clip(res.Status), address, hint(res.StatusCode))
