@@ -45,6 +45,7 @@ unit: ## Unit, golden, CEL and envtest tests (kube-apiserver and etcd from the c
 	KUBEBUILDER_ASSETS=$(ASSETS) RDV_REQUIRE_ENVTEST=1 go test ./...
 	go -C hack/cluster test ./...
 	go -C hack/cluster/dex test ./...
+	go -C hack/cluster/localpath test ./...
 	go -C hack/desktop test ./...
 	go -C hack test ./wiretap ./fleet ./fuzz
 	go -C hack/bench test ./...
@@ -87,9 +88,9 @@ images: ## Build every image without a container engine and load it into the emb
 ##@ Your own cluster (the current kubeconfig)
 .PHONY: deploy undeploy
 deploy: ## Install the CRDs and the operator
-	kubectl apply --server-side -k config/default
-undeploy: ## Remove them, and every object of theirs
-	kubectl delete --ignore-not-found -k config/default
+	hack/deploy.sh deploy
+undeploy: ## Remove the operator, keep the CRDs and people's objects; with PURGE=true, remove those first
+	hack/deploy.sh undeploy $(if $(filter true,$(PURGE)),--purge)
 
 .PHONY: help
 help:

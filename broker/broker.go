@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -31,6 +32,7 @@ import (
 	"rendezvous.dev/rendezvous/broker/traces"
 	"rendezvous.dev/rendezvous/broker/web"
 	"rendezvous.dev/rendezvous/wire/config"
+	"rendezvous.dev/rendezvous/wire/door"
 	"rendezvous.dev/rendezvous/wire/identity"
 	"rendezvous.dev/rendezvous/wire/mtls"
 )
@@ -41,6 +43,9 @@ const (
 	shutdownTimeout = 25 * time.Second
 	oidcCAFile      = "oidc-ca.crt"
 	recheckEvery    = time.Minute
+	// feedStrangers bounds the feed's connections of people who haven't signed in, feedPatience how long one may say nothing.
+	feedStrangers = 2048
+	feedPatience  = 10 * time.Second
 )
 
 // Inventory is the declared world, live; broker/inventory has one over Kubernetes.
@@ -114,8 +119,8 @@ func Run(ctx context.Context, o Options) error {
 	var orchestrator atomic.Pointer[orchestrate.Orchestrator]
 	b, err := bus.Start(life, bus.Options{
 		Namespace: o.Config.Namespace, Workspace: o.Config.Workspace, Name: o.Name, TLS: reloaders[o.BusDir],
-		Host: o.Host, Port: o.BusPort, WebSocketPort: o.BusWebSocketPort, RoutePort: o.BusRoutePort,
-		Peers: peers(o), Admit: enrolment.Member, Picked: picked(o.Inventory), Log: log,
+		Host: o.Host, RouteHost: routeHost(o), Port: o.BusPort, WebSocketPort: o.BusWebSocketPort, RoutePort: o.BusRoutePort,
+		Peers: peers(o), Admit: enrolment.Member, Picked: picked(o.Inventory), Log: log, Callers: o.Config.Bus, Ended: ended(m, "bus"),
 		Presence: func(id identity.ID, conn uint64, connected bool) {
 			if orch := orchestrator.Load(); orch != nil {
 				orch.Presence(id, conn, connected)
@@ -159,12 +164,12 @@ func Run(ctx context.Context, o Options) error {
 		orch.Presence(id, conn, true)
 	}
 
-	feedListener, err := net.Listen("tcp", net.JoinHostPort(o.Host, strconv.Itoa(port(o.FeedPort, config.PortPublic))))
+	feedListener, err := listenFeed(o, m)
 	if err != nil {
 		return fmt.Errorf("broker: feed: %w", err)
 	}
 	defer feedListener.Close()
-	sessionsListener, err := net.Listen("tcp", net.JoinHostPort(o.Host, strconv.Itoa(port(o.SessionsPort, config.PortSessions))))
+	sessionsListener, err := door.Inside(net.JoinHostPort(o.Host, strconv.Itoa(port(o.SessionsPort, config.PortSessions))), log, ended(m, "sessions"))
 	if err != nil {
 		return fmt.Errorf("broker: sessions: %w", err)
 	}
@@ -189,12 +194,12 @@ func Run(ctx context.Context, o Options) error {
 		}
 		return nil
 	}
-	monitorListener, err := net.Listen("tcp", o.MetricsAddr)
+	monitorListener, err := door.Inside(o.MetricsAddr, log, ended(m, "metrics"))
 	if err != nil {
 		return fmt.Errorf("broker: metrics: %w", err)
 	}
 	defer monitorListener.Close()
-	monitor := &http.Server{Handler: monitorHandler(reg, ready), ReadHeaderTimeout: 10 * time.Second}
+	monitor := &http.Server{Handler: monitorHandler(reg, ready), ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute}
 
 	work, workCtx := errgroup.WithContext(life)
 	work.Go(func() error { return served(feed.ServeTLS(feedListener, "", "")) })
@@ -249,6 +254,14 @@ func recheck(ctx context.Context, b *bus.Server, e *enrol.Service) {
 	}
 }
 
+// routeHost is where other brokers find this one: at its pod's address, of whichever family.
+func routeHost(o Options) string {
+	if addr, err := netip.ParseAddr(o.PodIP); err == nil && addr.Is6() && o.Host == "" {
+		return netip.IPv6Unspecified().String()
+	}
+	return o.Host
+}
+
 func peers(o Options) func(context.Context) ([]string, error) {
 	if o.Config.PeersHost == "" {
 		return nil
@@ -262,6 +275,26 @@ func picked(source model.Source) func(string) bool {
 		snap := source.Snapshot()
 		return snap.Workspace == nil || slices.ContainsFunc(snap.Gateways, func(g *model.Gateway) bool { return g.Name == gateway })
 	}
+}
+
+func listenFeed(o Options, m *metrics.Metrics) (net.Listener, error) {
+	d, err := door.New(door.Options{
+		Places: feedStrangers, Patience: feedPatience, Callers: o.Config.Feed, Log: o.Log, Ended: ended(m, "feed"),
+		Field: fmt.Sprintf("spec.broker.service.proxyProtocol.networks of Workspace %s", o.Config.Workspace),
+	})
+	if err != nil {
+		return nil, err
+	}
+	l, err := net.Listen("tcp", net.JoinHostPort(o.Host, strconv.Itoa(port(o.FeedPort, config.PortPublic))))
+	if err != nil {
+		return nil, err
+	}
+	return d.Listen(l), nil
+}
+
+// ended counts the strangers that had to go.
+func ended(m *metrics.Metrics, listener string) func(why string) {
+	return func(why string) { m.StrangersEnded.WithLabelValues(listener, why).Inc() }
 }
 
 func port(p, standard int) int {
@@ -315,6 +348,7 @@ func busCA(dir string, log *slog.Logger) func() string {
 
 func gauges(reg prometheus.Registerer, o Options, b *bus.Server, orch *orchestrate.Orchestrator, v *oidc.Validator) {
 	metrics.Gauge(reg, "bus_clients", "Agents and gateways on this replica.", func() float64 { return float64(b.Clients()) })
+	metrics.Gauge(reg, "bus_strangers", "Connections to the bus that have not authenticated.", func() float64 { return float64(b.Strangers()) })
 	metrics.Gauge(reg, "bus_routes", "Other replicas that this one is joined to.", func() float64 { return float64(b.Routes()) })
 	metrics.Gauge(reg, "hosts", "Session hosts that report.", func() float64 { n, _, _ := orch.Counts(); return float64(n) })
 	metrics.Gauge(reg, "hosts_local", "Session hosts whose agent is on this replica.", func() float64 { _, n, _ := orch.Counts(); return float64(n) })

@@ -212,9 +212,11 @@ func ofEarlier(live, owner client.Object, ownerGVK schema.GroupVersionKind) bool
 // adoptable says that an object that nobody owns was made by an operator as just this child: it has the name, and every
 // label that says whose it is. Backup tools restore objects so, and so does a deletion that orphans.
 func adoptable(live, want metav1.Object) bool {
-	if len(live.GetOwnerReferences()) > 0 || !live.GetDeletionTimestamp().IsZero() {
-		return false
-	}
+	return len(live.GetOwnerReferences()) == 0 && live.GetDeletionTimestamp().IsZero() && bearsMarks(live, want)
+}
+
+// bearsMarks says that an object has every label of want's that says whose it is.
+func bearsMarks(live, want metav1.Object) bool {
 	has, marks := live.GetLabels(), want.GetLabels()
 	for key, value := range marks {
 		if (key == rdv.LabelManagedBy || strings.HasPrefix(key, rdv.GroupVersion.Group+"/")) && has[key] != value {
@@ -244,7 +246,7 @@ func (a *Applier) get(ctx context.Context, want client.Object, gvk schema.GroupV
 // content, Secrets' above all, is never held in memory.
 func likeness(obj client.Object, gvk schema.GroupVersionKind) client.Object {
 	switch obj.(type) {
-	case *corev1.Secret, *corev1.ConfigMap, *corev1.ServiceAccount, *rbacv1.Role, *rbacv1.RoleBinding,
+	case *corev1.Secret, *corev1.ConfigMap, *corev1.PersistentVolumeClaim, *corev1.ServiceAccount, *rbacv1.Role, *rbacv1.RoleBinding,
 		*policyv1.PodDisruptionBudget, *networkingv1.NetworkPolicy:
 		return metadataOf(gvk)
 	}
@@ -257,7 +259,8 @@ func metadataOf(gvk schema.GroupVersionKind) *metav1.PartialObjectMetadata {
 	return m
 }
 
-// intentOf is the whole of what we want to own in the object, and nothing that merely has a zero value in Go.
+// intentOf is the whole of what we want to own in the object, and nothing that merely has a zero value in Go. Owners that want
+// names stand beside the controller.
 func intentOf(want client.Object, gvk schema.GroupVersionKind, controller metav1.OwnerReference) (*unstructured.Unstructured, error) {
 	content, err := runtime.DefaultUnstructuredConverter.ToUnstructured(want)
 	if err != nil {
@@ -265,7 +268,7 @@ func intentOf(want client.Object, gvk schema.GroupVersionKind, controller metav1
 	}
 	u := &unstructured.Unstructured{Object: content}
 	u.SetGroupVersionKind(gvk)
-	u.SetOwnerReferences([]metav1.OwnerReference{controller})
+	u.SetOwnerReferences(append([]metav1.OwnerReference{controller}, want.GetOwnerReferences()...))
 	unstructured.RemoveNestedField(content, "status")
 	// Go writes a time that is not set as null, which would be a wish of its own.
 	for _, path := range [][]string{{"metadata", "creationTimestamp"}, {"spec", "template", "metadata", "creationTimestamp"}} {

@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"net/http"
 	"net/url"
 	"strings"
 	"sync"
@@ -135,9 +134,7 @@ func fetchDiscovery(ctx context.Context, issuerURL, caBundle string) error {
 			return errors.New("the CA bundle holds no PEM certificate")
 		}
 	}
-	transport := &http.Transport{TLSClientConfig: tlsConfig, Proxy: http.ProxyFromEnvironment, DisableKeepAlives: true}
-	defer transport.CloseIdleConnections()
-	client := &http.Client{Transport: transport, CheckRedirect: idpurl.CheckRedirect}
+	client := idpurl.Client(issuerURL, tlsConfig)
 	_, endpoints, err := idpurl.Discover(ctx, client, issuerURL)
 	if cause := (*url.Error)(nil); errors.As(err, &cause) {
 		return errors.New(stableReason(ctx, err))
@@ -161,7 +158,10 @@ func stableReason(ctx context.Context, err error) string {
 	var wrongName x509.HostnameError
 	var invalid x509.CertificateInvalidError
 	var dns *net.DNSError
+	var forbidden *idpurl.ForbiddenAddress
 	switch {
+	case errors.As(err, &forbidden):
+		return fmt.Sprintf("it is at a %s address, at which no identity provider is asked", forbidden.Kind)
 	case errors.As(err, &unknownCA):
 		return "its certificate is signed by a CA that is not trusted: set spec.identity.oidc.caBundle or caBundleRef"
 	case errors.As(err, &wrongName):

@@ -87,6 +87,9 @@ func TestFetchDiscovery(t *testing.T) {
 		}, "names the issuer"},
 		"an address without end":     {server.URL + "/dex", ca, naming("jwks_uri", "https://id.example.com/"+strings.Repeat("x", 1<<19)), "of at most 2048 bytes"},
 		"a page for people":          {server.URL + "/dex", ca, func(w http.ResponseWriter, _ string) { http.Error(w, "inner secret", http.StatusForbidden) }, "answers 403 Forbidden"},
+		"metadata of the cloud":      {"https://169.254.169.254", ca, good, "it is at a link-local address, at which no identity provider is asked"},
+		"keys there":                 {server.URL + "/dex", ca, naming("jwks_uri", "https://[fd00:ec2::254]/keys"), "it is at a cloud platform's address"},
+		"a redirect there":           {server.URL + "/dex", ca, redirect("https://169.254.169.254/"), "it is at a link-local address"},
 		"a redirect to http":         {server.URL + "/dex", ca, redirect(plain.URL), "which is not https"},
 		"a redirect that has no end": {server.URL + "/dex", ca, redirect("/dex/.well-known/openid-configuration"), "redirects more than 3 times"},
 	} {

@@ -19,11 +19,19 @@ const (
 	eventScaled          = "Scaled"
 	eventHostRemoved     = "HostRemoved"
 	eventPodReplaced     = "PodReplaced"
+	eventDraining        = "Draining"
+	eventDrainSkipped    = "DrainSkipped"
+	eventDrainDeadline   = "DrainDeadlinePassed"
+	eventDrainUncounted  = "DrainNotCounted"
+
+	eventAssignmentRestored = "AssignmentRestored"
 
 	actionRoll    = "Roll"
 	actionScale   = "Scale"
 	actionReplace = "Replace"
 	actionResolve = "Resolve"
+	actionDrain   = "Drain"
+	actionAssign  = "Assign"
 )
 
 // tell records that something happened to an object.

@@ -23,6 +23,7 @@ import (
 
 	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
 	"rendezvous.dev/rendezvous/controllers/render"
+	"rendezvous.dev/rendezvous/controllers/rules"
 )
 
 // gatewayReconciler keeps a Gateway's pods, and their place on the bus of each Workspace that picks the Gateway.
@@ -58,7 +59,7 @@ type gatewayScope struct {
 
 func (r *gatewayReconciler) setup(mgr ctrl.Manager) error {
 	c := mgr.GetClient()
-	return ctrl.NewControllerManagedBy(mgr).
+	controller := ctrl.NewControllerManagedBy(mgr).
 		For(&rdv.Gateway{}).
 		Owns(&certmanager.Certificate{}).
 		Owns(&appsv1.Deployment{}).
@@ -77,10 +78,8 @@ func (r *gatewayReconciler) setup(mgr ctrl.Manager) error {
 			return requestsFor(ctx, c, gateways(), client.InNamespace(o.GetNamespace()))
 		}), builder.OnlyMetadata).
 		Watches(&rdv.Gateway{}, inNamespace(c, gateways), builder.WithPredicates(reachedElsewhere())).
-		Watches(&rdv.Workspace{}, inNamespace(c, gateways), builder.WithPredicates(specOrLabels())).
-		Watches(&certmanager.Issuer{}, byIssuer(c, certmanager.IssuerKind, gateways)).
-		Watches(&certmanager.ClusterIssuer{}, byIssuer(c, certmanager.ClusterIssuerKind, gateways)).
-		Complete(r)
+		Watches(&rdv.Workspace{}, inNamespace(c, gateways), builder.WithPredicates(specOrLabels()))
+	return r.watchIssuers(controller, c, gateways).Complete(r)
 }
 
 // Reconcile makes one pass over a Gateway.
@@ -89,9 +88,15 @@ func (r *gatewayReconciler) Reconcile(ctx context.Context, req ctrl.Request) (ct
 	if err != nil {
 		return ctrl.Result{}, err
 	}
-	if gw == nil || !gw.DeletionTimestamp.IsZero() { // garbage collection does the rest
+	if gw == nil || rdv.Gone(gw) { // garbage collection does the rest
 		r.Forget("Gateway", req.NamespacedName)
 		return ctrl.Result{}, nil
+	}
+	if !gw.DeletionTimestamp.IsZero() {
+		return r.leave(ctx, gw)
+	}
+	if err := r.hold(ctx, gw); err != nil {
+		return ctrl.Result{}, err
 	}
 	s := &gatewayScope{gw: gw, identities: map[string]bool{}}
 	if err := r.gather(ctx, s); err != nil {
@@ -105,7 +110,7 @@ func (r *gatewayReconciler) Reconcile(ctx context.Context, req ctrl.Request) (ct
 // gather checks the issuer and finds the Workspaces that pick the Gateway.
 func (r *gatewayReconciler) gather(ctx context.Context, s *gatewayScope) error {
 	gw := s.gw
-	if err := checkIssuer(ctx, r.Client, gw.Namespace, "spec.certificates.issuerRef", gw.Spec.Certificates.IssuerRef, &s.refs); err != nil {
+	if err := r.checkIssuer(ctx, gw.Namespace, "spec.certificates.issuerRef", gw.Spec.Certificates.IssuerRef, &s.refs); err != nil {
 		return err
 	}
 	list := &rdv.WorkspaceList{}
@@ -115,7 +120,7 @@ func (r *gatewayReconciler) gather(ctx context.Context, s *gatewayScope) error {
 	for i := range list.Items {
 		ws := &list.Items[i]
 		// A selector that can't be read is the Workspace's own condition.
-		if selector, err := gatewaySelector(ws); err == nil && ws.DeletionTimestamp.IsZero() && selector.Matches(labels.Set(gw.Labels)) {
+		if selector, err := rules.GatewaySelector(ws); err == nil && !rdv.Gone(ws) && selector.Matches(labels.Set(gw.Labels)) {
 			s.picked = append(s.picked, ws)
 		}
 	}

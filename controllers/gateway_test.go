@@ -163,3 +163,44 @@ func TestGatewayLeavesSessionsToBrokers(t *testing.T) {
 		t.Errorf("sessions became %d", gw.Status.Sessions)
 	}
 }
+
+// TestGatewayService takes a real API server through what people write of a Service, and take back.
+func TestGatewayService(t *testing.T) {
+	w, ns := start(t)
+	readyGateway(t, w, ns)
+	becomes := func(step string, ok func(s corev1.ServiceSpec, relay config.Relay) bool) {
+		t.Helper()
+		eventually(t, func() error {
+			s := read(t, w, ns, "gw", &corev1.Service{}).Spec
+			var relay config.Relay
+			if err := json.Unmarshal([]byte(read(t, w, ns, "gw-relay", &corev1.ConfigMap{}).Data["config.json"]), &relay); err != nil {
+				return err
+			}
+			if !ok(s, relay) {
+				return fmt.Errorf("%s: %+v, %+v", step, s, relay.Callers)
+			}
+			return nil
+		})
+	}
+	w.patch(t, &rdv.Gateway{}, ns, "gw", `{"spec":{"service":{"type":"LoadBalancer","externalTrafficPolicy":"Local","loadBalancerSourceRanges":["203.0.113.0/24"],
+		"ipFamilyPolicy":"PreferDualStack","ipFamilies":["IPv4"],"proxyProtocol":{"networks":["10.0.0.0/8"]}}}}`)
+	becomes("a load balancer", func(s corev1.ServiceSpec, relay config.Relay) bool {
+		return s.Type == corev1.ServiceTypeLoadBalancer && s.ExternalTrafficPolicy == corev1.ServiceExternalTrafficPolicyLocal && slices.Equal(s.LoadBalancerSourceRanges, []string{"203.0.113.0/24"}) &&
+			*s.IPFamilyPolicy == corev1.IPFamilyPolicyPreferDualStack && slices.Equal(relay.ProxyNetworks, []string{"10.0.0.0/8"}) && !relay.AddressesHidden
+	})
+	w.patch(t, &rdv.Gateway{}, ns, "gw", `{"spec":{"service":{"externalTrafficPolicy":null,"loadBalancerSourceRanges":null,"proxyProtocol":null}}}`)
+	becomes("taken back", func(s corev1.ServiceSpec, relay config.Relay) bool {
+		return s.ExternalTrafficPolicy == corev1.ServiceExternalTrafficPolicyCluster && s.LoadBalancerSourceRanges == nil && relay.ProxyNetworks == nil && relay.AddressesHidden
+	})
+	w.patch(t, &rdv.Gateway{}, ns, "gw", `{"spec":{"service":{"nodePorts":[{"name":"https","nodePort":443}]}}}`)
+	w.is(t, &rdv.Gateway{}, ns, "gw", rdv.ConditionReferencesResolved, metav1.ConditionFalse, rdv.ReasonRejected, "The range of valid ports is 30000-32767")
+	w.patch(t, &rdv.Gateway{}, ns, "gw", `{"spec":{"service":{"nodePorts":[{"name":"https","nodePort":31443}],"allocateLoadBalancerNodePorts":false}}}`)
+	becomes("a node port", func(s corev1.ServiceSpec, _ config.Relay) bool {
+		return s.Ports[0].NodePort == 31443 && !*s.AllocateLoadBalancerNodePorts
+	})
+	w.patch(t, &rdv.Gateway{}, ns, "gw", `{"spec":{"service":null}}`)
+	becomes("inside the cluster again", func(s corev1.ServiceSpec, relay config.Relay) bool {
+		return s.Type == corev1.ServiceTypeClusterIP && s.Ports[0].NodePort == 0 && s.AllocateLoadBalancerNodePorts == nil && !relay.AddressesHidden
+	})
+	w.is(t, &rdv.Gateway{}, ns, "gw", rdv.ConditionReferencesResolved, metav1.ConditionTrue, rdv.ReasonReady, "")
+}

@@ -1,7 +1,6 @@
 package controllers
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -10,7 +9,6 @@ import (
 	"strings"
 	"time"
 
-	certmanager "github.com/cert-manager/cert-manager/pkg/apis/certmanager/v1"
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
@@ -26,6 +24,7 @@ import (
 	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
 	"rendezvous.dev/rendezvous/controllers/plan"
 	"rendezvous.dev/rendezvous/controllers/render"
+	"rendezvous.dev/rendezvous/controllers/rules"
 )
 
 // hostPoolReconciler keeps a HostPool's registration token and, where it has a template, its SessionHosts.
@@ -57,7 +56,7 @@ type hostPoolScope struct {
 
 func (r *hostPoolReconciler) setup(mgr ctrl.Manager) error {
 	c := mgr.GetClient()
-	return ctrl.NewControllerManagedBy(mgr).
+	controller := ctrl.NewControllerManagedBy(mgr).
 		For(&rdv.HostPool{}).
 		Owns(&corev1.Secret{}, builder.OnlyMetadata).
 		Owns(&networkingv1.NetworkPolicy{}, builder.OnlyMetadata).
@@ -69,10 +68,8 @@ func (r *hostPoolReconciler) setup(mgr ctrl.Manager) error {
 		})).
 		Watches(&rdv.Gateway{}, inNamespace(c, hostPools), builder.WithPredicates(reachedElsewhere())).
 		Watches(&rdv.Workspace{}, byField(c, indexWorkspace, hostPools, name), builder.WithPredicates(predicate.GenerationChangedPredicate{})).
-		Watches(&corev1.Secret{}, byField(c, indexWorkspace, hostPools, feedTLSOf), builder.OnlyMetadata).
-		Watches(&certmanager.Issuer{}, byIssuer(c, certmanager.IssuerKind, hostPools)).
-		Watches(&certmanager.ClusterIssuer{}, byIssuer(c, certmanager.ClusterIssuerKind, hostPools)).
-		Complete(r)
+		Watches(&corev1.Secret{}, byField(c, indexWorkspace, hostPools, feedTLSOf), builder.OnlyMetadata)
+	return r.watchIssuers(controller, c, hostPools).Complete(r)
 }
 
 // Reconcile makes one pass over a HostPool.
@@ -81,9 +78,15 @@ func (r *hostPoolReconciler) Reconcile(ctx context.Context, req ctrl.Request) (c
 	if err != nil {
 		return ctrl.Result{}, err
 	}
-	if pool == nil || !pool.DeletionTimestamp.IsZero() { // garbage collection does the rest
+	if pool == nil || rdv.Gone(pool) { // garbage collection does the rest
 		r.Forget("HostPool", req.NamespacedName)
 		return ctrl.Result{}, nil
+	}
+	if !pool.DeletionTimestamp.IsZero() {
+		return r.leave(ctx, pool)
+	}
+	if err := r.hold(ctx, pool); err != nil {
+		return ctrl.Result{}, err
 	}
 	s := &hostPoolScope{pool: pool, registration: tokenOf("", pool.Status.Registration)}
 	if err := r.gather(ctx, s); err != nil {
@@ -100,26 +103,23 @@ func (r *hostPoolReconciler) gather(ctx context.Context, s *hostPoolScope) (err 
 	if s.ws, err = getOrNil(ctx, r.Client, pool.Namespace, pool.Spec.WorkspaceRef.Name, &rdv.Workspace{}); err != nil {
 		return err
 	}
-	if s.ws == nil {
-		s.refs.add(rdv.ReasonReferenceNotFound, fmt.Sprintf("spec.workspaceRef: Workspace %q not found: create it", pool.Spec.WorkspaceRef.Name))
-	}
+	s.refs.addProblem(rules.PoolWorkspace(pool, s.ws))
 	if c := pool.Spec.RDPCertificate; c != nil {
-		if err := checkIssuer(ctx, r.Client, pool.Namespace, "spec.rdpCertificate.issuerRef", c.IssuerRef, &s.refs); err != nil {
+		if err := r.checkIssuer(ctx, pool.Namespace, "spec.rdpCertificate.issuerRef", c.IssuerRef, &s.refs); err != nil {
 			return err
 		}
 	}
-	if s.template, s.templErr = render.PodTemplate(pool); s.templErr != nil {
+	if s.template, s.templErr, err = r.podTemplate(ctx, pool); err != nil {
+		return err
+	}
+	if s.templErr != nil {
 		s.refs.add(rdv.ReasonPodInvalid, s.templErr.Error())
 	}
-	list := &rdv.SessionHostList{}
-	// A pool may have a thousand, and any of them may bring a pass: they are read where they are, and not changed.
-	err = r.Client.List(ctx, list, client.InNamespace(pool.Namespace), client.MatchingFields{indexHostPool: pool.Name}, client.UnsafeDisableDeepCopy)
-	if err != nil {
-		return fmt.Errorf("list SessionHosts: %w", err)
+	if err := r.checkSharedClaims(ctx, s); err != nil {
+		return err
 	}
-	s.hosts = list.Items
-	slices.SortFunc(s.hosts, func(a, b rdv.SessionHost) int { return cmp.Compare(a.Name, b.Name) })
-	return nil
+	s.hosts, err = r.hostsOf(ctx, pool)
+	return err
 }
 
 // applyRegistration keeps the pool's token. Without its Workspace a pool can enrol nobody, and keeps what it has.
@@ -214,6 +214,10 @@ func (r *hostPoolReconciler) applyHosts(ctx context.Context, s *hostPoolScope) e
 	changes := plan.Hosts(pool.Name, r.wantedHosts(s, mine, others), mine, taken)
 	if lookup != nil {
 		return lookup
+	}
+	if pool.Spec.Type == rdv.Personal || len(pool.Spec.VolumeClaimTemplates) > 0 {
+		// The one that follows a host that is leaving has its name, and with it its user and claims.
+		changes.Create = changes.Create[:max(0, len(changes.Create)-len(leaving))]
 	}
 	s.waiting = changes.Waiting
 	for _, name := range changes.Delete {

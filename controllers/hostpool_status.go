@@ -50,8 +50,12 @@ func (r *hostPoolReconciler) writeStatus(ctx context.Context, s *hostPoolScope) 
 		others = append(others, isTrue(rdv.ConditionReconciling, rdv.ReasonProgressing,
 			fmt.Sprintf("too many hosts; these take no new session, and go once no session is on them and nobody is assigned: %s", strings.Join(s.waiting, ", "))))
 	}
+	resolved := "all references resolve"
+	if fields := render.TemplateOverrides(s.template); len(fields) > 0 {
+		resolved += "; set by the operator, whatever spec.template says: " + strings.Join(fields, ", ")
+	}
 	ready := fmt.Sprintf("%d of %d hosts take sessions", status.ReadyHosts, status.Hosts)
-	deciding := []metav1.Condition{s.refs.condition(rdv.ConditionReferencesResolved, "all references resolve")}
+	deciding := []metav1.Condition{s.refs.condition(rdv.ConditionReferencesResolved, resolved)}
 	if registration := r.registrationCondition(s, status.RegisteredHosts); registration.Status != metav1.ConditionTrue && s.registration.Hash != "" {
 		// The token has expired, as whoever chose Manual meant it to, or has made its hosts. Those that are members go on:
 		// Ready does not suffer.

@@ -2,10 +2,7 @@ package controllers
 
 import (
 	"context"
-	"crypto/x509"
-	"encoding/pem"
 	"fmt"
-	"strings"
 	"sync"
 
 	certmanager "github.com/cert-manager/cert-manager/pkg/apis/certmanager/v1"
@@ -17,6 +14,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
+	"rendezvous.dev/rendezvous/controllers/rules"
 )
 
 // issuerKey names an issuer for comparison and for the field index; namespace is that of the object that refers to it.
@@ -33,24 +31,26 @@ func issuerKey(ref rdv.IssuerReference) string {
 
 // checkIssuer adds what is wrong with the issuer that field names. Issuers of other groups than cert-manager's own can't
 // be looked into here: their certificates tell.
-func checkIssuer(ctx context.Context, c client.Reader, namespace, field string, ref rdv.IssuerReference, found *problems) error {
+func (b *base) checkIssuer(ctx context.Context, namespace, field string, ref rdv.IssuerReference, found *problems) error {
 	if ref.Group != "" && ref.Group != certmanager.SchemeGroupVersion.Group {
 		return nil
 	}
-	var issuer certmanager.GenericIssuer
-	key := types.NamespacedName{Name: ref.Name}
-	switch ref.Kind {
-	case "", certmanager.IssuerKind:
-		issuer = &certmanager.Issuer{}
-		key.Namespace = namespace
-	case certmanager.ClusterIssuerKind:
-		issuer = &certmanager.ClusterIssuer{}
-	default:
-		found.add(rdv.ReasonReferenceInvalid, fmt.Sprintf("%s.kind: %q is no kind of cert-manager.io: write Issuer or ClusterIssuer, or set group", field, ref.Kind))
+	if p := rules.IssuerKind(field, ref); !p.OK() {
+		found.addProblem(p)
 		return nil
 	}
+	var issuer certmanager.GenericIssuer = &certmanager.Issuer{}
+	key := types.NamespacedName{Name: ref.Name}
+	if ref.Kind == certmanager.ClusterIssuerKind && b.noClusterIssuers {
+		return nil
+	}
+	if ref.Kind == certmanager.ClusterIssuerKind {
+		issuer = &certmanager.ClusterIssuer{}
+	} else {
+		key.Namespace = namespace
+	}
 	what := fmt.Sprintf("%s: %s %q", field, kindOr(ref.Kind, certmanager.IssuerKind), ref.Name)
-	err := c.Get(ctx, key, issuer)
+	err := b.Client.Get(ctx, key, issuer)
 	switch {
 	case apierrors.IsNotFound(err):
 		found.add(rdv.ReasonIssuerNotFound, what+" not found: create it or name another")
@@ -78,6 +78,13 @@ func kindOr(kind, fallback string) string {
 		return fallback
 	}
 	return kind
+}
+
+// addProblem adds what a rule found, if anything.
+func (p *problems) addProblem(one rules.Problem) {
+	if !one.OK() {
+		p.add(one.Reason, one.Message)
+	}
 }
 
 // readKey reads one key of a ConfigMap or Secret, past the cache, which holds no content of either.
@@ -108,25 +115,6 @@ func readKey(ctx context.Context, live client.Reader, namespace, field string, r
 		found.add(rdv.ReasonReferenceInvalid, fmt.Sprintf("%s has no key %q: add it or name another", what, ref.Key))
 	}
 	return value, nil
-}
-
-// onlyCertificates is the PEM certificates in text, and nothing else that may stand there: what a Workspace names as a CA
-// bundle is copied to where more people may read it, and the name might be that of any Secret.
-func onlyCertificates(field, text string, found *problems) string {
-	var out strings.Builder
-	for rest := []byte(text); ; {
-		var block *pem.Block
-		if block, rest = pem.Decode(rest); block == nil {
-			break
-		}
-		if _, err := x509.ParseCertificate(block.Bytes); block.Type == "CERTIFICATE" && err == nil {
-			out.Write(pem.EncodeToMemory(&pem.Block{Type: block.Type, Bytes: block.Bytes}))
-		}
-	}
-	if out.Len() == 0 {
-		found.add(rdv.ReasonReferenceInvalid, field+" holds no PEM certificate: put the CA of the provider's certificate there")
-	}
-	return out.String()
 }
 
 // getOrNil reads an object from the cache; nil where there is none.

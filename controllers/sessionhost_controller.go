@@ -19,6 +19,7 @@ import (
 	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
 	"rendezvous.dev/rendezvous/controllers/plan"
 	"rendezvous.dev/rendezvous/controllers/render"
+	"rendezvous.dev/rendezvous/controllers/rules"
 )
 
 // sessionHostReconciler keeps a SessionHost's own registration token and, where its pool made it, its pod. What the host
@@ -44,6 +45,10 @@ type sessionHostScope struct {
 	// Set by decide.
 	podDecision plan.PodDecision
 
+	// Set by applyClaims.
+	filesOf       string
+	claimsMissing bool // the pod can't have them now
+
 	// Set by applyRegistration.
 	registration plan.Token
 	hasSecret    bool
@@ -58,6 +63,7 @@ func (r *sessionHostReconciler) setup(mgr ctrl.Manager) error {
 		For(&rdv.SessionHost{}).
 		Owns(&corev1.Pod{}).
 		Owns(&corev1.Secret{}, builder.OnlyMetadata).
+		Watches(&corev1.PersistentVolumeClaim{}, byLabel(rdv.LabelSessionHost), builder.OnlyMetadata).
 		Watches(&rdv.HostPool{}, byField(c, indexHostPool, sessionHosts, name), builder.WithPredicates(predicate.GenerationChangedPredicate{})).
 		Watches(&rdv.Workspace{}, hostsOfWorkspace(c, name), builder.WithPredicates(predicate.GenerationChangedPredicate{})).
 		Watches(&corev1.Secret{}, hostsOfWorkspace(c, feedTLSOf), builder.OnlyMetadata).
@@ -89,15 +95,21 @@ func (r *sessionHostReconciler) Reconcile(ctx context.Context, req ctrl.Request)
 	if err != nil {
 		return ctrl.Result{}, err
 	}
-	if host == nil || !host.DeletionTimestamp.IsZero() { // garbage collection does the rest
+	if host == nil || rdv.Gone(host) { // garbage collection does the rest
 		r.Forget("SessionHost", req.NamespacedName)
 		return ctrl.Result{}, nil
+	}
+	if !host.DeletionTimestamp.IsZero() {
+		return r.leave(ctx, host)
+	}
+	if err := r.greet(ctx, host); err != nil {
+		return ctrl.Result{}, err
 	}
 	s := &sessionHostScope{host: host, registration: tokenOf("", host.Status.Registration)}
 	if err := r.gather(ctx, s); err != nil {
 		return ctrl.Result{}, err
 	}
-	err = inOrder(ctx, s, r.decide, r.applyRegistration, r.applyPod)
+	err = inOrder(ctx, s, r.decide, r.applyClaims, r.applyRegistration, r.applyPod)
 	err = errors.Join(err, r.writeStatus(ctx, s))
 	return ctrl.Result{RequeueAfter: s.requeue}, err
 }
@@ -109,7 +121,7 @@ func (r *sessionHostReconciler) gather(ctx context.Context, s *sessionHostScope)
 		return err
 	}
 	if s.pool == nil {
-		s.refs.add(rdv.ReasonReferenceNotFound, fmt.Sprintf("spec.hostPoolRef: HostPool %q not found: create it, or delete this SessionHost", host.Spec.HostPoolRef.Name))
+		s.refs.addProblem(rules.HostPool(host, nil))
 		return nil
 	}
 	if metav1.IsControlledBy(host, s.pool) { // the others are machines
@@ -128,7 +140,7 @@ func (r *sessionHostReconciler) gather(ctx context.Context, s *sessionHostScope)
 	if s.feedCA, s.feedSeen, err = r.caOf(ctx, host.Namespace, render.WorkspaceTLS(workspace)); err != nil {
 		return err
 	}
-	return r.renderPod(s)
+	return r.renderPod(ctx, s)
 }
 
 // livePod is the host's pod, nil where there is none. The cache's word that there is none is checked, for a pod that was
@@ -147,20 +159,31 @@ func (r *sessionHostReconciler) livePod(ctx context.Context, host *rdv.SessionHo
 	return nil, nil
 }
 
-func (r *sessionHostReconciler) renderPod(s *sessionHostScope) error {
+func (r *sessionHostReconciler) renderPod(ctx context.Context, s *sessionHostScope) error {
 	if !metav1.IsControlledBy(s.host, s.pool) {
 		return nil
 	}
-	template, err := render.PodTemplate(s.pool)
+	template, invalid, err := r.podTemplate(ctx, s.pool)
 	switch {
 	case err != nil:
-		s.refs.add(rdv.ReasonPodInvalid, fmt.Sprintf("HostPool %q: %v", s.pool.Name, err))
+		return err
+	case invalid != nil:
+		s.refs.add(rdv.ReasonPodInvalid, fmt.Sprintf("HostPool %q: %v", s.pool.Name, invalid))
 		return nil
 	case template == nil: // the pool is about to remove this host
 		return nil
 	}
-	s.wantPod, err = r.render.Pod(s.host, s.pool, template)
-	return err
+	pod, err := r.render.Pod(s.host, s.pool, template)
+	if err != nil {
+		return err
+	}
+	keeper, err := r.namespaceRef(ctx, s.host.Namespace)
+	if err != nil {
+		return err
+	}
+	pod.OwnerReferences = []metav1.OwnerReference{keeper}
+	s.wantPod = pod
+	return nil
 }
 
 // decide says what is to be done about the pod, since a new pod needs an unspent token first.
@@ -170,6 +193,10 @@ func (r *sessionHostReconciler) decide(ctx context.Context, s *sessionHostScope)
 	}
 	seen := plan.Pod{}
 	if pod := s.pod; pod != nil {
+		if !metav1.IsControlledBy(pod, s.host) && bearsMarks(pod, s.wantPod) && onlyItsNamespaces(pod) {
+			s.podDecision = plan.PodDecision{Action: plan.PodDelete} // a predecessor's
+			return nil
+		}
 		if !metav1.IsControlledBy(pod, s.host) && !adoptable(pod, s.wantPod) {
 			s.podDecision = plan.PodDecision{Action: plan.PodKeep} // applying it will say to whom it belongs
 			return nil
@@ -277,11 +304,14 @@ func (r *sessionHostReconciler) applyPod(ctx context.Context, s *sessionHostScop
 	}
 	switch s.podDecision.Action {
 	case plan.PodCreate:
-		if !s.hasSecret || !s.feedSeen {
+		if !s.hasSecret || !s.feedSeen || s.claimsMissing {
 			return nil
 		}
 		return r.applyAll(ctx, &s.pass, s.host, s.wantPod)
 	case plan.PodKeep:
+		if s.claimsMissing { // an apply makes the pod that the cache still has
+			return nil
+		}
 		return r.applyAll(ctx, &s.pass, s.host, s.wantPod)
 	case plan.PodDelete:
 		if err := r.Delete(ctx, s.pod); err != nil {

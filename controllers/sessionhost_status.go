@@ -19,7 +19,7 @@ const heartbeatLost = 15 * time.Minute
 
 func (r *sessionHostReconciler) writeStatus(ctx context.Context, s *sessionHostScope) error {
 	host := s.host
-	status := rdv.SessionHostStatus{ObservedGeneration: host.Generation}
+	status := rdv.SessionHostStatus{ObservedGeneration: host.Generation, FilesOf: s.filesOf}
 	secret := ""
 	if s.hasSecret {
 		secret = render.RegistrationSecretName(host.Name)

@@ -8,7 +8,11 @@ import (
 
 	certmanager "github.com/cert-manager/cert-manager/pkg/apis/certmanager/v1"
 	appsv1 "k8s.io/api/apps/v1"
+	autoscalingv2 "k8s.io/api/autoscaling/v2"
 	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	policyv1 "k8s.io/api/policy/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
@@ -16,6 +20,7 @@ import (
 	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/tools/events"
 	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/cache"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/handler"
@@ -23,6 +28,7 @@ import (
 
 	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
 	"rendezvous.dev/rendezvous/controllers/render"
+	"rendezvous.dev/rendezvous/controllers/rules"
 )
 
 // NewScheme holds every kind that the operator reads or writes.
@@ -37,19 +43,33 @@ func NewScheme() *runtime.Scheme {
 // MaxConcurrentReconciles of each kind.
 const MaxConcurrentReconciles = 4
 
-// CacheOptions are what a manager of the operator holds in memory: of the pods and what makes them our own, and of no
-// object who wrote which of its fields.
-func CacheOptions() cache.Options {
+// CacheOptions are what a manager of the operator holds in memory: of the kinds that others use too only what has our label,
+// and of no object who wrote which of its fields. What lacks the label is looked up where it is named. With namespaces, of
+// objects in these alone.
+func CacheOptions(namespaces ...string) cache.Options {
 	ours := labels.SelectorFromSet(labels.Set{rdv.LabelManagedBy: rdv.ManagedBy})
 	asIs := func(obj any) (any, error) { return obj, nil }
-	return cache.Options{
+	opts := cache.Options{
 		DefaultTransform: cache.TransformStripManagedFields(),
 		ByObject: map[client.Object]cache.ByObject{
 			&corev1.Pod{}:        {Label: ours, Transform: slimPod},
-			&appsv1.ReplicaSet{}: {Label: ours},
 			&appsv1.Deployment{}: {Label: ours, Transform: asIs}, // HandOverReplicas asks whose its replicas are
 		},
 	}
+	for _, kind := range []client.Object{
+		&corev1.Secret{}, &corev1.ConfigMap{}, &corev1.Service{}, &corev1.ServiceAccount{}, &corev1.PersistentVolumeClaim{}, &appsv1.ReplicaSet{},
+		&rbacv1.Role{}, &rbacv1.RoleBinding{}, &networkingv1.NetworkPolicy{}, &policyv1.PodDisruptionBudget{},
+		&autoscalingv2.HorizontalPodAutoscaler{}, &certmanager.Certificate{},
+	} {
+		opts.ByObject[kind] = cache.ByObject{Label: ours}
+	}
+	for _, namespace := range namespaces {
+		if opts.DefaultNamespaces == nil {
+			opts.DefaultNamespaces = map[string]cache.Config{}
+		}
+		opts.DefaultNamespaces[namespace] = cache.Config{}
+	}
+	return opts
 }
 
 // slimPod leaves of a pod what the operator looks at: thousands of them are most of its memory otherwise.
@@ -70,6 +90,9 @@ type Options struct {
 	Render render.Options
 	// ClusterNetworks are addresses of the cluster beside those that its nodes, Services and API server tell.
 	ClusterNetworks []netip.Prefix
+	// NoClusterIssuers is set where the operator, held to namespaces, may not read ClusterIssuers: what is wrong with one shows
+	// on the Certificates that name it.
+	NoClusterIssuers bool
 	// Discovery defaults to NewDiscovery.
 	Discovery *Discovery
 	// Now defaults to time.Now.
@@ -91,9 +114,12 @@ func Setup(mgr ctrl.Manager, opts Options) error {
 		Applier:     &Applier{Client: mgr.GetClient(), Live: mgr.GetAPIReader()},
 		events:      mgr.GetEventRecorder(FieldManager),
 		authorities: &authorities{known: map[types.NamespacedName]authority{}},
+		namespaces:  &namespaceRefs{known: map[string]namespaceRef{}},
 		networks:    &networks{live: mgr.GetAPIReader(), given: opts.ClusterNetworks, now: opts.Now},
 		render:      opts.Render,
 		now:         opts.Now,
+
+		noClusterIssuers: opts.NoClusterIssuers,
 	}
 	for _, add := range []func(ctrl.Manager) error{
 		(&workspaceReconciler{base: base, discovery: opts.Discovery}).setup,
@@ -113,9 +139,21 @@ type base struct {
 	*Applier
 	events      events.EventRecorder
 	authorities *authorities
+	namespaces  *namespaceRefs
 	networks    *networks
 	render      render.Options
 	now         func() time.Time
+
+	noClusterIssuers bool
+}
+
+// watchIssuers wakes those in newList that name an issuer that changes.
+func (b *base) watchIssuers(controller *builder.Builder, c client.Reader, newList func() client.ObjectList) *builder.Builder {
+	controller = controller.Watches(&certmanager.Issuer{}, byIssuer(c, certmanager.IssuerKind, newList))
+	if b.noClusterIssuers {
+		return controller
+	}
+	return controller.Watches(&certmanager.ClusterIssuer{}, byIssuer(c, certmanager.ClusterIssuerKind, newList))
 }
 
 // pass is what every reconcile of one object carries. Each reconciler's scope embeds it.
@@ -170,7 +208,6 @@ const (
 	indexHostPool  = "refersTo.hostPool"  // Workspaces and SessionHosts, by HostPool name
 	indexWorkspace = "refersTo.workspace" // HostPools, by Workspace name
 	indexIssuer    = "refersTo.issuer"    // Workspaces, HostPools and Gateways, by issuerKey
-	indexCABundle  = "refersTo.caBundle"  // Workspaces, by Kind/name
 )
 
 func addIndexes(mgr ctrl.Manager) error {
@@ -187,16 +224,10 @@ func addIndexes(mgr ctrl.Manager) error {
 			return names
 		}},
 		{&rdv.Workspace{}, indexIssuer, func(o client.Object) (keys []string) {
-			for _, named := range workspaceIssuers(o.(*rdv.Workspace)) {
-				keys = append(keys, issuerKey(named.ref))
+			for _, named := range rules.WorkspaceIssuers(o.(*rdv.Workspace)) {
+				keys = append(keys, issuerKey(named.Ref))
 			}
 			return keys
-		}},
-		{&rdv.Workspace{}, indexCABundle, func(o client.Object) []string {
-			if ref := o.(*rdv.Workspace).Spec.Identity.OIDC.CABundleRef; ref != nil {
-				return []string{ref.Kind + "/" + ref.Name}
-			}
-			return nil
 		}},
 		{&rdv.HostPool{}, indexWorkspace, func(o client.Object) []string {
 			return []string{o.(*rdv.HostPool).Spec.WorkspaceRef.Name}

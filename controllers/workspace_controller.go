@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	certmanager "github.com/cert-manager/cert-manager/pkg/apis/certmanager/v1"
 	appsv1 "k8s.io/api/apps/v1"
@@ -12,8 +13,6 @@ import (
 	networkingv1 "k8s.io/api/networking/v1"
 	policyv1 "k8s.io/api/policy/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/labels"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -23,6 +22,7 @@ import (
 
 	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
 	"rendezvous.dev/rendezvous/controllers/render"
+	"rendezvous.dev/rendezvous/controllers/rules"
 )
 
 // workspaceReconciler keeps what a Workspace needs: its CA, its certificates, its brokers.
@@ -75,7 +75,7 @@ type workspaceScope struct {
 
 func (r *workspaceReconciler) setup(mgr ctrl.Manager) error {
 	c := mgr.GetClient()
-	return ctrl.NewControllerManagedBy(mgr).
+	controller := ctrl.NewControllerManagedBy(mgr).
 		For(&rdv.Workspace{}).
 		Owns(&certmanager.Issuer{}).
 		Owns(&certmanager.Certificate{}).
@@ -88,15 +88,11 @@ func (r *workspaceReconciler) setup(mgr ctrl.Manager) error {
 		Owns(&policyv1.PodDisruptionBudget{}, builder.OnlyMetadata).
 		Owns(&networkingv1.NetworkPolicy{}, builder.OnlyMetadata).
 		Watches(&corev1.Secret{}, byLabel(rdv.LabelWorkspace), builder.OnlyMetadata).
-		Watches(&corev1.Secret{}, byField(c, indexCABundle, workspaces, func(o client.Object) string { return "Secret/" + o.GetName() }), builder.OnlyMetadata).
-		Watches(&corev1.ConfigMap{}, byField(c, indexCABundle, workspaces, func(o client.Object) string { return "ConfigMap/" + o.GetName() }), builder.OnlyMetadata).
 		Watches(&rdv.HostPool{}, byField(c, indexHostPool, workspaces, name), builder.WithPredicates(predicate.GenerationChangedPredicate{})).
 		Watches(&rdv.HostPool{}, ofWorkspace(), builder.WithPredicates(predicate.GenerationChangedPredicate{})).
 		Watches(&rdv.Gateway{}, inNamespace(c, workspaces), builder.WithPredicates(specOrLabels())).
-		Watches(&certmanager.Issuer{}, byIssuer(c, certmanager.IssuerKind, workspaces)).
-		Watches(&certmanager.ClusterIssuer{}, byIssuer(c, certmanager.ClusterIssuerKind, workspaces)).
-		WatchesRawSource(source.Channel(r.discovery.events, &handler.TypedEnqueueRequestForObject[*rdv.Workspace]{})).
-		Complete(r)
+		WatchesRawSource(source.Channel(r.discovery.events, &handler.TypedEnqueueRequestForObject[*rdv.Workspace]{}))
+	return r.watchIssuers(controller, c, workspaces).Complete(r)
 }
 
 // ofWorkspace wakes the Workspace that a HostPool belongs to.
@@ -118,10 +114,16 @@ func (r *workspaceReconciler) Reconcile(ctx context.Context, req ctrl.Request) (
 	if err != nil {
 		return ctrl.Result{}, err
 	}
-	if ws == nil || !ws.DeletionTimestamp.IsZero() { // garbage collection does the rest
+	if ws == nil || rdv.Gone(ws) { // garbage collection does the rest
 		r.Forget("Workspace", req.NamespacedName)
 		r.discovery.Forget(req.NamespacedName)
 		return ctrl.Result{}, nil
+	}
+	if !ws.DeletionTimestamp.IsZero() {
+		return r.leave(ctx, ws)
+	}
+	if err := r.hold(ctx, ws); err != nil {
+		return ctrl.Result{}, err
 	}
 	s := &workspaceScope{ws: ws}
 	if err := r.gather(ctx, s); err != nil {
@@ -142,47 +144,28 @@ func inOrder[S any](ctx context.Context, s S, phases ...func(context.Context, S)
 	return nil
 }
 
-type namedIssuer struct {
-	field string
-	ref   rdv.IssuerReference
-}
-
-// workspaceIssuers are the issuers that people name in a Workspace.
-func workspaceIssuers(ws *rdv.Workspace) []namedIssuer {
-	named := []namedIssuer{
-		{"spec.certificates.issuerRef", ws.Spec.Certificates.IssuerRef},
-		{"spec.signing.issuerRef", ws.Spec.Signing.IssuerRef},
-	}
-	if ref := ws.Spec.Certificates.InternalIssuerRef; ref != nil {
-		named = append(named, namedIssuer{"spec.certificates.internalIssuerRef", *ref})
-	}
-	return named
-}
-
 // gather resolves what the Workspace names.
 func (r *workspaceReconciler) gather(ctx context.Context, s *workspaceScope) error {
 	ws := s.ws
-	for _, named := range workspaceIssuers(ws) {
-		if err := checkIssuer(ctx, r.Client, ws.Namespace, named.field, named.ref, &s.refs); err != nil {
+	for _, named := range rules.WorkspaceIssuers(ws) {
+		if err := r.checkIssuer(ctx, ws.Namespace, named.Field, named.Ref, &s.refs); err != nil {
 			return err
 		}
 	}
 	if err := r.gatherOIDCCA(ctx, s); err != nil {
 		return err
 	}
-	for _, resource := range ws.Spec.Resources {
-		field := fmt.Sprintf("spec.resources[%s].hostPoolRef: HostPool %q", resource.Name, resource.HostPoolRef.Name)
+	for i := range ws.Spec.Resources {
+		resource := &ws.Spec.Resources[i]
 		pool, err := getOrNil(ctx, r.Client, ws.Namespace, resource.HostPoolRef.Name, &rdv.HostPool{})
-		switch {
-		case err != nil:
+		if err != nil {
 			return err
-		case pool == nil:
-			s.refs.add(rdv.ReasonReferenceNotFound, field+" not found: create it or name another")
-		case pool.Spec.WorkspaceRef.Name != ws.Name:
-			s.refs.add(rdv.ReasonReferenceInvalid, fmt.Sprintf("%s belongs to Workspace %q: name a pool of this workspace", field, pool.Spec.WorkspaceRef.Name))
-		default:
+		}
+		problem := rules.ResourcePool(ws, resource, pool)
+		if problem.OK() {
 			s.resources++
 		}
+		s.refs.addProblem(problem)
 	}
 	pools := &rdv.HostPoolList{}
 	if err := r.Client.List(ctx, pools, client.InNamespace(ws.Namespace), client.MatchingFields{indexWorkspace: ws.Name}); err != nil {
@@ -192,6 +175,9 @@ func (r *workspaceReconciler) gather(ctx context.Context, s *workspaceScope) err
 	return r.gatherGateways(ctx, s)
 }
 
+// bundleRetry is how soon a change of a CA bundle is seen: what lacks our label is in no cache.
+const bundleRetry = 10 * time.Second
+
 // gatherOIDCCA finds what the identity provider's certificate is checked with: nothing where the Workspace leaves that to
 // the system's roots.
 func (r *workspaceReconciler) gatherOIDCCA(ctx context.Context, s *workspaceScope) error {
@@ -199,15 +185,20 @@ func (r *workspaceReconciler) gatherOIDCCA(ctx context.Context, s *workspaceScop
 	before := len(s.refs)
 	switch {
 	case oidc.CABundle != "":
-		s.oidcCA = onlyCertificates("spec.identity.oidc.caBundle", oidc.CABundle, &s.refs)
+		certificates, problem := rules.Certificates("spec.identity.oidc.caBundle", oidc.CABundle)
+		s.oidcCA = certificates
+		s.refs.addProblem(problem)
 	case oidc.CABundleRef != nil:
 		ref := *oidc.CABundleRef
+		s.wakeAfter(bundleRetry)
 		value, err := readKey(ctx, r.Live, s.ws.Namespace, "spec.identity.oidc.caBundleRef", ref, &s.refs)
 		if err != nil {
 			return err
 		}
 		if len(s.refs) == before {
-			s.oidcCA = onlyCertificates(fmt.Sprintf("spec.identity.oidc.caBundleRef: key %q of %s %q", ref.Key, ref.Kind, ref.Name), value, &s.refs)
+			certificates, problem := rules.Certificates(fmt.Sprintf("spec.identity.oidc.caBundleRef: key %q of %s %q", ref.Key, ref.Kind, ref.Name), value)
+			s.oidcCA = certificates
+			s.refs.addProblem(problem)
 		}
 	}
 	s.oidcCAErr = len(s.refs) > before
@@ -215,9 +206,9 @@ func (r *workspaceReconciler) gatherOIDCCA(ctx context.Context, s *workspaceScop
 }
 
 func (r *workspaceReconciler) gatherGateways(ctx context.Context, s *workspaceScope) error {
-	selector, err := gatewaySelector(s.ws)
+	selector, err := rules.GatewaySelector(s.ws)
 	if err != nil {
-		s.refs.add(rdv.ReasonReferenceInvalid, "spec.gatewaySelector: "+err.Error())
+		s.refs.addProblem(rules.BadSelector(err))
 		return nil
 	}
 	list := &rdv.GatewayList{}
@@ -234,14 +225,6 @@ func (r *workspaceReconciler) gatherGateways(ctx context.Context, s *workspaceSc
 		s.refs.add(rdv.ReasonPending, "spec.gatewaySelector picks no Gateway in this namespace: create one, or change the selector")
 	}
 	return nil
-}
-
-// gatewaySelector is which Gateways a Workspace picks: all where it says nothing.
-func gatewaySelector(ws *rdv.Workspace) (labels.Selector, error) {
-	if ws.Spec.GatewaySelector == nil {
-		return labels.Everything(), nil
-	}
-	return metav1.LabelSelectorAsSelector(ws.Spec.GatewaySelector)
 }
 
 // applyCertificates keeps the internal CA, unless another issuer is named, and the certificates.

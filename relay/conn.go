@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -48,6 +49,10 @@ type conn struct {
 	joining bool               // the server name is that of agents on their way to join
 	peer    bool               // the server name is a hop's: once its handshake is over, another relay is at the other end
 	mute    bool               // the handshake was given up: TLS must not send its alert
+	// unbelieved says that there was a PROXY protocol header of somebody whose are not believed.
+	unbelieved bool
+	// client is the address in a header that was believed.
+	client atomic.Pointer[net.TCPAddr]
 
 	// Owned by whichever goroutine reads.
 	polling bool // reads don't wait

@@ -138,11 +138,6 @@ func connectionID(req *request) string {
 	return parseGUID(req.param("ConId"))
 }
 
-func (v *visitor) addr() netip.Addr {
-	a, _ := netip.ParseAddrPort(v.tcp.RemoteAddr().String())
-	return a.Addr().Unmap()
-}
-
 // serveOut is an OUT channel, until its session ends.
 func (r *Relay) serveOut(v *visitor, req *request, activity string) {
 	id := connectionID(req)
@@ -156,7 +151,7 @@ func (r *Relay) serveOut(v *visitor, req *request, activity string) {
 		return
 	}
 	defer a.close()
-	h, replaced := r.halves.enter(id, r.comparable(v.addr()), v.tcp)
+	h, replaced := r.halves.enter(id, v.comparable(), v.tcp)
 	if h == nil {
 		v.sayNo(http.StatusConflict, a.refused(refusal.New(refusal.Protocol, "Connection id %s is in use by a client at another address: connect again.", id)))
 		return
@@ -274,7 +269,7 @@ func (r *Relay) serveIn(v *visitor, req *request, activity string) (done bool) {
 
 // claim finds the OUT channel that a client's IN channel belongs to.
 func (r *Relay) claim(v *visitor, id, activity string) (*inbound, *refusal.Error) {
-	addr := r.comparable(v.addr())
+	addr := v.comparable()
 	h, e := r.halves.claim(id, addr, v.tcp)
 	if h != nil {
 		r.metrics.Pairs.WithLabelValues("here").Inc()
@@ -286,12 +281,4 @@ func (r *Relay) claim(v *visitor, id, activity string) (*inbound, *refusal.Error
 		return nil, e
 	}
 	return in, elsewhere
-}
-
-// comparable is a client's address, where it tells clients apart; not valid where it is some node's.
-func (r *Relay) comparable(addr netip.Addr) netip.Addr {
-	if r.config.Load().ClientAddressesHidden {
-		return netip.Addr{}
-	}
-	return addr
 }

@@ -212,7 +212,7 @@ func TestLegacyPairing(t *testing.T) {
 		ended(t, "the OUT channel", out)
 		cfg := *s.relay.config.Load()
 		hidden := cfg
-		hidden.ClientAddressesHidden = true
+		hidden.AddressesHidden = true
 		s.relay.SetConfig(hidden)
 		defer s.relay.SetConfig(cfg)
 		id = newGUID()
@@ -611,7 +611,7 @@ func TestHalvesAreStrangers(t *testing.T) {
 	}
 	silent[len(silent)-1].Close()
 	silent[len(silent)-2].Close()
-	eventually(t, "they have gone", func() bool { return s.relay.strangers.len() == 2 })
+	eventually(t, "they have gone", func() bool { return s.relay.strangers.Len() == 2 })
 	c := s.dialLegacy(newGUID())
 	if typ, status := c.open(testTicket, testTarget); status != 0 {
 		t.Fatalf("packet %#x refused with %#x", typ, status)

@@ -7,12 +7,13 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"net/netip"
 	"strings"
 	"sync"
 	"time"
 
+	"rendezvous.dev/rendezvous/wire/door"
 	"rendezvous.dev/rendezvous/wire/refusal"
+	"rendezvous.dev/rendezvous/wire/strangers"
 )
 
 // Paths of the public listener, lower-case: clients vary the case of the first.
@@ -20,6 +21,7 @@ const (
 	pathTSGU    = "/remotedesktopgateway"
 	pathConnect = "/rendezvous/v1/connect"
 	pathPing    = "/rendezvous/v1/ping"
+	pathHealth  = "/healthz" // for load balancers that take a 200 alone
 	pathJoin    = "/rendezvous/v1/join"
 	pathRPC     = "/rpc/"
 )
@@ -43,57 +45,43 @@ type visitor struct {
 	handed   bool     // somebody else closes it
 	in       *inbound // the claim of an IN channel
 
-	// Guarded by strangers.mu.
-	all    member     // among the strangers, none once somebody vouched for it
-	near   member     // among those of its source
-	source netip.Addr // of near
-	spoke  bool       // it sent a ClientHello
-	agent  bool       // it named an instance
+	stranger strangers.Stranger
 }
 
 // vouch takes the visitor off the strangers: a good ticket or join secret stands for it now.
-func (v *visitor) vouch() { v.r.strangers.leave(v) }
+func (v *visitor) vouch() { v.r.strangers.Leave(&v.stranger) }
 
 // doubt puts the visitor among the strangers, where it may cost the oldest its place.
 func (v *visitor) doubt() {
-	if old := v.r.strangers.enter(v, source(v.r.comparable(v.addr())), int(v.r.config.Load().MaxPending)); old != nil {
-		v.r.metrics.handshakeFailed("limit")
-		v.r.log.Debug("too many strangers: the oldest, or the oldest of this source, has to go", "peer", old.tcp.RemoteAddr().String())
-		old.tcp.SetLinger(0)
-		old.tcp.Close()
-	}
+	v.r.sendAway(v.r.strangers.Enter(&v.stranger, v.comparable(), int(v.r.config.Load().MaxPending)))
 }
 
-// accept takes connections until l closes. Failures (no descriptors left) back off from 5 ms to 1 s.
+// sendAway ends the connection of a stranger who has lost its place, if there is one.
+func (r *Relay) sendAway(evicted *strangers.Stranger) {
+	if evicted == nil {
+		return
+	}
+	old := evicted.Of.(*visitor)
+	r.metrics.handshakeFailed("limit")
+	r.log.Debug("too many strangers: the oldest, or the oldest of this source, has to go", "peer", old.tcp.RemoteAddr().String())
+	old.tcp.SetLinger(0)
+	old.tcp.Close()
+}
+
+// accept takes connections until l closes.
 func (r *Relay) accept(l net.Listener) error {
-	const first, last = 5 * time.Millisecond, time.Second
-	delay := first
-	for {
-		nc, err := l.Accept()
-		if errors.Is(err, net.ErrClosed) {
-			return nil
-		}
-		if err != nil {
-			r.log.Warn("accept failed", "error", err, "again", delay.String())
-			time.Sleep(delay)
-			delay = min(2*delay, last)
-			continue
-		}
-		delay = first
-		tc, ok := nc.(*net.TCPConn)
-		if !ok {
-			nc.Close()
-			return errors.New("relay: the listener is not TCP")
-		}
+	return door.Accept(l, r.log, func(tc *net.TCPConn) {
 		v := &visitor{r: r, accepted: time.Now()}
+		v.stranger.Of = v
+		var err error
 		if v.leg, err = newLeg(tc, r.tls); err != nil {
 			tc.Close()
-			continue
+			return
 		}
-		v.tcp.onHello = func(agent bool) { r.strangers.spoke(v, agent) }
+		v.tcp.onHello = func(agent bool) { r.strangers.Spoke(&v.stranger, agent) }
 		v.doubt()
 		r.legs.Go(func() { r.serve(v) })
-	}
+	})
 }
 
 // heads lends what request heads are read into.
@@ -129,6 +117,9 @@ func (r *Relay) serve(v *visitor) {
 
 	timeout := time.Duration(r.config.Load().HandshakeTimeoutSeconds) * time.Second
 	c.SetDeadline(time.Now().Add(timeout))
+	if !v.readProxyHeader() {
+		return
+	}
 	secrets := c.secrets
 	if err := v.tls.Handshake(); err != nil {
 		if c.foreign != "" {
@@ -137,6 +128,7 @@ func (r *Relay) serve(v *visitor) {
 		}
 		r.metrics.handshakeFailed("tls")
 		r.log.Debug("TLS handshake failed", "peer", c.RemoteAddr().String(), "error", err)
+		v.explainTLS(err)
 		return
 	}
 	if err := v.takeOver(secrets); err != nil {
@@ -168,12 +160,30 @@ func (r *Relay) serve(v *visitor) {
 	}
 }
 
+// explainTLS answers who speaks HTTP without TLS, as a health check that was set up so does.
+func (v *visitor) explainTLS(err error) {
+	var not tls.RecordHeaderError
+	if !errors.As(err, &not) || not.Conn == nil {
+		return
+	}
+	switch string(not.RecordHeader[:]) {
+	case "GET /", "HEAD ", "POST ", "PUT /", "OPTIO", "RDG_O", "RDG_I":
+	default:
+		return
+	}
+	v.tcp.SetWriteDeadline(time.Now().Add(lingerTime))
+	no := &answer{status: http.StatusBadRequest, reason: "Speak TLS here: use https, for health checks too", close: true}
+	if no.write(v.tcp.TCPConn) == nil {
+		v.linger()
+	}
+}
+
 // onHello is called by TLS once the client has said which name it wants.
 func (r *Relay) onHello(h *tls.ClientHelloInfo) (*tls.Config, error) {
 	c := h.Conn.(*conn)
 	c.peeking = false
 	name, host := strings.ToLower(h.ServerName), strings.ToLower(r.config.Load().Hostname)
-	if hop, ok := strings.CutSuffix(name, ".pair."+host); ok && host != "" {
+	if hop, ok := strings.CutSuffix(name, ".pair."+host); ok && host != "" && !c.unbelieved {
 		c.hello = nil
 		c.onHello(true)
 		return r.onPair(c, hop)
@@ -181,7 +191,7 @@ func (r *Relay) onHello(h *tls.ClientHelloInfo) (*tls.Config, error) {
 	instance, ok := strings.CutSuffix(name, ".join."+host)
 	c.joining = ok
 	c.onHello(ok)
-	if ok && host != "" && instance != r.instance {
+	if ok && host != "" && instance != r.instance && !c.unbelieved {
 		c.foreign, c.mute = instance, true
 		return nil, errForeign
 	}
@@ -198,6 +208,12 @@ func (r *Relay) route(v *visitor, req *request) (done bool) {
 		return true
 	}
 	switch {
+	case v.tcp.unbelieved && path == pathArmEntry:
+		v.refuseArm(r.unbelieved().With(activity), false)
+		return true
+	case v.tcp.unbelieved:
+		e := r.unbelieved()
+		return no(httpStatus(e.Code), e.Code, "%s", e.Message)
 	case v.tcp.peer && path == pathPair && req.method == http.MethodGet:
 		r.servePair(v, req, activity)
 		return true
@@ -229,6 +245,12 @@ func (r *Relay) route(v *visitor, req *request) (done bool) {
 		return true
 	case path == pathPing && (req.method == http.MethodGet || req.method == http.MethodHead):
 		return (&answer{status: http.StatusNoContent, activity: activity, close: req.close}).write(v) != nil
+	case path == pathHealth && (req.method == http.MethodGet || req.method == http.MethodHead):
+		ok := &answer{status: http.StatusOK, activity: activity, close: req.close}
+		if !r.Ready() {
+			ok.status = http.StatusServiceUnavailable
+		}
+		return ok.write(v) != nil
 	case strings.HasPrefix(path+"/", pathRPC):
 		return no(http.StatusNotFound, refusal.Protocol, "RPC over HTTP is not spoken here: use MS-TSGU over HTTP (gateway transport `http` in FreeRDP).")
 	}

@@ -16,7 +16,7 @@ type Metrics struct {
 	Admissions *prometheus.CounterVec // transport, code ("ok" or a refusal code)
 	Joins      *prometheus.CounterVec // result: ok, refused
 	Pairs      *prometheus.CounterVec // result: here, peer, refused, late
-	Handshakes *prometheus.CounterVec // failures before a request; stage: limit, tls, head, route, tsgu, arm
+	Handshakes *prometheus.CounterVec // failures before a request; stage: limit, proxy, tls, head, route, tsgu, arm
 	Ended      *prometheus.CounterVec // reason
 	Connect    prometheus.Histogram   // seconds from request to joined legs
 	Duration   prometheus.Histogram   // seconds that sessions lasted

@@ -149,7 +149,7 @@ func TestOneSourceTakesNoMoreThanAShare(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer slow.Close()
-	eventually(t, "it is there", func() bool { return s.relay.strangers.len() == 1 })
+	eventually(t, "it is there", func() bool { return s.relay.strangers.Len() == 1 })
 	d := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.MustParseAddrPort("127.0.0.3:0"))}
 	var first net.Conn
 	for range 3 * places {
@@ -163,81 +163,10 @@ func TestOneSourceTakesNoMoreThanAShare(t *testing.T) {
 		}
 	}
 	gone(t, first)
-	eventually(t, "the flood is bounded", func() bool { return s.relay.strangers.len() == 1+places/4 })
+	eventually(t, "the flood is bounded", func() bool { return s.relay.strangers.Len() == 1+places/4 })
 	slow.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
 	if _, err := slow.Read(make([]byte, 1)); err == nil || !strings.Contains(err.Error(), "timeout") {
 		t.Errorf("who was there before the flood: %v", err)
 	}
 	s.session(transportTSGU)
-}
-
-// Of a flood that says nothing its own connections go, also where the client behind the same address is slow.
-func TestMuteGoFirst(t *testing.T) {
-	for name, from := range map[string]string{"from one address": "192.0.2.1", "from many": ""} {
-		t.Run(name, func(t *testing.T) {
-			var s strangers
-			const most = 64
-			enter := func(n int) (*visitor, *visitor) {
-				v := &visitor{}
-				addr, _ := netip.ParseAddr(from)
-				if from == "" {
-					addr = netip.AddrFrom4([4]byte{192, 0, byte(n >> 8), byte(n)})
-				}
-				return v, s.enter(v, addr, most)
-			}
-			client, _ := enter(1 << 12)
-			s.spoke(client, false)
-			for n := range 10 * most {
-				if _, out := enter(n); out == client {
-					t.Fatalf("after %d silent connections the client had to go", n+1)
-				}
-			}
-			// Those who speak go by age all the same: nobody keeps a place by a ClientHello.
-			for n := range 10 * most {
-				v, out := enter(n)
-				s.spoke(v, false)
-				if out == client {
-					return
-				}
-			}
-			t.Error("the oldest stays, whoever comes")
-		})
-	}
-}
-
-func TestSources(t *testing.T) {
-	for addr, want := range map[string]string{
-		"192.0.2.7": "192.0.2.7", "::ffff:192.0.2.7": "192.0.2.7", "2001:db8:1:2:3:4:5:6": "2001:db8:1:2::", "fe80::1%eth0": "fe80::",
-	} {
-		if got := source(netip.MustParseAddr(addr)); got.String() != want {
-			t.Errorf("%s: %s, want %s", addr, got, want)
-		}
-	}
-	if source(netip.Addr{}).IsValid() {
-		t.Error("an unknown source became one")
-	}
-	var s strangers
-	var all []*visitor
-	enter := func(from string, agent bool) *visitor {
-		v := &visitor{}
-		addr, _ := netip.ParseAddr(from)
-		if out := s.enter(v, addr, 64); out != nil {
-			t.Fatalf("somebody had to go for %s", from)
-		}
-		if agent {
-			s.spoke(v, true)
-		}
-		all = append(all, v)
-		return v
-	}
-	for range 30 { // another pod brings agents, and addresses that are nobody's tell nothing
-		enter("10.0.0.1", true)
-		enter("", false)
-	}
-	for _, v := range all {
-		s.leave(v)
-	}
-	if s.len() != 0 || s.all.mute.Len() != 0 || len(s.sources) != 0 || s.agents != 0 {
-		t.Errorf("left: %d, %d sources, %d agents", s.len(), len(s.sources), s.agents)
-	}
 }

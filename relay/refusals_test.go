@@ -88,7 +88,7 @@ func TestRefusalsAreReported(t *testing.T) {
 	t.Run("without a node's address", func(t *testing.T) {
 		cfg := *s.relay.config.Load()
 		hidden := cfg
-		hidden.ClientAddressesHidden = true
+		hidden.AddressesHidden = true
 		s.relay.SetConfig(hidden)
 		defer s.relay.SetConfig(cfg)
 		_, _, e := s.dialRaw("forged", "")

@@ -3,6 +3,7 @@
 //
 // One connection goes through these, in this order:
 //
+//	proxied.go  the PROXY protocol header of a load balancer, where there is one
 //	listen.go   accept, TLS; an agent that was sent to another pod of this gateway is spliced there (splice.go)
 //	head.go     one HTTP/1.1 request head
 //	attempt.go  a client's way in: authenticate, connect, wait for the agent's leg (join.go); its place (places.go)
@@ -32,7 +33,9 @@ import (
 
 	"rendezvous.dev/rendezvous/wire/admission"
 	"rendezvous.dev/rendezvous/wire/config"
+	"rendezvous.dev/rendezvous/wire/proxyproto"
 	"rendezvous.dev/rendezvous/wire/refusal"
+	"rendezvous.dev/rendezvous/wire/strangers"
 )
 
 // Options is what a Relay is made of. TLS, Admission and Instance must be given.
@@ -76,9 +79,11 @@ type Relay struct {
 	searches    chan struct{} // holds one for each search among the peers
 
 	config    atomic.Pointer[config.Relay]
+	proxies   atomic.Pointer[proxyproto.Networks] // whose headers are believed
+	warnings  proxyproto.Warnings
 	draining  atomic.Bool
 	serving   atomic.Bool
-	strangers strangers
+	strangers strangers.Crowd
 	entries   atomic.Int32   // clients of the ARM form that are being told where to go
 	legs      sync.WaitGroup // every connection's goroutine
 
@@ -149,6 +154,11 @@ func New(o Options) (*Relay, error) {
 func (r *Relay) SetConfig(c config.Relay) {
 	c = withDefaults(c)
 	r.config.Store(&c)
+	proxies, err := proxyproto.ParseNetworks(c.ProxyNetworks)
+	if err != nil {
+		r.log.Error("PROXY protocol headers are believed from nowhere", "field", r.proxyField(), "error", err)
+	}
+	r.proxies.Store(&proxies)
 	r.metrics.Capacity.Set(float64(c.MaxSessions))
 }
 

@@ -619,7 +619,7 @@ func (s *stack) idle() {
 		defer s.relay.mu.Unlock()
 		s.relay.joins.mu.Lock()
 		defer s.relay.joins.mu.Unlock()
-		return s.relay.places.queue.Len() == 0 && len(s.relay.places.held) == 0 && len(s.relay.sessions) == 0 && len(s.relay.joins.waiting) == 0 && len(s.relay.conns) == 0 && s.relay.halves.len() == 0 && s.relay.strangers.len() == 0
+		return s.relay.places.queue.Len() == 0 && len(s.relay.places.held) == 0 && len(s.relay.sessions) == 0 && len(s.relay.joins.waiting) == 0 && len(s.relay.conns) == 0 && s.relay.halves.len() == 0 && s.relay.strangers.Len() == 0
 	})
 }
 
@@ -687,10 +687,10 @@ func TestLimits(t *testing.T) {
 			}
 			defer c.Close()
 			silent = append(silent, c)
-			eventually(t, "it is counted", func() bool { return s.relay.strangers.len() == min(i+1, 2) })
+			eventually(t, "it is counted", func() bool { return s.relay.strangers.Len() == min(i+1, 2) })
 		}
 		gone(t, silent[0])
-		if n := s.relay.strangers.len(); n != 2 {
+		if n := s.relay.strangers.Len(); n != 2 {
 			t.Errorf("%d strangers are there", n)
 		}
 	})
@@ -761,11 +761,11 @@ func TestTicketVouches(t *testing.T) {
 	eventually(t, "it waits, vouched for", func() bool {
 		s.relay.joins.mu.Lock()
 		defer s.relay.joins.mu.Unlock()
-		return len(s.relay.joins.waiting) == 1 && s.relay.strangers.len() == 0
+		return len(s.relay.joins.waiting) == 1 && s.relay.strangers.Len() == 0
 	})
 	refused := ask("bad")
 	expect(t, refused, "HTTP/1.1 401") // and the relay waits for it to go
-	if n := s.relay.strangers.len(); n != 1 {
+	if n := s.relay.strangers.Len(); n != 1 {
 		t.Errorf("%d strangers while a refused client lingers, want 1", n)
 	}
 	refused.Close()

@@ -74,7 +74,7 @@ func (r *Relay) reportStranger(v *visitor, activity string, e *refusal.Error) {
 	if e.Code == refusal.TicketInvalid { // its message may be of the stranger's making, and others read this
 		detail = "The ticket was refused: it is altered, or another workspace's. Download the connection file again."
 	}
-	if a := r.comparable(v.addr()); a.IsValid() {
+	if a := v.comparable(); a.IsValid() && !v.tcp.unbelieved {
 		addr = a.String()
 	}
 	if v.tcp.peer || v.tcp.joining || !r.reports.strangers.allow(time.Now()) {

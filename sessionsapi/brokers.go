@@ -66,7 +66,7 @@ func (b *WorkspaceBrokers) Sessions(ctx context.Context, namespace string) (foun
 	slots := make(chan struct{}, maxAsked)
 	for i := range list.Items {
 		ws := &list.Items[i]
-		if !ws.DeletionTimestamp.IsZero() {
+		if rdv.Gone(ws) {
 			continue
 		}
 		wg.Go(func() {

@@ -20,6 +20,7 @@ import (
 
 	"rendezvous.dev/rendezvous/wire/brokerapi"
 	"rendezvous.dev/rendezvous/wire/bus"
+	"rendezvous.dev/rendezvous/wire/door"
 	"rendezvous.dev/rendezvous/wire/refusal"
 )
 
@@ -105,6 +106,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		if err != nil {
 			return err
 		}
+		door.From(r.Context()).Vouch()
 		return s.route(w, &request{Request: r, user: user})
 	}()
 	if err == nil {

@@ -23,6 +23,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"rendezvous.dev/rendezvous/wire/door"
 )
 
 const (
@@ -58,7 +60,7 @@ func (s *Server) NeedLeaderElection() bool { return false }
 // Start implements manager.Runnable.
 func (s *Server) Start(ctx context.Context) error {
 	server := &http.Server{
-		Addr: s.Addr, Handler: s.Handler, MaxHeaderBytes: 64 << 10, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second,
+		Handler: s.Handler, ConnContext: door.ConnContext, MaxHeaderBytes: 64 << 10, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second,
 		WriteTimeout: answerTimeout + 15*time.Second, IdleTimeout: 3 * time.Minute, ErrorLog: slog.NewLogLogger(s.Log.Handler(), slog.LevelDebug),
 		TLSConfig: &tls.Config{
 			MinVersion: tls.VersionTLS12, NextProtos: []string{"h2", "http/1.1"},
@@ -71,6 +73,10 @@ func (s *Server) Start(ctx context.Context) error {
 			},
 		},
 	}
+	l, err := door.Inside(s.Addr, s.Log, nil)
+	if err != nil {
+		return fmt.Errorf("sessions API: %w", err)
+	}
 	go s.settle(ctx)
 	stopped := make(chan struct{})
 	go func() {
@@ -81,7 +87,7 @@ func (s *Server) Start(ctx context.Context) error {
 		server.Shutdown(stop)
 		server.Close() // watches
 	}()
-	err := server.ListenAndServeTLS("", "")
+	err = server.ServeTLS(l, "", "")
 	if errors.Is(err, http.ErrServerClosed) {
 		<-stopped
 		return nil

@@ -35,9 +35,13 @@ type GatewaySpec struct {
 	// certificates is where the gateway's public certificate comes from.
 	// +required
 	Certificates GatewayCertificates `json:"certificates"`
-	// service exposes the gateway.
+	// service exposes the gateway. Its port is named https.
 	// +optional
+	// +kubebuilder:validation:XValidation:rule="!has(self.nodePorts) || self.nodePorts.all(p, p.name == 'https')",message="a Gateway's Service has one port: name it https in nodePorts"
 	Service Service `json:"service,omitempty,omitzero"`
+	// pod places and dresses the gateway's pods.
+	// +optional
+	Pod PodSettings `json:"pod,omitempty,omitzero"`
 	// relay is the sidecar that holds the listener and moves the bytes.
 	// +optional
 	Relay Relay `json:"relay,omitempty,omitzero"`

@@ -40,6 +40,7 @@ const (
 // +kubebuilder:validation:XValidation:rule="!has(self.loadBalancing) || self.type == 'Pooled'",message="loadBalancing is for type Pooled; a Personal pool's users have hosts of their own"
 // +kubebuilder:validation:XValidation:rule="!has(self.assignment) || self.type == 'Personal'",message="assignment is for type Personal"
 // +kubebuilder:validation:XValidation:rule="!has(self.replicas) || has(self.template)",message="replicas needs template: only hosts that are pods can be made by the pool"
+// +kubebuilder:validation:XValidation:rule="!has(self.volumeClaimTemplates) || has(self.template)",message="volumeClaimTemplates needs template: only hosts that are pods mount claims"
 // +kubebuilder:validation:XValidation:rule="!has(self.autoscaling) || has(self.template)",message="autoscaling needs template: only hosts that are pods can be made by the pool"
 // +kubebuilder:validation:XValidation:rule="!(has(self.replicas) && has(self.autoscaling))",message="set replicas or autoscaling, not both"
 // +kubebuilder:validation:XValidation:rule="!has(self.accounts) || !has(self.customRDPProperties) || self.customRDPProperties.all(p, !p.lowerAscii().matches('^(username|domain|prompt +for +credentials) *:'))",message="a pool with accounts logs people in to their own: customRDPProperties can't set username, domain or prompt for credentials"
@@ -114,12 +115,79 @@ type HostPoolSpec struct {
 	// +kubebuilder:validation:Type=object
 	// +kubebuilder:pruning:PreserveUnknownFields
 	Template *runtime.RawExtension `json:"template,omitempty"`
+	// volumeClaimTemplates give each host that is a pod volumes of its own, as those of a StatefulSet do: claim NAME-HOST of
+	// template NAME takes the place of a volume NAME in template, and containers mount it by that name. A claim is kept over
+	// pods, images and nodes. In a Personal pool it is its user's from then on: the annotation rendezvous.dev/files-of says
+	// whose, and the host is nobody else's while it is there. A changed template counts for claims that are made afterwards.
+	// +optional
+	// +listType=atomic
+	// +kubebuilder:validation:MaxItems=8
+	// +kubebuilder:validation:XValidation:rule="self.all(a, self.exists_one(b, a.metadata.name == b.metadata.name))",message="each volumeClaimTemplate needs a metadata.name of its own"
+	VolumeClaimTemplates []VolumeClaimTemplate `json:"volumeClaimTemplates,omitempty"`
+	// persistentVolumeClaimRetentionPolicy says what becomes of claims that volumeClaimTemplates made, as a StatefulSet's does.
+	// +optional
+	PersistentVolumeClaimRetentionPolicy ClaimRetentionPolicy `json:"persistentVolumeClaimRetentionPolicy,omitempty,omitzero"`
 	// agent is the agent sidecar of the hosts that are pods.
 	// +optional
 	Agent AgentSidecar `json:"agent,omitempty,omitzero"`
+	// drainDeadlineSeconds is how long the pool, or one of its SessionHosts, once it is being deleted, waits for the sessions on it to end, 0 to
+	// 604800 (a week). The condition Draining says who is waited for; the annotation rendezvous.dev/skip-drain=true ends the
+	// wait. Defaults to 28800 (8 hours).
+	// +optional
+	// +kubebuilder:validation:Minimum=0
+	// +kubebuilder:validation:Maximum=604800
+	DrainDeadlineSeconds *int32 `json:"drainDeadlineSeconds,omitempty"`
 	// network rules what the hosts that are pods may reach. Nothing reaches them, whatever it says.
 	// +optional
 	Network NetworkAccess `json:"network,omitempty,omitzero"`
+}
+
+// VolumeClaimTemplate is a claim that each host of a pool has.
+type VolumeClaimTemplate struct {
+	// metadata of the claim.
+	// +required
+	Metadata ClaimMetadata `json:"metadata"`
+	// spec of the claim.
+	// +required
+	Spec corev1.PersistentVolumeClaimSpec `json:"spec"`
+}
+
+// ClaimMetadata is what a claim's template says of its metadata.
+type ClaimMetadata struct {
+	// name of the volume in the pod, and the first part of the claim's.
+	// +required
+	// +kubebuilder:validation:MaxLength=63
+	// +kubebuilder:validation:XValidation:rule="self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",message="name must be a DNS label: lower-case letters, digits and hyphens"
+	Name string `json:"name"`
+	// labels of the claim.
+	// +optional
+	// +kubebuilder:validation:MaxProperties=32
+	Labels map[string]string `json:"labels,omitempty"`
+	// annotations of the claim.
+	// +optional
+	// +kubebuilder:validation:MaxProperties=32
+	Annotations map[string]string `json:"annotations,omitempty"`
+}
+
+// ClaimRetention says whether a claim stays.
+// +kubebuilder:validation:Enum=Retain;Delete
+type ClaimRetention string
+
+// The retentions.
+const (
+	RetainClaims ClaimRetention = "Retain"
+	DeleteClaims ClaimRetention = "Delete"
+)
+
+// ClaimRetentionPolicy says what becomes of a pool's claims.
+type ClaimRetentionPolicy struct {
+	// whenDeleted is what becomes of all claims when the HostPool is deleted: Retain or Delete. Defaults to Retain.
+	// +optional
+	WhenDeleted ClaimRetention `json:"whenDeleted,omitempty"`
+	// whenScaled is what becomes of the claims of a host that goes because the pool needs fewer: Retain or Delete. A host that
+	// is somebody's doesn't go. Defaults to Retain.
+	// +optional
+	WhenScaled ClaimRetention `json:"whenScaled,omitempty"`
 }
 
 // AccountsConfigMap names the ConfigMap in which a pool's brokers keep who was given which account.

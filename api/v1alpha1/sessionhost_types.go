@@ -9,6 +9,7 @@ import (
 
 // SessionHostSpec is one machine that desktops run on.
 // +kubebuilder:validation:XValidation:rule="self.hostPoolRef.name == oldSelf.hostPoolRef.name",message="hostPoolRef can't be changed, because the host's certificate names its pool; enrol the host in the other pool"
+// +kubebuilder:validation:XValidation:rule="!has(oldSelf.assignedUser) || oldSelf.assignedUser.size() == 0 || has(self.assignedUser)",message="assignedUser can't be left out once it is set, because the next user would get this person's host: write it as it is, or set it to another user, or to an empty string to free the host"
 type SessionHostSpec struct {
 	// hostPoolRef names the HostPool that the host belongs to. It can't be changed.
 	// +required
@@ -21,7 +22,10 @@ type SessionHostSpec struct {
 	// operator's: to keep sessions off a host yourself, set drain.
 	// +optional
 	Retiring bool `json:"retiring,omitempty"`
-	// assignedUser is whose host it is, in a Personal pool. The broker sets it where assignment is Automatic.
+	// assignedUser is whose host it is, in a Personal pool. The broker sets it where assignment is Automatic. Once set, it
+	// can't be left out by a later write (kubectl replace): the host holds that person's files. Set it to another user, or
+	// to an empty string, which frees the host for anybody. A machine's SessionHost that is deleted and made again under its
+	// name is its user's again.
 	// +optional
 	// +kubebuilder:validation:MaxLength=256
 	AssignedUser string `json:"assignedUser,omitempty"`
@@ -61,6 +65,11 @@ type SessionHostStatus struct {
 	// registration tells of the host's own token, in the Secret <sessionhost>-registration. It enrols this host, once.
 	// +optional
 	Registration RegistrationStatus `json:"registration,omitempty,omitzero"`
+	// filesOf is the user whose files are in the host's claims, in a Personal pool: the host is that user's, whatever
+	// spec.assignedUser says, until the claims are gone.
+	// +optional
+	// +kubebuilder:validation:MaxLength=256
+	FilesOf string `json:"filesOf,omitempty"`
 	// enrolment tells how the host became a member. The broker writes it.
 	// +optional
 	Enrolment *Enrolment `json:"enrolment,omitempty"`

@@ -2,6 +2,8 @@ package v1alpha1_test
 
 import (
 	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"slices"
@@ -17,6 +19,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/envtest"
 
 	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
+	"rendezvous.dev/rendezvous/lint"
 )
 
 const namespace = "default"
@@ -69,6 +72,13 @@ func pool() *rdv.HostPool {
 	return &rdv.HostPool{
 		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: "hp"},
 		Spec:       rdv.HostPoolSpec{WorkspaceRef: rdv.LocalReference{Name: "ws"}, Type: rdv.Pooled},
+	}
+}
+
+func claim(name string) rdv.VolumeClaimTemplate {
+	return rdv.VolumeClaimTemplate{
+		Metadata: rdv.ClaimMetadata{Name: name},
+		Spec:     corev1.PersistentVolumeClaimSpec{AccessModes: []corev1.PersistentVolumeAccessMode{corev1.ReadWriteOnce}},
 	}
 }
 
@@ -131,7 +141,16 @@ func TestValidation(t *testing.T) {
 			h.Spec.Template, h.Spec.Autoscaling = &runtime.RawExtension{Raw: []byte(`{"spec":{"containers":[{"name":"desktop"}]}}`)}, &a
 		})
 	}
+	served := func(s rdv.Service) client.Object { return gw(func(g *rdv.Gateway) { g.Spec.Service = s }) }
+	onBus := func(s rdv.Service) client.Object {
+		return ws(func(w *rdv.Workspace) { w.Spec.Broker.Bus.Service = s })
+	}
+	behind := func(networks ...rdv.Network) client.Object {
+		return served(rdv.Service{ProxyProtocol: &rdv.ProxyProtocol{Networks: networks}})
+	}
+	const balancer, nodes = corev1.ServiceTypeLoadBalancer, corev1.ServiceTypeNodePort
 	const (
+		badNetwork     = "write the network as ADDRESS/BITS with no bit set beyond BITS, such as 10.0.0.0/8 or 2001:db8::/32; a single address ends in /32 or /128"
 		badHostname    = "hostname must be a DNS name in lower case, without scheme, port or path"
 		badName        = "metadata.name must be a DNS label of at most 40 characters: it becomes part of other names"
 		badHostName    = "metadata.name must be a DNS label of at most 52 characters: it becomes part of other names"
@@ -142,6 +161,40 @@ func TestValidation(t *testing.T) {
 		ownProperty    = "gateway*, full address, signature, signscope, pcb, loadbalanceinfo and password properties are set by Rendezvous"
 	)
 	rows := []row{
+		{"service: all of a load balancer", served(rdv.Service{Type: balancer, LoadBalancerClass: new("service.k8s.aws/nlb"), LoadBalancerSourceRanges: []rdv.Network{"203.0.113.0/24", "2001:db8::/32"},
+			ExternalTrafficPolicy: "Local", HealthCheckNodePort: new(int32(30999)), NodePorts: []rdv.NodePort{{Name: "https", NodePort: 30443}}, AllocateLoadBalancerNodePorts: new(true),
+			IPFamilyPolicy: new(corev1.IPFamilyPolicyPreferDualStack), IPFamilies: []corev1.IPFamily{"IPv6", "IPv4"}, ProxyProtocol: &rdv.ProxyProtocol{Networks: []rdv.Network{"10.0.0.0/8", "2001:db8::/32", "192.0.2.7/32"}}}), ""},
+		{"service: node ports", onBus(rdv.Service{Type: nodes, ExternalTrafficPolicy: "Local", NodePorts: []rdv.NodePort{{Name: "nats", NodePort: 30422}, {Name: "wss", NodePort: 30443}}}), ""},
+		{"service: one family", served(rdv.Service{IPFamilies: []corev1.IPFamily{"IPv6"}}), ""},
+		{"service: dual where there is", served(rdv.Service{IPFamilyPolicy: new(corev1.IPFamilyPolicyPreferDualStack)}), ""},
+		{"service: class without load balancer", served(rdv.Service{LoadBalancerClass: new("x")}), "loadBalancerClass needs type: LoadBalancer"},
+		{"service: ranges without load balancer", served(rdv.Service{Type: nodes, LoadBalancerSourceRanges: []rdv.Network{"10.0.0.0/8"}}), "loadBalancerSourceRanges needs type: LoadBalancer"},
+		{"service: a range that is an address", served(rdv.Service{Type: balancer, LoadBalancerSourceRanges: []rdv.Network{"10.0.0.1"}}), badNetwork},
+		{"service: no ranges", served(rdv.Service{Type: balancer, LoadBalancerSourceRanges: []rdv.Network{}}), ""},
+		{"service: allocation without load balancer", served(rdv.Service{Type: nodes, AllocateLoadBalancerNodePorts: new(false)}), "allocateLoadBalancerNodePorts needs type: LoadBalancer"},
+		{"service: policy inside the cluster", served(rdv.Service{ExternalTrafficPolicy: "Local"}), "externalTrafficPolicy needs type: NodePort or LoadBalancer"},
+		{"service: another policy", served(rdv.Service{Type: balancer, ExternalTrafficPolicy: "local"}), "supported values: \"Cluster\", \"Local\""},
+		{"service: node ports inside the cluster", served(rdv.Service{Type: corev1.ServiceTypeClusterIP, NodePorts: []rdv.NodePort{{Name: "https", NodePort: 30443}}}), "nodePorts needs type: NodePort or LoadBalancer"},
+		{"service: a node port of a port that isn't there", served(rdv.Service{Type: nodes, NodePorts: []rdv.NodePort{{Name: "http", NodePort: 30443}}}), "a Gateway's Service has one port: name it https in nodePorts"},
+		{"service: a node port of the feed", ws(func(w *rdv.Workspace) {
+			w.Spec.Broker.Service = rdv.Service{Type: nodes, NodePorts: []rdv.NodePort{{Name: "wss", NodePort: 30443}}}
+		}), "the Service of feed and enrolment has one port: name it https in nodePorts"},
+		{"service: a node port of the bus", onBus(rdv.Service{Type: nodes, NodePorts: []rdv.NodePort{{Name: "https", NodePort: 30443}}}), "the bus's Service has the ports nats and wss: name these in nodePorts"},
+		{"service: the same node port twice", onBus(rdv.Service{Type: nodes, NodePorts: []rdv.NodePort{{Name: "nats", NodePort: 30443}, {Name: "wss", NodePort: 30443}}}), "nodePorts must differ from each other"},
+		{"service: node port 0", onBus(rdv.Service{Type: nodes, NodePorts: []rdv.NodePort{{Name: "nats"}}}), "should be greater than or equal to 1"},
+		{"service: health check of no local policy", served(rdv.Service{Type: balancer, HealthCheckNodePort: new(int32(30999))}), "healthCheckNodePort needs type: LoadBalancer and externalTrafficPolicy: Local"},
+		{"service: health check on the node port", served(rdv.Service{Type: balancer, ExternalTrafficPolicy: "Local", HealthCheckNodePort: new(int32(30443)), NodePorts: []rdv.NodePort{{Name: "https", NodePort: 30443}}}), "healthCheckNodePort must differ from nodePorts"},
+		{"service: two families, no policy", served(rdv.Service{IPFamilies: []corev1.IPFamily{"IPv4", "IPv6"}}), "two ipFamilies need ipFamilyPolicy: PreferDualStack or RequireDualStack"},
+		{"service: two families, one stack", served(rdv.Service{IPFamilyPolicy: new(corev1.IPFamilyPolicySingleStack), IPFamilies: []corev1.IPFamily{"IPv4", "IPv6"}}), "two ipFamilies need ipFamilyPolicy: PreferDualStack or RequireDualStack"},
+		{"service: one family twice", served(rdv.Service{IPFamilyPolicy: new(corev1.IPFamilyPolicyPreferDualStack), IPFamilies: []corev1.IPFamily{"IPv4", "IPv4"}}), "ipFamilies must differ from each other"},
+		{"service: a family that isn't one", served(rdv.Service{IPFamilies: []corev1.IPFamily{"ipv4"}}), "ipFamilies are IPv4 and IPv6"},
+		{"service: PROXY protocol from nowhere", behind(), "spec.service.proxyProtocol.networks"},
+		{"service: PROXY protocol from everywhere", behind("10.0.0.0/8", "0.0.0.0/0"), "a network of all addresses would let every client claim any address"},
+		{"service: PROXY protocol from everywhere, IPv6", behind("::/0"), "a network of all addresses would let every client claim any address"},
+		{"service: PROXY protocol from an address", behind("10.0.0.1"), badNetwork},
+		{"service: PROXY protocol from a host's network", behind("10.0.0.1/8"), badNetwork},
+		{"service: PROXY protocol from a name", behind("lb.example.test/32"), badNetwork},
+		{"service: PROXY protocol twice from one network", behind("10.0.0.0/8", "10.0.0.0/8"), "Duplicate value"},
 		{"workspace: least", workspace(), ""},
 		{"workspace: a disabled user", revoking(rdv.Revocation{User: "alice@example.test", Reason: "left the company"}), ""},
 		{"workspace: a user as of a time", revoking(rdv.Revocation{User: "alice@example.test", Before: &metav1.Time{Time: time.Unix(1_900_000_000, 0)}}), ""},
@@ -255,6 +308,23 @@ func TestValidation(t *testing.T) {
 		{"pool: property with a password", properties("password 51:b:00"), ownProperty},
 
 		{"host: least", host(), ""},
+		{"pool: claims without a template", with(pool, func(p *rdv.HostPool) { p.Spec.VolumeClaimTemplates = []rdv.VolumeClaimTemplate{claim("home")} }),
+			"volumeClaimTemplates needs template: only hosts that are pods mount claims"},
+		{"pool: claims", with(pool, func(p *rdv.HostPool) {
+			p.Spec.Template, p.Spec.VolumeClaimTemplates = &runtime.RawExtension{Raw: []byte(`{}`)}, []rdv.VolumeClaimTemplate{claim("home"), claim("data")}
+		}), ""},
+		{"pool: two claims of one name", with(pool, func(p *rdv.HostPool) {
+			p.Spec.Template, p.Spec.VolumeClaimTemplates = &runtime.RawExtension{Raw: []byte(`{}`)}, []rdv.VolumeClaimTemplate{claim("home"), claim("home")}
+		}), "each volumeClaimTemplate needs a metadata.name of its own"},
+		{"gateway: pods", with(gateway, func(g *rdv.Gateway) {
+			g.Spec.Pod = rdv.PodSettings{Labels: map[string]string{"team": "a"}, Env: []rdv.EnvValue{{Name: "HTTPS_PROXY", Value: "http://proxy:3128"}}}
+		}), ""},
+		{"gateway: a label of ours", with(gateway, func(g *rdv.Gateway) { g.Spec.Pod.Labels = map[string]string{"rendezvous.dev/gateway": "x"} }),
+			"labels of rendezvous.dev and app.kubernetes.io are set by Rendezvous; leave them out"},
+		{"workspace: an annotation of ours", with(workspace, func(w *rdv.Workspace) { w.Spec.Broker.Pod.Annotations = map[string]string{"rendezvous.dev/x": "x"} }),
+			"annotations of rendezvous.dev are set by Rendezvous; leave them out"},
+		{"workspace: an env of ours", with(workspace, func(w *rdv.Workspace) { w.Spec.Broker.Pod.Env = []rdv.EnvValue{{Name: "POD_IP", Value: "1"}} }),
+			"POD_NAME, POD_NAMESPACE and POD_IP are set by Rendezvous"},
 		{"host: name of 52", sh(func(h *rdv.SessionHost) { h.Name = strings.Repeat("a", 52) }), ""},
 		{"host: name of 53", sh(func(h *rdv.SessionHost) { h.Name = strings.Repeat("a", 53) }), badHostName},
 		{"host: name with a dot", sh(func(h *rdv.SessionHost) { h.Name = "a.b" }), badHostName},
@@ -302,15 +372,47 @@ func TestValidation(t *testing.T) {
 	for _, r := range rows {
 		t.Run(r.name, func(t *testing.T) {
 			expect(t, c.Create(context.Background(), r.obj, client.DryRunAll), r.refusal)
+			if r.refusal != "" {
+				expect(t, offline(t, r.obj), r.refusal)
+			}
 		})
 	}
+}
+
+// offline is what lint says of an object: the same as the API server.
+func offline(t *testing.T, obj client.Object) error {
+	t.Helper()
+	text, err := json.Marshal(obj)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var content map[string]any
+	if err := json.Unmarshal(text, &content); err != nil {
+		t.Fatal(err)
+	}
+	kind := strings.TrimPrefix(fmt.Sprintf("%T", obj), "*v1alpha1.")
+	content["apiVersion"], content["kind"] = rdv.GroupVersion.String(), kind
+	if text, err = json.Marshal(content); err != nil {
+		t.Fatal(err)
+	}
+	result, err := lint.Check(t.Context(), []lint.Source{{Name: "object.json", Data: text}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var errs []error
+	for _, f := range result.Findings {
+		errs = append(errs, errors.New(f.Message))
+	}
+	return errors.Join(errs...)
 }
 
 // TestImmutable shows what can't be changed once it is there.
 func TestImmutable(t *testing.T) {
 	c := apiServer(t)
 	ctx := context.Background()
-	for _, obj := range []client.Object{pool(), host()} {
+	owned := host()
+	owned.Name, owned.Spec.AssignedUser = "owned", "alice"
+	for _, obj := range []client.Object{pool(), host(), owned.DeepCopy()} {
 		if err := c.Create(ctx, obj); err != nil {
 			t.Fatal(err)
 		}
@@ -326,6 +428,9 @@ func TestImmutable(t *testing.T) {
 		{"pool: sessions", pool(), `{"spec":{"maxSessionsPerHost":3}}`, ""},
 		{"host: pool", host(), `{"spec":{"hostPoolRef":{"name":"other"}}}`, "hostPoolRef can't be changed, because the host's certificate names its pool; enrol the host in the other pool"},
 		{"host: user", host(), `{"spec":{"assignedUser":"alice"}}`, ""},
+		{"host: another user", owned, `{"spec":{"assignedUser":"bob"}}`, ""},
+		{"host: nobody's", owned, `{"spec":{"assignedUser":""}}`, ""},
+		{"host: user left out", owned, `{"spec":{"assignedUser":null}}`, "assignedUser can't be left out once it is set, because the next user would get this person's host: write it as it is, or set it to another user, or to an empty string to free the host"},
 	} {
 		t.Run(r.name, func(t *testing.T) {
 			err := c.Patch(ctx, r.into, client.RawPatch("application/merge-patch+json", []byte(r.patch)), client.DryRunAll)

@@ -53,6 +53,13 @@ type WorkspaceSpec struct {
 	// broker sizes and exposes the broker pods.
 	// +optional
 	Broker Broker `json:"broker,omitempty,omitzero"`
+	// drainDeadlineSeconds is how long the workspace, once it is being deleted, waits for the sessions on its hosts to end, 0 to
+	// 604800 (a week). The condition Draining says who is waited for; the annotation rendezvous.dev/skip-drain=true ends the
+	// wait. Defaults to 28800 (8 hours).
+	// +optional
+	// +kubebuilder:validation:Minimum=0
+	// +kubebuilder:validation:Maximum=604800
+	DrainDeadlineSeconds *int32 `json:"drainDeadlineSeconds,omitempty"`
 }
 
 // Identity says who the users are.
@@ -294,8 +301,12 @@ type Broker struct {
 	// resources of the broker container.
 	// +optional
 	Resources corev1.ResourceRequirements `json:"resources,omitempty,omitzero"`
-	// service exposes the feed and enrolment, port 443.
+	// pod places and dresses the broker pods.
 	// +optional
+	Pod PodSettings `json:"pod,omitempty,omitzero"`
+	// service exposes the feed and enrolment, port 443. Its port is named https.
+	// +optional
+	// +kubebuilder:validation:XValidation:rule="!has(self.nodePorts) || self.nodePorts.all(p, p.name == 'https')",message="the Service of feed and enrolment has one port: name it https in nodePorts"
 	Service Service `json:"service,omitempty,omitzero"`
 	// bus exposes the agents' control channel.
 	// +optional
@@ -314,8 +325,9 @@ type BusExposure struct {
 	// +kubebuilder:validation:MaxLength=253
 	// +kubebuilder:validation:XValidation:rule="self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*$')",message="hostname must be a DNS name in lower case, without scheme, port or path"
 	Hostname string `json:"hostname,omitempty"`
-	// service exposes it: port 443 (WebSocket) and 4222.
+	// service exposes it: port 443 (WebSocket), named wss, and 4222, named nats.
 	// +optional
+	// +kubebuilder:validation:XValidation:rule="!has(self.nodePorts) || self.nodePorts.all(p, p.name in ['nats', 'wss'])",message="the bus's Service has the ports nats and wss: name these in nodePorts"
 	Service Service `json:"service,omitempty,omitzero"`
 }
 

@@ -16,7 +16,8 @@ import (
 
 // authenticator binds each connection to the identity in its certificate.
 type authenticator struct {
-	o Options
+	o     Options
+	front *front // what the connections came through; set by Start
 	// The tokens let in this process's own two connections, which have no TLS. They never leave the process.
 	ownToken, watchToken string
 	system               *server.Account
@@ -63,7 +64,7 @@ func (a *authenticator) Check(c server.ClientAuthentication) bool {
 	if len(cs.PeerCertificates) == 0 {
 		return false
 	}
-	leaf := cs.PeerCertificates[0]
+	leaf, remote := cs.PeerCertificates[0], a.front.remote(c.RemoteAddress())
 	id, err := identity.FromCertificate(leaf)
 	if err == nil {
 		err = a.admit(id)
@@ -78,11 +79,11 @@ func (a *authenticator) Check(c server.ClientAuthentication) bool {
 		p, err = wirebus.PermissionsFor(id)
 		if picked = a.picked(id); !picked {
 			p = wirebus.UnpickedPermissions(id)
-			a.o.Log.Warn("gateway hears only which sessions to end: the workspace does not pick it", "gateway", id.Gateway, "remote", c.RemoteAddress())
+			a.o.Log.Warn("gateway hears only which sessions to end: the workspace does not pick it", "gateway", id.Gateway, "remote", remote.String())
 		}
 	}
 	if err != nil {
-		a.o.Log.Warn("connection refused", "remote", c.RemoteAddress(), "error", err)
+		a.o.Log.Warn("connection refused", "remote", remote.String(), "error", err)
 		return false
 	}
 	c.RegisterUser(&server.User{
@@ -95,14 +96,17 @@ func (a *authenticator) Check(c server.ClientAuthentication) bool {
 		ConnectionDeadline: leaf.NotAfter,
 	})
 	if !a.came(c.GetID(), client{id, key, leaf.NotBefore, time.Now(), picked}) {
-		a.o.Log.Warn("connection refused", "remote", c.RemoteAddress(), "error", fmt.Errorf("%s has too many connections already", id))
+		a.o.Log.Warn("connection refused", "remote", remote.String(), "error", fmt.Errorf("%s has too many connections already", id))
 		return false
 	}
 	// Who was put out since Admit was asked above may have been missed by a Recheck meanwhile.
 	if err := a.o.Admit(id, key, leaf.NotBefore); err != nil || a.picked(id) != picked {
-		a.o.Log.Warn("connection refused", "remote", c.RemoteAddress(), "error", err)
+		a.o.Log.Warn("connection refused", "remote", remote.String(), "error", err)
 		a.gone(c.GetID())
 		return false
+	}
+	if d := a.front.of(c.RemoteAddress()); d != nil {
+		d.Vouch()
 	}
 	return true
 }

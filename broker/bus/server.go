@@ -4,6 +4,7 @@
 package bus
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/tls"
@@ -23,6 +24,7 @@ import (
 
 	wirebus "rendezvous.dev/rendezvous/wire/bus"
 	"rendezvous.dev/rendezvous/wire/config"
+	"rendezvous.dev/rendezvous/wire/door"
 	"rendezvous.dev/rendezvous/wire/identity"
 	"rendezvous.dev/rendezvous/wire/mtls"
 )
@@ -63,12 +65,16 @@ type Options struct {
 	Name string
 	// TLS holds the broker's bus identity and the CA of its peers. Renewals take effect for new connections.
 	TLS *mtls.Reloader
-	// Host to listen on; all IPv4 addresses if empty.
-	Host string
+	// Host to listen on for agents and gateways, all addresses if empty; RouteHost for other replicas, all IPv4 addresses if empty.
+	Host, RouteHost string
 	// Ports; 0 is the standard port, -1 a free one.
 	Port, WebSocketPort, RoutePort int
 	// Peers gives the route addresses (host:port) of the other replicas. Nil is a broker alone.
 	Peers func(context.Context) ([]string, error)
+	// Callers is what can be known of who calls on the listeners for agents and gateways.
+	Callers config.Callers
+	// Ended is told why a connection ended that nobody had vouched for (door.Options).
+	Ended func(why string)
 	// PeersEvery is how often Peers is asked, 5 s if 0.
 	PeersEvery time.Duration
 	// Presence is told when an agent or gateway connects to or leaves this replica. conn is unique in its life. It is
@@ -85,13 +91,16 @@ type Options struct {
 
 // Server is one replica of the bus.
 type Server struct {
-	o    Options
-	auth *authenticator
-	nats *server.Server
-	tell *nats.Conn     // to say so to connections that are about to be closed
-	told chan displaced // those
-	stop context.CancelFunc
-	wg   sync.WaitGroup
+	o     Options
+	auth  *authenticator
+	front *front
+	nats  *server.Server
+	// listener and webSocket are the public ones; the server's own are behind them.
+	listener, webSocket net.Listener
+	tell                *nats.Conn     // to say so to connections that are about to be closed
+	told                chan displaced // those
+	stop                context.CancelFunc
+	wg                  sync.WaitGroup
 
 	// reloading is held while routes change: the server then asks for everybody's authentication again, and would turn
 	// away a connection of our own that is only on its way. (Clients in that moment come back by themselves.)
@@ -113,31 +122,44 @@ func Start(ctx context.Context, o Options) (*Server, error) {
 	if o.Admit == nil {
 		o.Admit = func(identity.ID, string, time.Time) error { return nil }
 	}
-	if o.Host == "" {
-		o.Host = "0.0.0.0"
-	}
 	if o.PeersEvery == 0 {
 		o.PeersEvery = 5 * time.Second
 	}
-	s := &Server{o: o, auth: newAuthenticator(o), told: make(chan displaced, 1024)}
+	front, err := newFront(door.Options{Callers: o.Callers, Log: o.Log, Ended: o.Ended,
+		Field: fmt.Sprintf("spec.broker.bus.service.proxyProtocol.networks of Workspace %s", o.Workspace)})
+	if err != nil {
+		return nil, err
+	}
+	s := &Server{o: o, auth: newAuthenticator(o), front: front, told: make(chan displaced, 1024)}
+	s.auth.front = front
 	s.auth.displace = func(id identity.ID, conns []uint64) {
 		select {
 		case s.told <- displaced{id, conns}:
 		default: // each further connection of theirs asks again
 		}
 	}
+	if s.listener, err = front.listen(o.Host, port(o.Port, config.PortBus)); err != nil {
+		return nil, err
+	}
+	if s.webSocket, err = front.listen(o.Host, port(o.WebSocketPort, config.PortBusWebSocket)); err != nil {
+		front.close()
+		return nil, err
+	}
 	s.opts = s.options()
-	var err error
 	if s.nats, err = server.NewServer(s.opts); err != nil {
+		front.close()
 		return nil, fmt.Errorf("bus: %w", err)
 	}
-	s.nats.SetLoggerV2(logger{o.Log}, false, false, false)
+	s.nats.SetLoggerV2(logger{o.Log, front.rename}, false, false, false)
 	s.nats.Start()
 	if !s.nats.ReadyForConnections(startTimeout) {
 		s.nats.Shutdown()
+		front.close()
 		return nil, errors.New("bus: the server did not come up; see the log for the port that it could not take")
 	}
 	s.auth.system = s.nats.SystemAccount()
+	front.serve(s.listener, s.nats.Addr(), true)
+	front.serve(s.webSocket, s.portAddr(s.nats.PortsInfo(startTimeout).WebSocket), false)
 	ctx, s.stop = context.WithCancel(ctx)
 	if err := s.watchPresence(); err != nil {
 		s.Close()
@@ -158,14 +180,14 @@ func (s *Server) options() *server.Options {
 	agents := s.o.TLS.MutualServerConfig(s.auth.admit)
 	return &server.Options{
 		ServerName: s.o.Name,
-		Host:       s.o.Host, Port: port(s.o.Port, config.PortBus),
+		Host:       "127.0.0.1", Port: server.RANDOM_PORT,
 		Websocket: server.WebsocketOpts{
-			Host: s.o.Host, Port: port(s.o.WebSocketPort, config.PortBusWebSocket),
+			Host: "127.0.0.1", Port: server.RANDOM_PORT,
 			TLSConfig: agents, HandshakeTimeout: handshakeTimeout,
 		},
 		Cluster: server.ClusterOpts{
 			Name: s.o.Namespace + "/" + s.o.Workspace,
-			Host: s.o.Host, Port: port(s.o.RoutePort, config.PortBusRoutes),
+			Host: cmp.Or(s.o.RouteHost, s.o.Host, "0.0.0.0"), Port: port(s.o.RoutePort, config.PortBusRoutes),
 			TLSConfig: s.routeTLS(), TLSTimeout: handshakeTimeout.Seconds(),
 			// Clients know us by our Service; pod addresses would fail their check of our name.
 			NoAdvertise: true,
@@ -198,6 +220,9 @@ func (s *Server) routeTLS() *tls.Config {
 	}
 	return accept
 }
+
+// Strangers counts the connections that have not authenticated.
+func (s *Server) Strangers() int { return s.front.door.Strangers() }
 
 func port(p, standard int) int {
 	if p == 0 {
@@ -311,7 +336,7 @@ func ResolvePeers(host string, port int, self string) func(context.Context) ([]s
 }
 
 // Routes counts the other replicas that this one is joined to.
-func (s *Server) Routes() int { return len(s.nats.ActivePeers()) }
+func (s *Server) Routes() int { return s.nats.NumRoutes() } // one per peer: ActivePeers may hold for a minute one that has gone
 
 // Clients counts the agents and gateways on this replica.
 func (s *Server) Clients() int { return s.auth.count() }
@@ -349,10 +374,16 @@ func (s *Server) closeDisplaced(ctx context.Context) {
 				err = s.tell.FlushTimeout(time.Second)
 			}
 			s.o.Log.Info("connection ended: a newer one of the same identity came", "identity", d.id.String(), "conn", conn, "told", err == nil)
-			// It reads no more once it is closed. An error says that it has ended meanwhile.
-			time.AfterFunc(toldBefore, func() { _ = s.nats.DisconnectClientByID(conn) })
+			// It reads no more once it is closed.
+			time.AfterFunc(toldBefore, func() { s.disconnect(conn) })
 		}
 	}
+}
+
+// disconnect ends a connection. It counts no more before its client can know.
+func (s *Server) disconnect(conn uint64) {
+	s.auth.gone(conn)
+	_ = s.nats.DisconnectClientByID(conn) // an error says that it has ended meanwhile
 }
 
 // DisplaceOlder closes the connections of an agent's identity to this replica that came before at: another replica has a
@@ -369,18 +400,16 @@ func (s *Server) Recheck() {
 		}
 		if err != nil {
 			s.o.Log.Info("connection ended", "identity", c.id.String(), "error", err)
-			// It reads no more once it is closed. An error says that it has ended meanwhile.
-			time.AfterFunc(toldBefore, func() { _ = s.nats.DisconnectClientByID(conn) })
+			// It reads no more once it is closed.
+			time.AfterFunc(toldBefore, func() { s.disconnect(conn) })
 		}
 	}
 }
 
 // Addr, WebSocketAddr and RouteAddr are the listeners'.
-func (s *Server) Addr() net.Addr { return s.nats.Addr() }
-func (s *Server) WebSocketAddr() net.Addr {
-	return s.portAddr(s.nats.PortsInfo(startTimeout).WebSocket)
-}
-func (s *Server) RouteAddr() net.Addr { return s.nats.ClusterAddr() }
+func (s *Server) Addr() net.Addr          { return s.listener.Addr() }
+func (s *Server) WebSocketAddr() net.Addr { return s.webSocket.Addr() }
+func (s *Server) RouteAddr() net.Addr     { return s.nats.ClusterAddr() }
 
 func (s *Server) portAddr(urls []string) net.Addr {
 	if len(urls) == 0 {
@@ -400,6 +429,7 @@ func (s *Server) portAddr(urls []string) net.Addr {
 // Shutdown sends clients to the other replicas, a few at a time so that they don't arrive all at once, then stops. When
 // ctx ends first, it stops at once.
 func (s *Server) Shutdown(ctx context.Context) {
+	s.front.stopAccepting()
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -415,8 +445,10 @@ func (s *Server) Shutdown(ctx context.Context) {
 // Close stops at once.
 func (s *Server) Close() {
 	s.stop()
+	s.front.stopAccepting()
 	s.nats.Shutdown()
 	s.nats.WaitForShutdown()
+	s.front.close()
 	s.wg.Wait()
 }
 

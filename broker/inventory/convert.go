@@ -42,15 +42,26 @@ func snapshot(o objects) *model.Snapshot {
 		return s
 	}
 	s.Workspace = workspace(o.workspace)
+	closing, closed := v1alpha1.Leaving(o.workspace), map[string]bool{}
 	for i := range o.pools {
-		if p := &o.pools[i]; p.Spec.WorkspaceRef.Name == o.workspace.Name && p.DeletionTimestamp == nil {
+		if p := &o.pools[i]; p.Spec.WorkspaceRef.Name == o.workspace.Name && !v1alpha1.Gone(p) {
 			s.Pools[p.Name] = pool(p)
+			if closing {
+				s.Pools[p.Name].Generation++ // for agents to take in that they drain
+			}
+			if closing || v1alpha1.Leaving(p) {
+				closed[p.Name] = true
+			}
 		}
 	}
 	for i := range o.hosts {
-		if h := &o.hosts[i]; s.Pools[h.Spec.HostPoolRef.Name] != nil && h.DeletionTimestamp == nil {
+		if h := &o.hosts[i]; s.Pools[h.Spec.HostPoolRef.Name] != nil && !v1alpha1.Gone(h) {
 			s.Hosts[h.Name] = host(h)
-			s.Hosts[h.Name].AssignedUser = s.Workspace.OIDC.User(h.Spec.AssignedUser)
+			if closed[h.Spec.HostPoolRef.Name] || v1alpha1.Leaving(h) {
+				drainForGood(s.Hosts[h.Name], "it is being removed")
+			}
+			// Whose files a host holds counts before what somebody has written since.
+			s.Hosts[h.Name].AssignedUser = s.Workspace.OIDC.User(cmp.Or(h.Status.FilesOf, h.Spec.AssignedUser))
 		}
 	}
 	selector := labels.Everything()
@@ -61,7 +72,7 @@ func snapshot(o objects) *model.Snapshot {
 		}
 	}
 	for i := range o.gateways {
-		if g := &o.gateways[i]; selector.Matches(labels.Set(g.Labels)) && g.DeletionTimestamp == nil {
+		if g := &o.gateways[i]; selector.Matches(labels.Set(g.Labels)) && !v1alpha1.Gone(g) {
 			s.Gateways = append(s.Gateways, gateway(g))
 		}
 	}
@@ -153,11 +164,8 @@ func host(h *v1alpha1.SessionHost) *model.Host {
 	if d := h.Spec.Drain; d != nil {
 		m.Drain = &model.Drain{Reason: d.Reason, Until: moment(d.Until)}
 	}
-	if h.Spec.Retiring { // whatever a person's drain says, this one has no end
-		if m.Drain == nil {
-			m.Drain = &model.Drain{Reason: "it is no longer needed and goes with its last session"}
-		}
-		m.Drain.Until = time.Time{}
+	if h.Spec.Retiring {
+		drainForGood(m, "it is no longer needed and goes with its last session")
 	}
 	if e := h.Status.Enrolment; e != nil {
 		m.Enrolment = model.Enrolment{
@@ -177,6 +185,14 @@ func host(h *v1alpha1.SessionHost) *model.Host {
 	return m
 }
 
+// drainForGood drains a host without end, whatever a person's drain says.
+func drainForGood(m *model.Host, reason string) {
+	if m.Drain == nil {
+		m.Drain = &model.Drain{Reason: reason}
+	}
+	m.Drain.Until = time.Time{}
+}
+
 func gateway(g *v1alpha1.Gateway) *model.Gateway {
 	m := &model.Gateway{
 		Name: g.Name, Region: g.Spec.Region, Hostname: g.Spec.Hostname, Port: defaultGatewayPort,
@@ -193,7 +209,7 @@ func gateway(g *v1alpha1.Gateway) *model.Gateway {
 	}
 	for _, c := range g.Status.Conditions {
 		if c.Type == v1alpha1.ConditionReady {
-			m.Ready = c.Status == metav1.ConditionTrue
+			m.Ready = c.Status == metav1.ConditionTrue && !v1alpha1.Leaving(g)
 		}
 	}
 	return m

@@ -213,3 +213,70 @@ func TestUserNames(t *testing.T) {
 		}
 	}
 }
+
+// Whose files a host holds counts before what somebody has written into its spec since.
+func TestFilesOf(t *testing.T) {
+	for assigned, files := range map[string]string{"": "alice", "bob": "alice", "alice": "alice", "carol": ""} {
+		h := testHost("h", "pool")
+		h.Spec.AssignedUser, h.Status.FilesOf = assigned, files
+		s := snapshot(objects{workspace: testWorkspace(), pools: []v1alpha1.HostPool{testPool("pool", "ws")}, hosts: []v1alpha1.SessionHost{h}})
+		want := files
+		if want == "" {
+			want = assigned
+		}
+		if got := s.Hosts["h"].AssignedUser; got != want {
+			t.Errorf("assigned to %q, with the files of %q: %q's", assigned, files, got)
+		}
+	}
+}
+
+// What is being deleted drains while the operator holds it, and is gone for brokers once it doesn't.
+func TestLeaving(t *testing.T) {
+	leave := func(o metav1.Object) {
+		o.SetDeletionTimestamp(&metav1.Time{Time: time.Unix(1, 0)})
+		o.SetFinalizers([]string{v1alpha1.Finalizer})
+	}
+	for name, tc := range map[string]struct {
+		change  func(o *objects)
+		drained []string // of the hosts a1, a2 in pool a and b1 in pool b
+	}{
+		"nothing":       {func(*objects) {}, nil},
+		"a host":        {func(o *objects) { leave(&o.hosts[0]) }, []string{"a1"}},
+		"a pool":        {func(o *objects) { leave(&o.pools[0]) }, []string{"a1", "a2"}},
+		"the workspace": {func(o *objects) { leave(o.workspace) }, []string{"a1", "a2", "b1"}},
+	} {
+		g := v1alpha1.Gateway{ObjectMeta: meta("gw"), Spec: v1alpha1.GatewaySpec{Hostname: "g"}}
+		g.Status.Conditions = []metav1.Condition{{Type: v1alpha1.ConditionReady, Status: metav1.ConditionTrue}}
+		o := objects{
+			workspace: testWorkspace(), pools: []v1alpha1.HostPool{testPool("a", "ws"), testPool("b", "ws")},
+			hosts:    []v1alpha1.SessionHost{testHost("a1", "a"), testHost("a2", "a"), testHost("b1", "b")},
+			gateways: []v1alpha1.Gateway{g},
+		}
+		before := snapshot(o)
+		tc.change(&o)
+		s := snapshot(o)
+		var drained []string
+		for _, h := range []string{"a1", "a2", "b1"} {
+			if s.Hosts[h].Draining(time.Now()) {
+				drained = append(drained, h)
+			}
+		}
+		if !slices.Equal(drained, tc.drained) {
+			t.Errorf("%s: drained %q, want %q", name, drained, tc.drained)
+		}
+		if name == "the workspace" && s.Pools["a"].Generation == before.Pools["a"].Generation {
+			t.Error("agents would not take in that their workspace is going")
+		}
+		if !s.Gateways[0].Ready {
+			t.Errorf("%s: the gateway is not ready", name)
+		}
+		leave(&o.gateways[0])
+		if s := snapshot(o); len(s.Gateways) != 1 || s.Gateways[0].Ready {
+			t.Errorf("%s: people are still sent to a gateway that is going, or its sessions are no longer counted", name)
+		}
+		o.gateways[0].Finalizers, o.hosts[0].DeletionTimestamp, o.hosts[0].Finalizers = nil, &metav1.Time{}, nil
+		if s := snapshot(o); len(s.Gateways) != 0 || s.Hosts["a1"] != nil {
+			t.Errorf("%s: what nobody holds is still there", name)
+		}
+	}
+}

@@ -304,7 +304,25 @@ func TestAgainstAPIServer(t *testing.T) {
 		}
 	})
 
+	t.Run("a host that the operator has not seen is given to nobody", func(t *testing.T) {
+		if _, err := c.Assign(t.Context(), "new", "a"); err == nil {
+			t.Error("it may be somebody's from before")
+		}
+	})
+
 	t.Run("a host is given away once", func(t *testing.T) {
+		seen := c.sessionHost(t, "new")
+		seen.Finalizers = []string{v1alpha1.Finalizer}
+		if err := c.Update(t.Context(), seen); err != nil {
+			t.Fatal(err)
+		}
+		defer func() {
+			seen := c.sessionHost(t, "new")
+			seen.Finalizers = nil
+			if err := c.Update(t.Context(), seen); err != nil {
+				t.Error(err)
+			}
+		}()
 		var wg sync.WaitGroup
 		owners := make([]string, 8)
 		for n := range owners {

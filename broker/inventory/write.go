@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -117,8 +118,11 @@ func (i *Inventory) Assign(ctx context.Context, name, user string) (string, erro
 		if err := i.client.Get(ctx, i.key(name), &h); err != nil {
 			return "", i.failed("get", "SessionHost", name, err)
 		}
-		if h.Spec.AssignedUser != "" {
-			return h.Spec.AssignedUser, nil
+		if owner := cmp.Or(h.Status.FilesOf, h.Spec.AssignedUser); owner != "" {
+			return owner, nil
+		}
+		if !slices.Contains(h.Finalizers, v1alpha1.Finalizer) { // it may be somebody's from before
+			return "", fmt.Errorf("assign SessionHost %s: it is new, and the operator has yet to look at it", name)
 		}
 		patch := client.MergeFromWithOptions(h.DeepCopy(), client.MergeFromWithOptimisticLock{})
 		h.Spec.AssignedUser = user

@@ -31,6 +31,9 @@ type Metrics struct {
 	GroupsUnread *prometheus.CounterVec
 	// Enrolments by kind ("pool", "host", "renewal") and result.
 	Enrolments *prometheus.CounterVec
+	// StrangersEnded counts connections that ended before anybody had vouched for them, by listener ("bus", "feed", "sessions" or
+	// "metrics") and reason (door.EndedLimit and the like).
+	StrangersEnded *prometheus.CounterVec
 	// Writes to the API server by object and result.
 	Writes *prometheus.CounterVec
 }
@@ -49,10 +52,11 @@ func New(reg prometheus.Registerer) *Metrics {
 		Feed:             counter("http_requests_total", "Requests to the feed and enrolment API.", "path", "code"),
 		GroupsUnread:     counter("groups_unread_total", "Requests with a token from which groups could not be read.", "reason"),
 		Enrolments:       counter("enrolments_total", "Certificates asked for by session hosts.", "kind", "result"),
+		StrangersEnded:   counter("strangers_ended_total", "Connections that ended before anybody vouched for them: too many at once, nothing said, or a PROXY protocol header that can't be read.", "listener", "reason"),
 		Writes:           counter("writes_total", "Writes to the Kubernetes API.", "object", "result"),
 	}
 	if reg != nil {
-		reg.MustRegister(m.Connects, m.Entries, m.ConnectSeconds, m.PlacementSeconds, m.HostTries, m.LoginsRefused, m.SessionsEnded, m.SessionActs, m.Feed, m.GroupsUnread, m.Enrolments, m.Writes)
+		reg.MustRegister(m.Connects, m.Entries, m.ConnectSeconds, m.PlacementSeconds, m.HostTries, m.LoginsRefused, m.SessionsEnded, m.SessionActs, m.Feed, m.GroupsUnread, m.Enrolments, m.StrangersEnded, m.Writes)
 	}
 	return m
 }

@@ -14,7 +14,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net/http"
 	"os"
 	"slices"
 	"strings"
@@ -338,10 +337,8 @@ func fetch(ctx context.Context, issuer, ca string) (doc json.RawMessage, set jwk
 			return nil, jwks.Set{}, errors.New("the CA bundle for the identity provider holds no certificate")
 		}
 	}
-	// One connection per look, minutes apart: none is worth keeping.
-	client := &http.Client{Timeout: fetchTimeout, CheckRedirect: idpurl.CheckRedirect, Transport: &http.Transport{
-		Proxy: http.ProxyFromEnvironment, TLSClientConfig: tc, DisableKeepAlives: true,
-	}}
+	client := idpurl.Client(issuer, tc) // it keeps no connection: looks are minutes apart
+	client.Timeout = fetchTimeout
 	doc, where, err := idpurl.Discover(ctx, client, issuer)
 	if err != nil {
 		return nil, jwks.Set{}, err

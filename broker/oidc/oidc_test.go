@@ -279,6 +279,8 @@ func TestDiscoveryRefused(t *testing.T) {
 		{"document redirects to http", "/.well-known/openid-configuration", redirect(plain.URL), "which is not https"},
 		{"document redirects without end", "/.well-known/openid-configuration", redirect("/.well-known/openid-configuration"), "redirects more than 3 times"},
 		{"keys redirect to http", "/keys", redirect(plain.URL), "which is not https"},
+		{"document redirects to the cloud's metadata", "/.well-known/openid-configuration", redirect("https://169.254.169.254/latest/meta-data/"), "link-local"},
+		{"keys are the cloud's metadata", "/.well-known/openid-configuration", document("jwks_uri", "https://169.254.169.254/latest/meta-data/"), "link-local"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			f := setUp(t)

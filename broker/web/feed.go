@@ -316,6 +316,7 @@ func (a *api) preEnroll(w http.ResponseWriter, r *request) error {
 	if err != nil {
 		return err
 	}
+	r.vouch()
 	return writeJSON(w, http.StatusOK, pre)
 }
 
@@ -328,5 +329,6 @@ func (a *api) enroll(w http.ResponseWriter, r *request) error {
 	if err != nil {
 		return err
 	}
+	r.vouch()
 	return writeJSON(w, http.StatusOK, res)
 }

@@ -22,13 +22,21 @@ func SessionsHandler(o Options) http.Handler {
 	a := newAPI(o)
 	mux := http.NewServeMux()
 	for pattern, h := range map[string]handler{
-		"GET " + brokerapi.PathAllSessions:  a.allSessions,
-		"POST " + brokerapi.PathAllSessions: a.anyAct,
+		"GET " + brokerapi.PathAllSessions:  byOperator(a.allSessions),
+		"POST " + brokerapi.PathAllSessions: byOperator(a.anyAct),
 		"/":                                 a.nothing,
 	} {
 		mux.Handle(pattern, a.answer(pattern, h))
 	}
 	return mux
+}
+
+// byOperator is a handler behind TLS that takes the operator's certificate alone.
+func byOperator(h handler) handler {
+	return func(w http.ResponseWriter, r *request) error {
+		r.vouch()
+		return h(w, r)
+	}
 }
 
 func (a *api) allSessions(w http.ResponseWriter, _ *request) error {

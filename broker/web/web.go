@@ -23,6 +23,7 @@ import (
 	"rendezvous.dev/rendezvous/broker/oidc"
 	"rendezvous.dev/rendezvous/broker/traces"
 	"rendezvous.dev/rendezvous/wire/brokerapi"
+	"rendezvous.dev/rendezvous/wire/door"
 	"rendezvous.dev/rendezvous/wire/refusal"
 	"rendezvous.dev/rendezvous/wire/trace"
 )
@@ -32,6 +33,8 @@ const (
 	maxBody = 64 << 10
 	// maxHeader bounds a request's head, which holds a token (oidc takes 64 KiB) and little else.
 	maxHeader = 80 << 10
+	// pathHealth answers 200, for load balancers.
+	pathHealth = "/healthz"
 	// answerTimeout leaves room for an issuer to sign.
 	answerTimeout = 90 * time.Second
 )
@@ -106,10 +109,22 @@ func Server(o Options, tlsConfig *tls.Config) *http.Server {
 	tlsConfig = tlsConfig.Clone()
 	tlsConfig.NextProtos = []string{"h2", "http/1.1"}
 	return &http.Server{
-		Handler: Handler(o), TLSConfig: tlsConfig, MaxHeaderBytes: maxHeader,
+		Handler: Handler(o), TLSConfig: tlsConfig, MaxHeaderBytes: maxHeader, ConnContext: door.ConnContext,
 		ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, WriteTimeout: answerTimeout + 10*time.Second, IdleTimeout: 2 * time.Minute,
 		ErrorLog: slog.NewLogLogger(o.Log.Handler(), slog.LevelDebug),
 	}
+}
+
+// vouch says that a request came with something that only those have who are known.
+func (r *request) vouch() { door.From(r.Context()).Vouch() }
+
+// throughProxy refuses a request that came through a load balancer whose word on its clients isn't taken.
+func (a *api) throughProxy(r *request) error {
+	if field := door.From(r.Context()).Unbelieved(); field != "" {
+		return refusal.New(refusal.ProxyHeader, "The load balancer before workspace %s sends PROXY protocol headers, which the brokers do not take: ask your administrator to set %s, or to switch them off.",
+			a.o.Workspace, field)
+	}
+	return nil
 }
 
 // newAPI fills in what may be left out.
@@ -144,6 +159,7 @@ func Handler(o Options) http.Handler {
 		"GET /{tenant}" + brokerapi.PathDiscovery:    a.discovery,
 		"GET " + brokerapi.PathEnroll:                a.preEnroll,
 		"POST " + brokerapi.PathEnroll:               a.enroll,
+		"GET " + pathHealth:                          a.healthy,
 		"/":                                          a.nothing,
 	} {
 		mux.Handle(pattern, a.answer(pattern, h))
@@ -195,6 +211,9 @@ func (a *api) guard(h handler, w http.ResponseWriter, r *request) (err error) {
 			err = refusal.New(refusal.Internal, "The broker failed; its log has more under the activity id.")
 		}
 	}()
+	if err := a.throughProxy(r); err != nil {
+		return err
+	}
 	return h(w, r)
 }
 
@@ -224,7 +243,7 @@ func statusOf(c refusal.Code) int {
 		return http.StatusNotFound
 	case refusal.BadRequest:
 		return http.StatusBadRequest
-	case refusal.IdentityAway, refusal.IssuerAway, refusal.BrokerAway, refusal.NoHost, refusal.AdmissionAway:
+	case refusal.ProxyHeader, refusal.IdentityAway, refusal.IssuerAway, refusal.BrokerAway, refusal.NoHost, refusal.AdmissionAway:
 		return http.StatusServiceUnavailable
 	}
 	return http.StatusInternalServerError
@@ -247,6 +266,7 @@ func (a *api) signedIn(h handler) handler {
 		if err := a.stillUser(r); err != nil {
 			return err
 		}
+		r.vouch()
 		if given(r.Request) != "" {
 			a.o.Trace(e)
 		}
@@ -336,6 +356,10 @@ func newGUID() string {
 	rand.Read(b[:])
 	b[6], b[8] = b[6]&0x0f|0x40, b[8]&0x3f|0x80
 	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
+}
+
+func (a *api) healthy(w http.ResponseWriter, _ *request) error {
+	return write(w, http.StatusOK, "text/plain; charset=utf-8", []byte("ok\n"))
 }
 
 func (a *api) nothing(_ http.ResponseWriter, r *request) error {

@@ -7,7 +7,6 @@ import (
 	"flag"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/http"
 	"net/netip"
 	"os"
@@ -23,6 +22,7 @@ import (
 	"rendezvous.dev/rendezvous/gateway"
 	"rendezvous.dev/rendezvous/wire/admission"
 	"rendezvous.dev/rendezvous/wire/config"
+	"rendezvous.dev/rendezvous/wire/door"
 	"rendezvous.dev/rendezvous/wire/version"
 )
 
@@ -74,8 +74,8 @@ func run() error {
 	defer stop()
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
 	go reload(ctx, *file, g, log)
-	metrics := &http.Server{Handler: observe(registry, g), ReadHeaderTimeout: 5 * time.Second}
-	ml, err := net.Listen("tcp", *metricsAddr)
+	metrics := &http.Server{Handler: observe(registry, g), ReadHeaderTimeout: 5 * time.Second, IdleTimeout: 2 * time.Minute}
+	ml, err := door.Inside(*metricsAddr, log, nil)
 	if err != nil {
 		return err
 	}

@@ -1,4 +1,5 @@
-// Command kubectl-rdv is a kubectl plugin: kubectl rdv disconnect, message and logoff act on live sessions, one or many.
+// Command kubectl-rdv is a kubectl plugin: kubectl rdv disconnect, message and logoff act on live sessions, one or many;
+// kubectl rdv lint checks manifests without a cluster.
 // Listing, watching and logging off one need no plugin: kubectl get sessions, kubectl delete session NAME.
 package main
 
@@ -37,6 +38,10 @@ func main() {
 	stop()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "error:", err)
+		var exit *exitError
+		if errors.As(err, &exit) {
+			os.Exit(exit.code)
+		}
 		os.Exit(1)
 	}
 }
@@ -53,7 +58,7 @@ type plugin struct {
 func command(out io.Writer) *cobra.Command {
 	p := &plugin{out: out, rules: clientcmd.NewDefaultClientConfigLoadingRules()}
 	root := &cobra.Command{
-		Use: "kubectl-rdv", Short: "Act on live sessions", SilenceUsage: true, SilenceErrors: true, Version: version.Line(linked),
+		Use: "kubectl-rdv", Short: "Act on live sessions, and check manifests", SilenceUsage: true, SilenceErrors: true, Version: version.Line(linked),
 		Long: "Act on live sessions. `kubectl get sessions` lists them, with -w, -o wide, -l and --field-selector user=NAME.",
 	}
 	fs := root.PersistentFlags()
@@ -93,7 +98,7 @@ func command(out io.Writer) *cobra.Command {
 		},
 	}
 	message.Flags().StringVar(&text, "text", "", "what to show: plain text, at most 2 KiB")
-	root.AddCommand(message)
+	root.AddCommand(message, lintCommand(out))
 	return root
 }
 

@@ -2,6 +2,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"flag"
 	"fmt"
@@ -41,6 +42,7 @@ func run() error {
 		leaderElect = flag.Bool("leader-elect", true, "work only while holding the Lease, so that replicas can stand by")
 		leaseNS     = flag.String("leader-election-namespace", "", "namespace of the Lease; empty means the pod's own")
 		logLevel    = flag.String("log-level", "info", "debug, info, warn or error")
+		watched     = flag.String("watch-namespaces", os.Getenv("WATCH_NAMESPACES"), "the only namespaces to look at, with commas between; empty means all. The operator then needs Roles in these instead of a ClusterRole: config/namespaced")
 	)
 	var sessions sessionsOptions
 	flag.StringVar(&sessions.addr, "sessions-addr", "", "address at which sessions.live.rendezvous.dev is served to the Kubernetes API server; empty means not at all")
@@ -74,6 +76,10 @@ func run() error {
 	logger.Info("starting", "version", version.Line(linked))
 	klog.SetLogger(logr.FromSlogHandler(logger.Handler()))
 
+	namespaces, err := controllers.Namespaces(*watched)
+	if err != nil {
+		return fmt.Errorf("--watch-namespaces: %w", err)
+	}
 	config, err := ctrl.GetConfig()
 	if err != nil {
 		return fmt.Errorf("no cluster to work on: %w", err)
@@ -91,7 +97,7 @@ func run() error {
 				"/readyz":  http.StripPrefix("/readyz", &healthz.Handler{Checks: map[string]healthz.Checker{"caches": synced.check}}),
 			},
 		},
-		Cache:                   controllers.CacheOptions(),
+		Cache:                   controllers.CacheOptions(namespaces...),
 		Controller:              ctrlconfig.Controller{MaxConcurrentReconciles: controllers.MaxConcurrentReconciles},
 		LeaderElection:          *leaderElect,
 		LeaderElectionID:        "manager.rendezvous.dev",
@@ -108,7 +114,14 @@ func run() error {
 		}
 		return fmt.Errorf("look for cert-manager: %w", err)
 	}
-	if err := controllers.Setup(mgr, controllers.Options{Render: images, ClusterNetworks: clusterNetworks}); err != nil {
+	noClusterIssuers := false
+	if len(namespaces) > 0 {
+		if noClusterIssuers, err = controllers.MayNotReadClusterIssuers(context.Background(), mgr.GetClient()); err != nil {
+			return err
+		}
+		logger.Info("held to namespaces", "namespaces", namespaces, "reads ClusterIssuers", !noClusterIssuers)
+	}
+	if err := controllers.Setup(mgr, controllers.Options{Render: images, ClusterNetworks: clusterNetworks, NoClusterIssuers: noClusterIssuers}); err != nil {
 		return err
 	}
 	if err := sessions.add(mgr, images, logger); err != nil {

@@ -32,6 +32,9 @@ func main() {
 	if errors.As(err, &exit) && exit.Code > 0 {
 		os.Exit(exit.Code)
 	}
+	if errors.Is(err, errLintNotDone) {
+		os.Exit(2)
+	}
 	os.Exit(1)
 }
 
@@ -48,7 +51,7 @@ func command() *cobra.Command {
 		},
 	}
 	root.PersistentFlags().StringVarP(&c.Workspace, "workspace", "w", "", "workspace to use, by name, host or URL (default: the one signed in to last)")
-	root.AddCommand(loginCommand(c), logoutCommand(c), listCommand(c), whoAmICommand(c), gatewaysCommand(c), connectCommand(c), explainCommand(c), sessionsCommand(c), versionCommand())
+	root.AddCommand(loginCommand(c), logoutCommand(c), listCommand(c), whoAmICommand(c), gatewaysCommand(c), connectCommand(c), explainCommand(c), sessionsCommand(c), lintCommand(), versionCommand())
 	return root
 }
 

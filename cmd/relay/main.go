@@ -7,7 +7,6 @@ import (
 	"flag"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/http"
 	"net/http/pprof"
 	"net/netip"
@@ -26,6 +25,7 @@ import (
 	"rendezvous.dev/rendezvous/relay"
 	"rendezvous.dev/rendezvous/wire/admission"
 	"rendezvous.dev/rendezvous/wire/config"
+	"rendezvous.dev/rendezvous/wire/door"
 	"rendezvous.dev/rendezvous/wire/mtls"
 	"rendezvous.dev/rendezvous/wire/version"
 )
@@ -98,8 +98,8 @@ func run() error {
 	go certs.Poll(done, 10*time.Second)
 	go reload(done, *file, r, log)
 
-	metrics := &http.Server{Addr: *metricsAddr, Handler: observe(registry, r, *profile), ReadHeaderTimeout: 5 * time.Second}
-	ml, err := net.Listen("tcp", *metricsAddr)
+	metrics := &http.Server{Addr: *metricsAddr, Handler: observe(registry, r, *profile), ReadHeaderTimeout: 5 * time.Second, IdleTimeout: 2 * time.Minute}
+	ml, err := door.Inside(*metricsAddr, log, nil)
 	if err != nil {
 		return err
 	}

@@ -2,6 +2,7 @@ package render
 
 import (
 	"fmt"
+	"time"
 
 	certmanager "github.com/cert-manager/cert-manager/pkg/apis/certmanager/v1"
 	appsv1 "k8s.io/api/apps/v1"
@@ -107,7 +108,7 @@ func RelayConfigMap(gw *rdv.Gateway) (*corev1.ConfigMap, error) {
 	return configMap(gw.Namespace, gatewayRelayConfig(gw.Name), gatewayLabels(gw, componentGateway), config.Relay{
 		Gateway:                 gw.Name,
 		Hostname:                gw.Spec.Hostname,
-		ClientAddressesHidden:   exposedByNodes(gw.Spec.Service.Type),
+		Callers:                 callers(gw.Spec.Service),
 		MaxSessions:             or(gw.Spec.Relay.Limits.MaxSessions, relayMaxSessions),
 		MaxPending:              or(gw.Spec.Relay.Limits.MaxPending, relayMaxPending),
 		HandshakeTimeoutSeconds: relayHandshakeTimeout,
@@ -117,12 +118,10 @@ func RelayConfigMap(gw *rdv.Gateway) (*corev1.ConfigMap, error) {
 	}, nil)
 }
 
-// exposedByNodes says that a Service's connections from outside may come with a node's address in place of the client's:
-// externalTrafficPolicy is Cluster.
-func exposedByNodes(t corev1.ServiceType) bool {
-	return t == corev1.ServiceTypeNodePort || t == corev1.ServiceTypeLoadBalancer
+// GatewayDrain is how long a pod of the gateway that must go waits for its last session.
+func GatewayDrain(gw *rdv.Gateway) time.Duration {
+	return time.Duration(drainDeadline(gw)) * time.Second
 }
-
 func drainDeadline(gw *rdv.Gateway) int32 {
 	return or(gw.Spec.Relay.Drain.DeadlineSeconds, relayDrainDeadline)
 }
@@ -181,6 +180,7 @@ func (o Options) GatewayDeployment(gw *rdv.Gateway, workspaces []*rdv.Workspace)
 	if replicas, fixed := GatewayReplicas(gw); fixed {
 		d.Spec.Replicas = new(replicas)
 	}
+	dress(&d.Spec.Template, sel, &gw.Spec.Pod)
 	image := &d.Spec.Template.Spec.Containers[0].Image
 	given := *image
 	*image = ""

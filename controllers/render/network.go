@@ -11,6 +11,7 @@ import (
 
 	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
 	"rendezvous.dev/rendezvous/wire/config"
+	"rendezvous.dev/rendezvous/wire/metadata"
 )
 
 // Surroundings are what NetworkPolicies need to know of a cluster.
@@ -22,12 +23,8 @@ type Surroundings struct {
 	Gateways []netip.AddrPort
 }
 
-// metadataServices are where clouds hand machines their secrets, and other addresses of the link that a pod has no business
-// with. 168.63.129.16 is Azure's, 100.100.100.200 Alibaba's, 192.0.0.192 Oracle's, fd00:ec2::/32 Amazon's.
-var metadataServices = []netip.Prefix{
-	netip.MustParsePrefix("169.254.0.0/16"), netip.MustParsePrefix("168.63.129.16/32"), netip.MustParsePrefix("100.100.100.200/32"),
-	netip.MustParsePrefix("192.0.0.192/32"), netip.MustParsePrefix("fe80::/10"), netip.MustParsePrefix("fd00:ec2::/32"),
-}
+// metadataServices are addresses that a pod has no business with.
+var metadataServices = slices.Concat(metadata.LinkLocal, metadata.Services)
 
 // BrokerNetworkPolicy opens the feed and the bus to all, the routes to other brokers of the same workspace, the sessions' API
 // to the operator, and metrics to who may read them. It is nil where the Workspace wants none.

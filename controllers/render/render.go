@@ -163,17 +163,49 @@ func service(namespace, name string, labels, selector map[string]string, exposed
 		TypeMeta:   typeMeta("v1", "Service"),
 		ObjectMeta: meta(namespace, name, labels),
 		Spec: corev1.ServiceSpec{
-			Type:              exposed.Type,
-			Selector:          selector,
-			Ports:             ports,
-			LoadBalancerClass: exposed.LoadBalancerClass,
+			Type:                          exposed.Type,
+			Selector:                      selector,
+			Ports:                         ports,
+			LoadBalancerClass:             exposed.LoadBalancerClass,
+			ExternalTrafficPolicy:         exposed.ExternalTrafficPolicy,
+			HealthCheckNodePort:           or(exposed.HealthCheckNodePort, 0),
+			AllocateLoadBalancerNodePorts: exposed.AllocateLoadBalancerNodePorts,
+			IPFamilyPolicy:                exposed.IPFamilyPolicy,
+			IPFamilies:                    exposed.IPFamilies,
 		},
 	}
 	if s.Spec.Type == "" {
 		s.Spec.Type = corev1.ServiceTypeClusterIP
 	}
+	for _, network := range exposed.LoadBalancerSourceRanges {
+		s.Spec.LoadBalancerSourceRanges = append(s.Spec.LoadBalancerSourceRanges, string(network))
+	}
+	for _, fixed := range exposed.NodePorts {
+		for i := range s.Spec.Ports {
+			if s.Spec.Ports[i].Name == fixed.Name {
+				s.Spec.Ports[i].NodePort = fixed.NodePort
+			}
+		}
+	}
 	s.Annotations = exposed.Annotations
 	return s
+}
+
+// callers says what a pod behind an exposed Service can know of who calls.
+func callers(exposed rdv.Service) (c config.Callers) {
+	if p := exposed.ProxyProtocol; p != nil {
+		for _, network := range p.Networks {
+			c.ProxyNetworks = append(c.ProxyNetworks, string(network))
+		}
+	}
+	c.AddressesHidden = exposedByNodes(exposed) && c.ProxyNetworks == nil
+	return c
+}
+
+// exposedByNodes says that a Service's connections from outside may come with a node's address in place of the client's.
+func exposedByNodes(exposed rdv.Service) bool {
+	return exposed.ExternalTrafficPolicy != corev1.ServiceExternalTrafficPolicyLocal &&
+		(exposed.Type == corev1.ServiceTypeNodePort || exposed.Type == corev1.ServiceTypeLoadBalancer)
 }
 
 // headless is a Service for finding each pod, ready or not: peers meet before they serve, and a pod that drains still
@@ -235,6 +267,49 @@ func spread(selector map[string]string) []corev1.TopologySpreadConstraint {
 		}
 	}
 	return []corev1.TopologySpreadConstraint{over(corev1.LabelHostname), over(corev1.LabelTopologyZone)}
+}
+
+// dress gives pods of ours, whose selector is sel, what people set for them.
+func dress(template *corev1.PodTemplateSpec, sel map[string]string, settings *rdv.PodSettings) {
+	template.Labels = merged(settings.Labels, template.Labels)
+	template.Annotations = merged(settings.Annotations, template.Annotations)
+	spec := &template.Spec
+	spec.NodeSelector = maps.Clone(settings.NodeSelector)
+	spec.Tolerations = settings.Tolerations
+	spec.Affinity = settings.Affinity
+	spec.PriorityClassName = settings.PriorityClassName
+	for _, secret := range settings.ImagePullSecrets {
+		spec.ImagePullSecrets = append(spec.ImagePullSecrets, corev1.LocalObjectReference{Name: secret.Name})
+	}
+	if len(settings.TopologySpreadConstraints) > 0 {
+		spec.TopologySpreadConstraints = nil
+		for _, c := range settings.TopologySpreadConstraints {
+			if c.LabelSelector == nil {
+				c.LabelSelector = &metav1.LabelSelector{MatchLabels: sel}
+			}
+			spec.TopologySpreadConstraints = append(spec.TopologySpreadConstraints, c)
+		}
+	}
+	for _, list := range [][]corev1.Container{spec.InitContainers, spec.Containers} {
+		for i := range list {
+			for _, env := range settings.Env {
+				list[i].Env = append(list[i].Env, corev1.EnvVar{Name: env.Name, Value: env.Value})
+			}
+		}
+	}
+}
+
+// merged is both maps in one; of a key in both, that of over counts. It is nil where there is neither.
+func merged(under, over map[string]string) map[string]string {
+	if len(under)+len(over) == 0 {
+		return nil
+	}
+	m := maps.Clone(under)
+	if m == nil {
+		m = map[string]string{}
+	}
+	maps.Copy(m, over)
+	return m
 }
 
 // downwardEnv is an environment variable from a field of the pod.

@@ -1,7 +1,9 @@
 package render
 
 import (
+	"errors"
 	"flag"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -124,6 +126,18 @@ func TestGolden(t *testing.T) {
 	bySessions := gateway(func(gw *rdv.Gateway) {
 		gw.Spec.Autoscaling = &rdv.Autoscaling{MaxReplicas: 6, TargetSessionsPerPod: new(int32(2000)), TargetCPUUtilizationPercentage: new(int32(60))}
 	})
+	// Behind load balancers with everything that a Service can be told.
+	balanced := rdv.Service{Type: corev1.ServiceTypeLoadBalancer, Annotations: map[string]string{"service.beta.kubernetes.io/aws-load-balancer-proxy-protocol": "*"},
+		LoadBalancerClass: new("service.k8s.aws/nlb"), LoadBalancerSourceRanges: []rdv.Network{"203.0.113.0/24", "2001:db8::/32"},
+		ExternalTrafficPolicy: corev1.ServiceExternalTrafficPolicyLocal, HealthCheckNodePort: new(int32(30999)), NodePorts: []rdv.NodePort{{Name: "https", NodePort: 30443}},
+		AllocateLoadBalancerNodePorts: new(true), IPFamilyPolicy: new(corev1.IPFamilyPolicyPreferDualStack), IPFamilies: []corev1.IPFamily{corev1.IPv6Protocol, corev1.IPv4Protocol},
+		ProxyProtocol: &rdv.ProxyProtocol{Networks: []rdv.Network{"10.0.0.0/16", "2001:db8:1::/48"}}}
+	behind := gateway(func(gw *rdv.Gateway) { gw.Spec.Service = balanced })
+	wsBehind := workspace(func(ws *rdv.Workspace) {
+		ws.Spec.Broker.Service = balanced
+		ws.Spec.Broker.Bus = rdv.BusExposure{Hostname: "bus.example.test", Service: rdv.Service{Type: corev1.ServiceTypeNodePort,
+			NodePorts: []rdv.NodePort{{Name: "wss", NodePort: 30444}, {Name: "nats", NodePort: 30422}}, ProxyProtocol: &rdv.ProxyProtocol{Networks: []rdv.Network{"10.0.0.0/16"}}}}
+	})
 	both := []*rdv.Workspace{ws, second}
 	linux := pool(desktopTemplate)
 	signedIn := pool(desktopTemplate)
@@ -155,6 +169,11 @@ func TestGolden(t *testing.T) {
 		"workspace-rolebinding":              BrokerRoleBinding(ws),
 		"workspace-deployment":               must[*appsv1.Deployment](t)(options.BrokerDeployment(ws)),
 		"workspace-deployment-exposed":       must[*appsv1.Deployment](t)(options.BrokerDeployment(exposed)),
+		"workspace-configmap-balanced":       must[*corev1.ConfigMap](t)(options.BrokerConfigMap(wsBehind, "")),
+		"workspace-service-balanced":         BrokerService(wsBehind),
+		"workspace-bus-service-balanced":     BusService(wsBehind),
+		"gateway-service-balanced":           GatewayService(behind),
+		"gateway-relay-balanced":             must[*corev1.ConfigMap](t)(RelayConfigMap(behind)),
 		"workspace-service":                  BrokerService(ws),
 		"workspace-service-exposed":          BrokerService(exposed),
 		"workspace-bus-service":              BusService(ws),
@@ -273,15 +292,22 @@ func TestSeparation(t *testing.T) {
 
 func TestPodTemplate(t *testing.T) {
 	for name, tc := range map[string]struct{ template, err string }{
-		"good":           {desktopTemplate, ""},
-		"no template":    {"", ""},
-		"typo":           {`{"spec":{"containers":[{"name":"desktop","imgae":"x"}]}}`, `unknown field "spec.containers[0].imgae"`},
-		"wrong type":     {`{"spec":{"containers":"desktop"}}`, "spec.template: "},
-		"no desktop":     {`{"spec":{"containers":[{"name":"main"}]}}`, `none is named "desktop"`},
-		"host network":   {`{"spec":{"hostNetwork":true,"containers":[{"name":"desktop"}]}}`, "hostNetwork: must not be true"},
-		"host port":      {`{"spec":{"containers":[{"name":"desktop","ports":[{"containerPort":3389,"hostPort":3389}]}]}}`, `asks for hostPort 3389`},
-		"agent's name":   {`{"spec":{"containers":[{"name":"desktop"},{"name":"agent"}]}}`, `is named "agent"`},
-		"agent's volume": {`{"spec":{"containers":[{"name":"desktop"}],"volumes":[{"name":"registration"}]}}`, `"registration" is the name of a volume`},
+		"good":             {desktopTemplate, ""},
+		"no template":      {"", ""},
+		"typo":             {`{"spec":{"containers":[{"name":"desktop","imgae":"x"}]}}`, `unknown field "spec.containers[0].imgae"`},
+		"wrong type":       {`{"spec":{"containers":"desktop"}}`, "spec.template: "},
+		"no desktop":       {`{"spec":{"containers":[{"name":"main"}]}}`, `none is named "desktop"`},
+		"host network":     {`{"spec":{"hostNetwork":true,"containers":[{"name":"desktop"}]}}`, "hostNetwork: must not be true"},
+		"host processes":   {`{"spec":{"hostPID":true,"containers":[{"name":"desktop"}]}}`, "hostPID: must not be true, for desktops would reach the node's processes"},
+		"host ipc":         {`{"spec":{"hostIPC":true,"containers":[{"name":"desktop"}]}}`, "hostIPC: must not be true"},
+		"shared processes": {`{"spec":{"shareProcessNamespace":true,"containers":[{"name":"desktop"}]}}`, "shareProcessNamespace: must not be true, for a desktop would reach the agent's process and its key"},
+		"restart policy":   {`{"spec":{"restartPolicy":"Never","containers":[{"name":"desktop"}]}}`, "restartPolicy: is Never, and a session host's is always Always"},
+		"token":            {`{"spec":{"automountServiceAccountToken":true,"containers":[{"name":"desktop"}]}}`, "automountServiceAccountToken: must not be true"},
+		"agent's mount":    {`{"spec":{"containers":[{"name":"desktop","volumeMounts":[{"name":"agent-state","mountPath":"/x"}]}]}}`, `container "desktop" mounts "agent-state", a volume of the agent's`},
+		"all at once":      {`{"spec":{"hostPID":true,"shareProcessNamespace":true,"containers":[{"name":"main"}]}}`, `spec.template.spec.containers: none is named "desktop"; name the one that runs the RDP server so; spec.template.spec.hostPID: must`},
+		"host port":        {`{"spec":{"containers":[{"name":"desktop","ports":[{"containerPort":3389,"hostPort":3389}]}]}}`, `asks for hostPort 3389`},
+		"agent's name":     {`{"spec":{"containers":[{"name":"desktop"},{"name":"agent"}]}}`, `is named "agent"`},
+		"agent's volume":   {`{"spec":{"containers":[{"name":"desktop"}],"volumes":[{"name":"registration"}]}}`, `"registration" is the name of a volume`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := PodTemplate(pool(tc.template))
@@ -295,9 +321,79 @@ func TestPodTemplate(t *testing.T) {
 	}
 }
 
+func TestTemplateReferences(t *testing.T) {
+	template, err := PodTemplate(pool(`{"metadata":{"name":"a","namespace":"b","labels":{"team":"x","rendezvous.dev/hostpool":"other"}},
+		"spec":{"initContainers":[{"name":"prepare","envFrom":[{"secretRef":{"name":"two"}}]}],
+		"containers":[{"name":"desktop","env":[{"name":"KEY","valueFrom":{"secretKeyRef":{"name":"three","key":"k"}}}]}],
+		"volumes":[{"name":"v","secret":{"secretName":"one"}},{"name":"p","projected":{"sources":[{"secret":{"name":"four"}}]}},
+			{"name":"home","persistentVolumeClaim":{"claimName":"homes"}}]}}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := map[string]string{
+		"one": "spec.template.spec.volumes[v].secret", "two": `spec.template.spec: container "prepare", envFrom`,
+		"three": `spec.template.spec: container "desktop", env KEY`, "four": "spec.template.spec.volumes[p].projected",
+	}
+	if got := TemplateSecrets(template); !maps.Equal(got, want) {
+		t.Errorf("secrets %q, want %q", got, want)
+	}
+	if got := TemplateClaims(template); !maps.Equal(got, map[string]string{"homes": "home"}) {
+		t.Errorf("claims %q", got)
+	}
+	if got := TemplateOverrides(template); !slices.Equal(got, []string{"metadata.labels[rendezvous.dev/hostpool]", "metadata.name", "metadata.namespace"}) {
+		t.Errorf("overridden: %q", got)
+	}
+}
+
+// What people set for pods of ours reaches them, and takes nothing from what the operator needs.
+func TestPodSettings(t *testing.T) {
+	settings := rdv.PodSettings{
+		Labels: map[string]string{"team": "a"}, Annotations: map[string]string{"mesh": "off"}, NodeSelector: map[string]string{"zone": "x"},
+		Tolerations: []corev1.Toleration{{Key: "edge", Operator: corev1.TolerationOpExists}}, PriorityClassName: "high",
+		Affinity:                  &corev1.Affinity{PodAntiAffinity: &corev1.PodAntiAffinity{}},
+		TopologySpreadConstraints: []corev1.TopologySpreadConstraint{{MaxSkew: 2, TopologyKey: "rack", WhenUnsatisfiable: corev1.DoNotSchedule}},
+		ImagePullSecrets:          []rdv.LocalSecret{{Name: "registry"}}, Env: []rdv.EnvValue{{Name: "GOMEMLIMIT", Value: "200MiB"}},
+	}
+	plainBroker, err1 := options.BrokerDeployment(workspace())
+	plainGateway, err2 := options.GatewayDeployment(gateway(), nil)
+	broker, err3 := options.BrokerDeployment(workspace(func(ws *rdv.Workspace) { ws.Spec.Broker.Pod = settings }))
+	gw, err4 := options.GatewayDeployment(gateway(func(gw *rdv.Gateway) { gw.Spec.Pod = settings }), nil)
+	if err := errors.Join(err1, err2, err3, err4); err != nil {
+		t.Fatal(err)
+	}
+	for _, pair := range [][2]*appsv1.Deployment{{broker, plainBroker}, {gw, plainGateway}} {
+		d, plain := pair[0], pair[1]
+		template, spec := d.Spec.Template, d.Spec.Template.Spec
+		for k, v := range plain.Spec.Template.Labels {
+			if template.Labels[k] != v {
+				t.Errorf("%s: label %s is %q", d.Name, k, template.Labels[k])
+			}
+		}
+		for k, v := range plain.Spec.Template.Annotations {
+			if template.Annotations[k] != v {
+				t.Errorf("%s: annotation %s is %q", d.Name, k, template.Annotations[k])
+			}
+		}
+		spread := spec.TopologySpreadConstraints
+		if template.Labels["team"] != "a" || template.Annotations["mesh"] != "off" || spec.NodeSelector["zone"] != "x" || len(spec.Tolerations) != 1 ||
+			spec.Affinity == nil || spec.PriorityClassName != "high" || spec.ImagePullSecrets[0].Name != "registry" ||
+			len(spread) != 1 || spread[0].TopologyKey != "rack" || !maps.Equal(spread[0].LabelSelector.MatchLabels, d.Spec.Selector.MatchLabels) {
+			t.Errorf("%s: %+v", d.Name, template)
+		}
+		for _, c := range allContainers(&spec) {
+			if !slices.Contains(c.Env, corev1.EnvVar{Name: "GOMEMLIMIT", Value: "200MiB"}) || c.Env[0].Name != "POD_NAME" {
+				t.Errorf("%s: env of %s is %+v", d.Name, c.Name, c.Env)
+			}
+		}
+	}
+	if gw.Annotations[AnnotationPodHash] == plainGateway.Annotations[AnnotationPodHash] {
+		t.Error("another placement does not ask for other pods")
+	}
+}
+
 // TestPodOwnWishes shows that what a template says of the pod is kept, but for what would open it.
 func TestPodOwnWishes(t *testing.T) {
-	p := pool(`{"spec":{"automountServiceAccountToken":true,"restartPolicy":"Never","hostname":"pc","securityContext":{"fsGroup":5},
+	p := pool(`{"spec":{"automountServiceAccountToken":false,"restartPolicy":"Always","hostname":"pc","securityContext":{"fsGroup":5},
 		"initContainers":[{"name":"prepare"}],"containers":[{"name":"desktop"},{"name":"helper"}]}}`)
 	template, err := PodTemplate(p)
 	if err != nil {
@@ -344,5 +440,32 @@ func TestCommonName(t *testing.T) {
 		if got := commonName(host); (got == host) != want || !want && got != "" {
 			t.Errorf("%d characters: %q", length, got)
 		}
+	}
+}
+
+// TestCallers says when clients' addresses tell them apart.
+func TestCallers(t *testing.T) {
+	networks := &rdv.ProxyProtocol{Networks: []rdv.Network{"10.0.0.0/16"}}
+	const cluster, local = corev1.ServiceExternalTrafficPolicyCluster, corev1.ServiceExternalTrafficPolicyLocal
+	for name, c := range map[string]struct {
+		service rdv.Service
+		hidden  bool
+	}{
+		"nothing said":                           {rdv.Service{}, false},
+		"inside the cluster":                     {rdv.Service{Type: corev1.ServiceTypeClusterIP}, false},
+		"node ports":                             {rdv.Service{Type: corev1.ServiceTypeNodePort}, true},
+		"a load balancer":                        {rdv.Service{Type: corev1.ServiceTypeLoadBalancer, ExternalTrafficPolicy: cluster}, true},
+		"a load balancer, local":                 {rdv.Service{Type: corev1.ServiceTypeLoadBalancer, ExternalTrafficPolicy: local}, false},
+		"node ports, local":                      {rdv.Service{Type: corev1.ServiceTypeNodePort, ExternalTrafficPolicy: local}, false},
+		"a load balancer that says who it is":    {rdv.Service{Type: corev1.ServiceTypeLoadBalancer, ProxyProtocol: networks}, false},
+		"one of our own, before node ports":      {rdv.Service{Type: corev1.ServiceTypeNodePort, ProxyProtocol: networks}, false},
+		"one in the cluster that says who it is": {rdv.Service{ProxyProtocol: networks}, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got := callers(c.service)
+			if got.AddressesHidden != c.hidden || (got.ProxyNetworks == nil) != (c.service.ProxyProtocol == nil) {
+				t.Errorf("got %+v", got)
+			}
+		})
 	}
 }

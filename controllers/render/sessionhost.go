@@ -1,16 +1,14 @@
 package render
 
 import (
-	"errors"
-	"fmt"
 	"maps"
+	"slices"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	kjson "sigs.k8s.io/json"
 
 	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
 )
@@ -91,58 +89,60 @@ func SessionHost(pool *rdv.HostPool, name string, retiring bool) *rdv.SessionHos
 	}
 }
 
-// PodTemplate reads a pool's template, strictly, and says what in it can't be honoured. A pool without one has nil.
-func PodTemplate(pool *rdv.HostPool) (*corev1.PodTemplateSpec, error) {
-	if pool.Spec.Template == nil {
-		return nil, nil
+// ClaimName names a host's claim of one template, as a StatefulSet would.
+func ClaimName(template, host string) string { return template + "-" + host }
+
+// Claims are a host's own. filesOf is whose files they hold, empty for nobody's.
+func Claims(host *rdv.SessionHost, pool *rdv.HostPool, filesOf string) (claims []*corev1.PersistentVolumeClaim) {
+	for _, t := range pool.Spec.VolumeClaimTemplates {
+		l := map[string]string{}
+		maps.Copy(l, t.Metadata.Labels)
+		maps.Copy(l, labels(rdv.LabelHostPool, pool.Name, componentSessionHost))
+		l[rdv.LabelSessionHost] = host.Name
+		claim := &corev1.PersistentVolumeClaim{
+			TypeMeta:   typeMeta("v1", "PersistentVolumeClaim"),
+			ObjectMeta: meta(host.Namespace, ClaimName(t.Metadata.Name, host.Name), l),
+			Spec:       *t.Spec.DeepCopy(),
+		}
+		claim.Annotations = maps.Clone(t.Metadata.Annotations)
+		if filesOf != "" {
+			if claim.Annotations == nil {
+				claim.Annotations = map[string]string{}
+			}
+			claim.Annotations[rdv.AnnotationFilesOf] = filesOf
+		}
+		claims = append(claims, claim)
 	}
-	template := &corev1.PodTemplateSpec{}
-	strict, err := kjson.UnmarshalStrict(pool.Spec.Template.Raw, template)
-	if err != nil {
-		return nil, fmt.Errorf("spec.template: %w", err)
-	}
-	if len(strict) > 0 {
-		return nil, fmt.Errorf("spec.template: %w", errors.Join(strict...))
-	}
-	if err := checkTemplate(&template.Spec); err != nil {
-		return nil, err
-	}
-	return template, nil
+	return claims
 }
 
-func checkTemplate(spec *corev1.PodSpec) error {
-	if spec.HostNetwork {
-		return errors.New("spec.template.spec.hostNetwork: must not be true, for the node's network is open to the desktop's port; leave it out")
+// mountClaims puts a host's claims into its pod, each in place of a volume of its name.
+func mountClaims(spec *corev1.PodSpec, host *rdv.SessionHost, pool *rdv.HostPool) {
+	for _, t := range pool.Spec.VolumeClaimTemplates {
+		spec.Volumes = slices.DeleteFunc(spec.Volumes, func(v corev1.Volume) bool { return v.Name == t.Metadata.Name })
+		spec.Volumes = append(spec.Volumes, corev1.Volume{Name: t.Metadata.Name, VolumeSource: corev1.VolumeSource{
+			PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: ClaimName(t.Metadata.Name, host.Name)},
+		}})
 	}
-	desktop := false
-	for _, c := range append(append([]corev1.Container{}, spec.InitContainers...), spec.Containers...) {
-		if c.Name == agentContainer {
-			return fmt.Errorf("spec.template.spec: a container is named %q, which is the name of the sidecar that the operator adds; rename it", agentContainer)
-		}
-		for _, m := range c.VolumeMounts {
-			if m.Name == "agent-state" || m.Name == "registration" {
-				return fmt.Errorf("spec.template.spec: container %q mounts %q, where the agent has the machine's key and token; leave it out", c.Name, m.Name)
-			}
-		}
-		for _, p := range c.Ports {
-			if p.HostPort != 0 {
-				return fmt.Errorf("spec.template.spec: container %q asks for hostPort %d, but nothing may reach a session host from outside; leave it out", c.Name, p.HostPort)
-			}
-		}
+}
+
+// SharedClaims are the claims that all hosts of a pool would mount, which has or may have more than one: by volume.
+func SharedClaims(pool *rdv.HostPool, template *corev1.PodTemplateSpec) map[string]string {
+	hosts := or(pool.Spec.Replicas, 1)
+	if pool.Spec.Autoscaling != nil {
+		hosts = pool.Spec.Autoscaling.MaxReplicas
 	}
-	for _, c := range spec.Containers {
-		desktop = desktop || c.Name == desktopContainer
+	if hosts < 2 || template == nil {
+		return nil
 	}
-	if !desktop {
-		return fmt.Errorf("spec.template.spec.containers: none is named %q; name the one that runs the RDP server so", desktopContainer)
-	}
-	for _, v := range spec.Volumes {
-		switch v.Name {
-		case "rdp-cert", "agent-state", "registration", "agent-ca", loginVolume:
-			return fmt.Errorf("spec.template.spec.volumes: %q is the name of a volume that the operator adds; rename it", v.Name)
+	shared := map[string]string{}
+	for _, v := range template.Spec.Volumes {
+		own := slices.ContainsFunc(pool.Spec.VolumeClaimTemplates, func(t rdv.VolumeClaimTemplate) bool { return t.Metadata.Name == v.Name })
+		if v.PersistentVolumeClaim != nil && !own {
+			shared[v.Name] = v.PersistentVolumeClaim.ClaimName
 		}
 	}
-	return nil
+	return shared
 }
 
 // Pod is a session host that is a pod: the pool's template, and the agent beside its desktop.
@@ -180,6 +180,7 @@ func (o Options) Pod(host *rdv.SessionHost, pool *rdv.HostPool, template *corev1
 		// One group for the shared folder, so that a desktop that isn't root reads the key that the agent wrote.
 		spec.SecurityContext.FSGroup = new(nonRoot)
 	}
+	mountClaims(spec, host, pool)
 	spec.InitContainers = append(spec.InitContainers, o.agentSidecar(host, pool))
 	shared := []corev1.VolumeMount{readOnly("rdp-cert", rdpCertDir)}
 	if pool.Spec.Accounts != nil {

@@ -21,6 +21,14 @@ import (
 
 // Names of a Workspace's children.
 
+// WorkspaceSecrets are the Secrets with keys that are a workspace's own.
+func WorkspaceSecrets(workspace string) []string {
+	return []string{
+		WorkspaceTLS(workspace), WorkspaceTickets(workspace), WorkspaceSigning(workspace), WorkspaceBrokerIdentity(workspace),
+		WorkspaceOperatorIdentity(workspace), workspaceInternalCA(workspace),
+	}
+}
+
 // WorkspaceTLS names the Certificate of the feed, and its Secret.
 func WorkspaceTLS(workspace string) string { return workspace + "-tls" }
 
@@ -242,6 +250,8 @@ func (o Options) brokerConfig(ws *rdv.Workspace) config.Broker {
 		BusURLs:        o.busURLs(ws),
 		PeersHost:      o.serviceHost(ws.Namespace, workspacePeers(ws.Name)),
 		InternalIssuer: config.Issuer{Name: issuer.Name, Kind: issuer.Kind, Group: issuer.Group},
+		Feed:           callers(ws.Spec.Broker.Service),
+		Bus:            callers(ws.Spec.Broker.Bus.Service),
 	}
 }
 
@@ -293,7 +303,7 @@ func (o Options) BrokerDeployment(ws *rdv.Workspace) (*appsv1.Deployment, error)
 	}
 	sel := brokerSelector(ws.Name)
 	podLabels := workspaceLabels(ws, componentBroker)
-	return &appsv1.Deployment{
+	d := &appsv1.Deployment{
 		TypeMeta:   typeMeta(appsv1.SchemeGroupVersion.String(), "Deployment"),
 		ObjectMeta: meta(ws.Namespace, WorkspaceBroker(ws.Name), podLabels),
 		Spec: appsv1.DeploymentSpec{
@@ -319,7 +329,9 @@ func (o Options) BrokerDeployment(ws *rdv.Workspace) (*appsv1.Deployment, error)
 				},
 			},
 		},
-	}, nil
+	}
+	dress(&d.Spec.Template, sel, &ws.Spec.Broker.Pod)
+	return d, nil
 }
 
 func (o Options) brokerContainer(ws *rdv.Workspace) corev1.Container {

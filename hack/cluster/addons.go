@@ -29,13 +29,14 @@ func (c *cluster) loadAddons() (addons, error) {
 	refs := map[string]string{}
 	for _, build := range []struct{ dir, program string }{
 		{c.built.pause, "pause"}, {c.built.kube, "coredns"}, {c.built.kube, "certmanager"}, {c.built.dex, "dex"},
+		{c.built.localPath, "local-path-provisioner"}, {c.built.localPath, "volume"},
 	} {
 		img, err := programImage(build.dir, build.program)
 		if err != nil {
 			return a, err
 		}
 		a.Images = append(a.Images, img)
-		refs[build.program] = img.ref
+		refs[strings.ReplaceAll(build.program, "-", "")] = img.ref // as templates can name it
 	}
 	crds, err := os.ReadFile(filepath.Join(c.built.kube, "crds.yaml"))
 	if err != nil {
@@ -50,6 +51,7 @@ func (c *cluster) loadAddons() (addons, error) {
 	values := map[string]any{
 		"Image": refs, "DNSIP": dnsIP, "Domain": clusterDomain,
 		"Upstreams": strings.Join(upstreams(hostResolvConf()), " "),
+		"Volumes":   c.path("volumes"),
 		"DexConfig": string(dexConfig), "DexConfigHash": fingerprint(string(dexConfig)),
 	}
 	for file, into := range map[string]*string{"base.yaml": &a.Base, "issued.yaml": &a.Issued} {
@@ -130,6 +132,7 @@ func (c *cluster) awaitAddons(ctx context.Context) error {
 		{"--namespace=kube-system", "rollout", "status", timeout, "deployment/coredns"},
 		{"--namespace=cert-manager", "rollout", "status", timeout, "deployment/cert-manager"},
 		{"wait", "--for=condition=Ready", timeout, "clusterissuer/rdv-demo-ca"},
+		{"--namespace=local-path-storage", "rollout", "status", timeout, "deployment/local-path-provisioner"},
 		{"--namespace=dex", "rollout", "status", timeout, "deployment/dex"},
 	}
 	ctx, cancel := context.WithTimeout(ctx, addonTimeout)

@@ -43,11 +43,16 @@ var (
 	}
 	dexArtifact    = artifact{name: "dex", dir: "dex", sources: []string{"."}, packages: []string{"."}}
 	netpolArtifact = artifact{name: "netpol", dir: "netpol", sources: []string{"."}, packages: []string{"."}}
-	pauseArtifact  = artifact{name: "pause", dir: ".", sources: []string{"pause"}, packages: []string{"./pause"}}
+	// The provisioner has a module of its own, as it is built against an earlier Kubernetes.
+	localPathArtifact = artifact{
+		name: "localpath", dir: "localpath", sources: []string{"."},
+		packages: []string{"github.com/rancher/local-path-provisioner", "./volume"},
+	}
+	pauseArtifact = artifact{name: "pause", dir: ".", sources: []string{"pause"}, packages: []string{"./pause"}}
 )
 
 // artifacts says where the built things are.
-type artifacts struct{ kube, dex, netpol, pause string }
+type artifacts struct{ kube, dex, netpol, localPath, pause string }
 
 // ldflags strips the programs and tells Kubernetes its version, which clients
 // and the kubelet's skew checks read.
@@ -87,7 +92,7 @@ func buildAll(ctx context.Context) (artifacts, error) {
 	for _, build := range []struct {
 		into *string
 		what artifact
-	}{{&a.pause, pauseArtifact}, {&a.dex, dexArtifact}, {&a.netpol, netpolArtifact}, {&a.kube, kubeArtifact}} {
+	}{{&a.pause, pauseArtifact}, {&a.dex, dexArtifact}, {&a.netpol, netpolArtifact}, {&a.localPath, localPathArtifact}, {&a.kube, kubeArtifact}} {
 		dir, err := build.what.ensure(ctx)
 		if err != nil {
 			return a, err

@@ -58,8 +58,9 @@ func TestNFTRules(t *testing.T) {
 
 func TestAddonsRender(t *testing.T) {
 	values := map[string]any{
-		"Image": map[string]string{"coredns": "coredns:1", "certmanager": "certmanager:1", "dex": "dex:1"},
-		"DNSIP": dnsIP, "Domain": clusterDomain, "Upstreams": "192.0.2.53",
+		"Image":   map[string]string{"coredns": "coredns:1", "certmanager": "certmanager:1", "dex": "dex:1", "localpathprovisioner": "provisioner:1", "volume": "volume:1"},
+		"Volumes": "/state/volumes",
+		"DNSIP":   dnsIP, "Domain": clusterDomain, "Upstreams": "192.0.2.53",
 		"DexConfig": "{\"a\": \"b\"}\n", "DexConfigHash": "hash",
 	}
 	for _, name := range []string{"base.yaml", "issued.yaml"} {

@@ -80,7 +80,7 @@ func (c *cluster) components() []component {
 				l.bin("kube-controller-manager"), "--use-service-account-credentials",
 				"--service-account-private-key-file=" + l.key("service-accounts"), "--root-ca-file=" + l.crt("ca"),
 				"--cluster-signing-cert-file=" + l.crt("ca"), "--cluster-signing-key-file=" + l.key("ca"),
-				"--cluster-cidr=" + podCIDR, "--service-cluster-ip-range=" + serviceCIDR, "--allocate-node-cidrs=false",
+				"--cluster-cidr=" + podCIDR, "--service-cluster-ip-range=" + serviceCIDR, "--allocate-node-cidrs", "--node-cidr-mask-size=16",
 			}, kubeconfigs("kube-controller-manager")...),
 			health: c.get("https://" + nodeIP + ":10257/healthz"),
 		},

@@ -85,7 +85,7 @@ func setUpAndRun(m *testing.M) (int, error) {
 	if err := w.paintPods(ctx, w.podColor); err != nil {
 		return 0, err
 	}
-	if err := w.Client.Delete(ctx, &rdv.SessionHost{ObjectMeta: meta(outside)}); client.IgnoreNotFound(err) != nil {
+	if err := removeHost(ctx, w.Client, outside); err != nil {
 		return 0, err
 	}
 	if w.machine, err = w.NewMachine(ctx, w.roots, outside, rdpkit.Hex(w.outColor)); err != nil {
@@ -100,7 +100,7 @@ func setUpAndRun(m *testing.M) (int, error) {
 		return 0, err
 	}
 	code := m.Run()
-	if err := w.Client.Delete(context.WithoutCancel(ctx), &rdv.SessionHost{ObjectMeta: meta(outside)}); client.IgnoreNotFound(err) != nil {
+	if err := removeHost(context.WithoutCancel(ctx), w.Client, outside); err != nil {
 		return code, err
 	}
 	return code, nil
@@ -156,6 +156,26 @@ func (w *world) hostReady(ctx context.Context, name string) error {
 		return fmt.Errorf("SessionHost %s is not ready: %+v", name, c)
 	}
 	return nil
+}
+
+// removeHost deletes a SessionHost, waits for nobody who is on it, and comes back once it is gone.
+func removeHost(ctx context.Context, c client.Client, name string) error {
+	host := &rdv.SessionHost{ObjectMeta: meta(name)}
+	skip := client.RawPatch("application/merge-patch+json", []byte(`{"metadata":{"annotations":{"`+rdv.AnnotationSkipDrain+`":"true"}}}`))
+	if err := c.Patch(ctx, host, skip); client.IgnoreNotFound(err) != nil {
+		return err
+	}
+	if err := c.Delete(ctx, host); client.IgnoreNotFound(err) != nil {
+		return err
+	}
+	was := host.UID
+	return eventually(ctx, time.Minute, func() error {
+		err := c.Get(ctx, client.ObjectKeyFromObject(host), host)
+		if client.IgnoreNotFound(err) != nil || err == nil && host.UID == was { // a pool makes another at once
+			return errors.Join(errors.New("SessionHost "+name+" is still there"), err)
+		}
+		return nil
+	})
 }
 
 // eventually tries until it succeeds or the time is up.

@@ -14,7 +14,6 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
-	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
 	"rendezvous.dev/rendezvous/hack/desktop/rdpkit"
 	"rendezvous.dev/rendezvous/hack/netlab"
 	"rendezvous.dev/rendezvous/hack/stage"
@@ -57,7 +56,7 @@ func TestServiceInstall(t *testing.T) {
 		return string(out)
 	}
 	// The outside machine would be as good a host for alice.
-	if err := w.Client.Delete(ctx, &rdv.SessionHost{ObjectMeta: meta(outside)}); client.IgnoreNotFound(err) != nil {
+	if err := removeHost(ctx, w.Client, outside); err != nil {
 		t.Fatal(err)
 	}
 	if w.machine.Agent != nil {
@@ -67,7 +66,7 @@ func TestServiceInstall(t *testing.T) {
 	}
 	t.Cleanup(func() {
 		ctx := context.WithoutCancel(t.Context())
-		if err := w.Client.Delete(ctx, &rdv.SessionHost{ObjectMeta: meta(installed)}); client.IgnoreNotFound(err) != nil {
+		if err := removeHost(ctx, w.Client, installed); err != nil {
 			t.Error(err)
 		}
 	})

@@ -382,7 +382,9 @@ func enrollProbe(t *testing.T, tok, pool, host string) probeHost {
 		t.Fatalf("enrolling %s: %s: %s", host, resp.Status, data)
 	}
 	t.Cleanup(func() {
-		w.Client.Delete(context.WithoutCancel(t.Context()), &rdv.SessionHost{ObjectMeta: meta(host)})
+		if err := removeHost(context.WithoutCancel(t.Context()), w.Client, host); err != nil {
+			t.Error(err)
+		}
 	})
 	pkcs8, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {

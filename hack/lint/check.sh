@@ -9,7 +9,7 @@ if [ -n "$unformatted" ]; then
 	exit 1
 fi
 
-for module in . hack hack/cluster hack/cluster/dex hack/cluster/netpol hack/desktop hack/bench hack/sim; do
+for module in . hack hack/cluster hack/cluster/dex hack/cluster/netpol hack/cluster/localpath hack/desktop hack/bench hack/sim; do
 	echo "vet and staticcheck: $module"
 	(cd "$module" && go vet ./... && "$OLDPWD/bin/staticcheck" ./...)
 done

@@ -46,9 +46,7 @@ type Relay struct {
 	Gateway string `json:"gateway"`
 	// Hostname is the public name; agents' SNI is INSTANCE.join.Hostname.
 	Hostname string `json:"hostname"`
-	// ClientAddressesHidden says that the Service's forwarding may show a node's address for a client's, another for each of
-	// its connections: they tell clients apart no more.
-	ClientAddressesHidden bool `json:"clientAddressesHidden,omitempty"`
+	Callers
 	// MaxSessions bounds live sessions of this pod.
 	MaxSessions int32 `json:"maxSessions"`
 	// MaxPending bounds connections that are not joined yet, each before or in admission.
@@ -61,6 +59,15 @@ type Relay struct {
 	IdleTimeoutSeconds int32 `json:"idleTimeoutSeconds"`
 	// DrainDeadlineSeconds is how long a terminating relay waits for its last session.
 	DrainDeadlineSeconds int32 `json:"drainDeadlineSeconds"`
+}
+
+// Callers is what a public listener can know of who calls.
+type Callers struct {
+	// AddressesHidden says that the Service's forwarding may show a node's address for a client's, another for each of its
+	// connections: they tell clients apart no more.
+	AddressesHidden bool `json:"clientAddressesHidden,omitempty"`
+	// ProxyNetworks (CIDR) are those from which PROXY protocol headers are believed. Empty, none is.
+	ProxyNetworks []string `json:"proxyNetworks,omitempty"`
 }
 
 // Gateway is the gateway container's file.
@@ -94,6 +101,9 @@ type Broker struct {
 	PeersHost string `json:"peersHost"`
 	// InternalIssuer signs the agents' certificates.
 	InternalIssuer Issuer `json:"internalIssuer"`
+	// Feed and Bus are of the Services of feed and enrolment, and of the control channel.
+	Feed Callers `json:"feed,omitzero"`
+	Bus  Callers `json:"bus,omitzero"`
 }
 
 // Issuer is a cert-manager issuer.

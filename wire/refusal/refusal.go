@@ -56,6 +56,7 @@ const (
 	IdleTimeout     Code = "idle-timeout"
 	DrainDeadline   Code = "drain-deadline"
 	EndedByAdmin    Code = "ended-by-administrator"
+	ProxyHeader     Code = "proxy-header-refused" // of a load balancer whose headers aren't believed
 
 	// Enrolment.
 	RegistrationInvalid Code = "registration-token-invalid" // unknown or revoked by rotation
@@ -121,7 +122,7 @@ var codes = map[Code]bool{
 	TicketMissing: true, TicketInvalid: true, TicketExpired: true, WrongTarget: true,
 	NoHost: true, HostTimeout: true, HostRefused: true, HostFull: true, HostDraining: true, HostNotReady: true, AccountRefused: true, UnknownSession: true,
 	GatewayFull: true, GatewayDraining: true, AdmissionAway: true, BrokerAway: true, JoinUnknown: true, UnknownInstance: true,
-	Protocol: true, IdleTimeout: true, DrainDeadline: true, EndedByAdmin: true,
+	Protocol: true, IdleTimeout: true, DrainDeadline: true, EndedByAdmin: true, ProxyHeader: true,
 	RegistrationInvalid: true, RegistrationExpired: true, RegistrationSpent: true, BadRequest: true, WrongRole: true, IssuerAway: true,
 	Internal: true,
 }
