@@ -10,8 +10,10 @@ COPY agent/ agent/
 COPY broker/ broker/
 COPY client/ client/
 COPY cmd/ cmd/
+COPY config/ config/
 COPY controllers/ controllers/
 COPY gateway/ gateway/
+COPY lint/ lint/
 COPY relay/ relay/
 COPY sessionsapi/ sessionsapi/
 COPY wire/ wire/

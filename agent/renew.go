@@ -10,8 +10,8 @@ import (
 
 	"rendezvous.dev/rendezvous/wire/brokerapi"
 	"rendezvous.dev/rendezvous/wire/bus"
-	"rendezvous.dev/rendezvous/wire/refusal"
 	"rendezvous.dev/rendezvous/wire/rdpkey"
+	"rendezvous.dev/rendezvous/wire/refusal"
 )
 
 const renewTimeout = 60 * time.Second

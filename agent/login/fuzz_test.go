@@ -5,6 +5,9 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"unicode/utf8"
+
+	"rendezvous.dev/rendezvous/wire/account"
 )
 
 // Whatever is left of the list of accounts, it is read as a whole or not at all, no account changes hands by it, and what is
@@ -15,7 +18,7 @@ func FuzzRecords(f *testing.F) {
 	f.Add([]byte(`null`), "bob", "bob", uint32(0))
 	f.Add([]byte(`{"a":{"uid":1},"A":{"uid":1}}{}`), "a", "x", uint32(1))
 	dir := f.TempDir()
-	f.Fuzz(func(t *testing.T, data []byte, account, person string, uid uint32) {
+	f.Fuzz(func(t *testing.T, data []byte, name, person string, uid uint32) {
 		path := filepath.Join(dir, "accounts.json")
 		if err := os.WriteFile(path, data, 0o600); err != nil {
 			t.Fatal(err)
@@ -28,18 +31,21 @@ func FuzzRecords(f *testing.F) {
 			return
 		}
 		before := map[string]Record{}
-		for name, rec := range r.accounts {
-			before[name] = rec
+		for other, rec := range r.accounts {
+			before[other] = rec
 		}
-		if err := r.Put(account, Record{Person: person, UID: uid}); err != nil {
+		if account.CheckName(name) != nil || !utf8.ValidString(person) {
+			return // the agent asks for no such account
+		}
+		if err := r.Put(name, Record{Person: person, UID: uid}); err != nil {
 			return
 		}
-		if old, was := before[account]; was && old.Person != person {
-			t.Fatalf("account %q was %q's and is %q's", account, old.Person, person)
+		if old, was := before[name]; was && old.Person != person {
+			t.Fatalf("account %q was %q's and is %q's", name, old.Person, person)
 		}
-		for name, rec := range before {
-			if uid != 0 && rec.UID == uid && name != account {
-				t.Fatalf("user id %d is %q's and %q's", uid, name, account)
+		for other, rec := range before {
+			if uid != 0 && rec.UID == uid && other != name {
+				t.Fatalf("user id %d is %q's and %q's", uid, other, name)
 			}
 		}
 		again, err := LoadRecords(path)

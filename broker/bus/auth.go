@@ -79,7 +79,7 @@ func (a *authenticator) Check(c server.ClientAuthentication) bool {
 		p, err = wirebus.PermissionsFor(id)
 		if picked = a.picked(id); !picked {
 			p = wirebus.UnpickedPermissions(id)
-			a.o.Log.Warn("gateway hears only which sessions to end: the workspace does not pick it", "gateway", id.Gateway, "remote", c.RemoteAddress())
+			a.o.Log.Warn("gateway hears only which sessions to end: the workspace does not pick it", "gateway", id.Gateway, "remote", remote.String())
 		}
 	}
 	if err != nil {

@@ -17,6 +17,7 @@ func FuzzAnswer(f *testing.F) {
 	f.Add([]byte("HTTP/1.1 407 \x1b[2J\r\nProxy-Authenticate: Basic\r\nContent-Length: 5\r\n\r\nhello"), []byte{})
 	f.Add([]byte("HTTP/1.0 200\r\nTransfer-Encoding: chunked\r\n\r\n"), []byte("0\r\n\r\n"))
 	f.Add([]byte("HTTP/1.1 200 OK\r\nX: "+strings.Repeat("y", maxAnswer)+"\r\n\r\n"), []byte("x"))
+	f.Add([]byte("HTTP/1.1 200 OK\r\nX "+strings.Repeat("y", 8000)+"\r\n\r\n"), []byte{})
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		f.Fatal(err)

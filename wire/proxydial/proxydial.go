@@ -133,8 +133,11 @@ func (d Dialer) connect(ctx context.Context, network string, proxy *url.URL, add
 	bound := &io.LimitedReader{R: conn, N: maxAnswer}
 	r := bufio.NewReader(bound)
 	res, err := http.ReadResponse(r, &http.Request{Method: http.MethodConnect})
-	if err != nil {
+	switch network := net.Error(nil); {
+	case errors.As(err, &network), errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
 		return nil, fmt.Errorf("no answer to CONNECT %s: %w", address, err)
+	case err != nil: // which repeats what came
+		return nil, fmt.Errorf("no answer to CONNECT %s in HTTP: %q", address, clip(err.Error()))
 	}
 	if res.StatusCode != http.StatusOK {
 		return nil, fmt.Errorf("it answered %q to CONNECT %s%s", clip(res.Status), address, hint(res.StatusCode))
