@@ -104,7 +104,8 @@ func TestWorkspaceEditsChangeWhatDependsOnThem(t *testing.T) {
 		{"nothing", `{"metadata":{"annotations":{"note":"x"}}}`, nil},
 		{"replicas", `{"spec":{"broker":{"replicas":3}}}`, []string{"*v1.Deployment/demo-broker"}},
 		{"hostname", `{"spec":{"hostname":"other.example.test"}}`, []string{"*v1.Certificate/demo-tls", "*v1.ConfigMap/demo-broker", "*v1.Deployment/demo-broker"}},
-		{"service", `{"spec":{"broker":{"service":{"type":"NodePort"}}}}`, []string{"*v1.Service/demo-broker"}},
+		// The brokers are told that a node's address may stand for the client's.
+		{"service", `{"spec":{"broker":{"service":{"type":"NodePort"}}}}`, []string{"*v1.ConfigMap/demo-broker", "*v1.Deployment/demo-broker", "*v1.Service/demo-broker"}},
 		{"publisher", `{"spec":{"signing":{"commonName":"Example Corp"}}}`, []string{"*v1.Certificate/demo-signing"}},
 		{"who may use what", `{"spec":{"tickets":{"lifetimeSeconds":600}}}`, nil},
 	} {
