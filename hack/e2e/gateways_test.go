@@ -171,6 +171,20 @@ func secondGateway(t *testing.T) *netlab.SlowLine {
 	t.Cleanup(line.Close)
 	line.SetRoundTrip(farTrip)
 
+	// The near gateway may go where nobody but its administrator knows the other to be: at no address in a status.
+	reach := func(ctx context.Context, network string) error {
+		_, err := w.Kubectl(ctx, "", "-n", stage.Namespace, "patch", "gateway", nearGateway, "--type=merge", "-p", `{"spec":{"network":`+network+`}}`)
+		return err
+	}
+	if err := reach(ctx, `{"egress":{"allow":[{"to":[{"ipBlock":{"cidr":"`+cable.Addr+`/32"}}],"ports":[{"port":443}]}]}}`); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := reach(context.WithoutCancel(ctx), "null"); err != nil {
+			t.Error(err)
+		}
+	})
+
 	// The public name leads to the line, for people, agents and the other gateway alike.
 	create(&corev1.Service{ObjectMeta: meta(name), Spec: corev1.ServiceSpec{Ports: []corev1.ServicePort{{Name: portName, Port: 443}}}})
 	slice := &discoveryv1.EndpointSlice{ObjectMeta: meta(name), AddressType: discoveryv1.AddressTypeIPv4,
