@@ -458,7 +458,7 @@ func assignmentsConfigMap(pool string) string { return pool + "-assignments" }
 // that person's files. A pod's go with it, or stand in a claim that says whose it is. The record has no owner, so that it
 // outlives the pool; people delete it.
 func (r *sessionHostReconciler) recordAssignment(ctx context.Context, host *rdv.SessionHost) error {
-	if isPoolMade(host) {
+	if isPoolMade(host) || madeItself(host) {
 		return nil
 	}
 	pool := host.Spec.HostPoolRef.Name
@@ -510,6 +510,10 @@ func (r *sessionHostReconciler) assignments(ctx context.Context, namespace, pool
 // isPoolMade says that a pool made the host from its template: it is a pod.
 func isPoolMade(host *rdv.SessionHost) bool { return host.Labels[rdv.LabelManagedBy] == rdv.ManagedBy }
 
+// madeItself says that a machine made the host with its pool's token. Whoever deletes it wants it enrolled anew, and whoever has
+// the token could take its name: so it is nobody's then.
+func madeItself(host *rdv.SessionHost) bool { return host.Labels[rdv.LabelMadeByToken] != "" }
+
 // greet gives a host that is new its finalizer, and with it the user whose it was before it was deleted: brokers assign no
 // host without the finalizer, and a token is made only afterwards.
 func (r *sessionHostReconciler) greet(ctx context.Context, host *rdv.SessionHost) error {
@@ -539,6 +543,9 @@ func (r *sessionHostReconciler) greet(ctx context.Context, host *rdv.SessionHost
 func (r *sessionHostReconciler) userBefore(ctx context.Context, host *rdv.SessionHost) (user, where string, err error) {
 	if isPoolMade(host) {
 		return r.userOfClaims(ctx, host)
+	}
+	if madeItself(host) {
+		return "", "", nil
 	}
 	known, _, err := r.assignments(ctx, host.Namespace, host.Spec.HostPoolRef.Name)
 	return known[host.Name], fmt.Sprintf("ConfigMap %q", assignmentsConfigMap(host.Spec.HostPoolRef.Name)), err

@@ -331,6 +331,11 @@ func TestMachineStaysItsUsers(t *testing.T) {
 	if got := user(); got != "carol@example.test" {
 		t.Errorf("carol's machine is now %q's", got)
 	}
+	// Whoever has the pool's token may take a name that is free, but not the person.
+	again(func(h *rdv.SessionHost) { h.Labels = map[string]string{rdv.LabelMadeByToken: "x"} })
+	if got := user(); got != "" {
+		t.Errorf("a host that a token made is %q's", got)
+	}
 }
 
 // A pod of a predecessor that was removed by force makes room.
