@@ -308,8 +308,11 @@ func (s *Stage) applySamples(ctx context.Context) error {
 	return s.WaitReady(ctx, 5*time.Minute)
 }
 
-// WaitReady waits until every object of ours is Ready, and prints each that changes on the way. HostPools without a
-// template wait for machines that nobody has enrolled yet, so they need not be.
+// machinesPool is the sample's pool without a template.
+const machinesPool = "machines"
+
+// WaitReady waits until every object of ours is Ready, and prints each that changes on the way. The pool of machines, and what
+// a test left in it that was killed, wait for agents that nobody may have started: they need not be.
 func (s *Stage) WaitReady(ctx context.Context, limit time.Duration) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
@@ -317,20 +320,20 @@ func (s *Stage) WaitReady(ctx context.Context, limit time.Duration) error {
 	for {
 		pending := ""
 		table, err := s.Kubectl(ctx, "", "-n", Namespace, "get", "workspaces,hostpools,sessionhosts,gateways", "-o",
-			`jsonpath={range .items[*]}{.kind}{"/"}{.metadata.name}{"\t"}{.status.conditions[?(@.type=="Ready")].status}{"\t"}{.status.conditions[?(@.type=="Ready")].message}{"\t"}{.spec.workspaceRef.name}{.spec.template.kind}{.spec.replicas}{"\n"}{end}`)
+			`jsonpath={range .items[*]}{.kind}{"/"}{.metadata.name}{"\t"}{.status.conditions[?(@.type=="Ready")].status}{"\t"}{.status.conditions[?(@.type=="Ready")].message}{"\t"}{.spec.hostPoolRef.name}{"\n"}{end}`)
 		if err != nil && ctx.Err() == nil {
 			return err
 		}
-		for _, line := range strings.Split(strings.TrimSpace(table), "\n") {
+		for _, line := range strings.Split(strings.Trim(table, "\n"), "\n") {
 			f := strings.SplitN(line, "\t", 4)
-			if len(f) < 3 {
+			if len(f) < 4 {
 				continue
 			}
 			if now := f[1] + " " + f[2]; last[f[0]] != now {
 				last[f[0]] = now
 				s.say.Say("  %-28s Ready=%s  %s", f[0], f[1], f[2])
 			}
-			if f[1] != "True" && f[0] != "HostPool/machines" && !strings.HasPrefix(f[0], "SessionHost/outside") {
+			if f[1] != "True" && f[0] != "HostPool/"+machinesPool && f[3] != machinesPool {
 				pending = f[0] + ": " + f[2]
 			}
 		}
