@@ -1,7 +1,6 @@
 package broker
 
 import (
-	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -14,7 +13,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -26,27 +24,11 @@ import (
 	"rendezvous.dev/rendezvous/wire/identity"
 	"rendezvous.dev/rendezvous/wire/mtls"
 	"rendezvous.dev/rendezvous/wire/refusal"
+	"rendezvous.dev/rendezvous/wire/wiretest"
 )
 
-type lockedBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *lockedBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lockedBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
-}
-
 // runs starts a broker whose users are one provider's, and returns alice's token and the log.
-func runs(t *testing.T, ca *testca.CA, feed config.Callers) (a Addresses, token string, log *lockedBuffer) {
+func runs(t *testing.T, ca *testca.CA, feed config.Callers) (a Addresses, token string, log *wiretest.Log) {
 	t.Helper()
 	public := testca.IdentitySpec(identity.Broker(ns, ws))
 	public.URIs = nil
@@ -57,7 +39,7 @@ func runs(t *testing.T, ca *testca.CA, feed config.Callers) (a Addresses, token 
 	}
 	world := fake.New(&model.Snapshot{Workspace: &model.Workspace{Name: ws, OIDC: model.OIDC{IssuerURL: issuer, Audiences: []string{"rdv"}, UsernameClaim: "email"}, TicketLifetime: time.Hour}})
 	dir := func(s testca.Spec) string { return ca.Dir(ca.Issue(s)) }
-	log = &lockedBuffer{}
+	log = &wiretest.Log{}
 	ctx, stop := context.WithCancel(t.Context())
 	started, done := make(chan Addresses, 1), make(chan error, 1)
 	go func() {

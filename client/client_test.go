@@ -1,7 +1,6 @@
 package client
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"crypto/ecdsa"
@@ -38,6 +37,7 @@ import (
 	"rendezvous.dev/rendezvous/wire/clock"
 	"rendezvous.dev/rendezvous/wire/refusal"
 	"rendezvous.dev/rendezvous/wire/trace"
+	"rendezvous.dev/rendezvous/wire/wiretest"
 )
 
 // world is a workspace as a client sees it: an identity provider, a broker and gateways, all behind real TLS of one CA.
@@ -312,8 +312,8 @@ func (w *world) addGateway(name, addr string, connections int32) {
 }
 
 // client is a signed-out rdv. Its browser follows the page that it is given, as a person would.
-func (w *world) client() (c *Client, out, errs *syncBuffer) {
-	out, errs = &syncBuffer{}, &syncBuffer{}
+func (w *world) client() (c *Client, out, errs *wiretest.Log) {
+	out, errs = &wiretest.Log{}, &wiretest.Log{}
 	pool := x509.NewCertPool()
 	pool.AddCert(w.caCert)
 	browser := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool}}}
@@ -334,7 +334,7 @@ func (w *world) client() (c *Client, out, errs *syncBuffer) {
 	return c, out, errs
 }
 
-func (w *world) login() (c *Client, out, errs *syncBuffer) {
+func (w *world) login() (c *Client, out, errs *wiretest.Log) {
 	w.t.Helper()
 	c, out, errs = w.client()
 	if err := c.Login(w.t.Context(), LoginOptions{URL: w.broker.URL, CAFile: w.caFile}); err != nil {
@@ -342,23 +342,6 @@ func (w *world) login() (c *Client, out, errs *syncBuffer) {
 	}
 	out.Reset()
 	return c, out, errs
-}
-
-type syncBuffer struct {
-	mu sync.Mutex
-	bytes.Buffer
-}
-
-func (b *syncBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.Buffer.Write(p)
-}
-
-func (b *syncBuffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.Buffer.String()
 }
 
 func TestLoginBrowser(t *testing.T) {

@@ -16,6 +16,7 @@ import (
 
 	"rendezvous.dev/rendezvous/wire/brokerapi"
 	"rendezvous.dev/rendezvous/wire/terminal"
+	"rendezvous.dev/rendezvous/wire/wiretest"
 )
 
 // names has the broker name another provider from now on.
@@ -365,7 +366,7 @@ func TestOneRefreshAtATime(t *testing.T) {
 	for range 6 {
 		all.Go(func() {
 			each := *c
-			each.Out, each.Err = &syncBuffer{}, &syncBuffer{}
+			each.Out, each.Err = &wiretest.Log{}, &wiretest.Log{}
 			if err := each.List(t.Context(), false); err != nil {
 				t.Error(err)
 			}

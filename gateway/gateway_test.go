@@ -39,6 +39,7 @@ import (
 	"rendezvous.dev/rendezvous/wire/refusal"
 	"rendezvous.dev/rendezvous/wire/ticket"
 	"rendezvous.dev/rendezvous/wire/trace"
+	"rendezvous.dev/rendezvous/wire/wiretest"
 )
 
 const (
@@ -428,7 +429,7 @@ func TestBrokerOfAnotherRoleIsRefused(t *testing.T) {
 	rogue.Start()
 	t.Cleanup(rogue.Shutdown)
 	rogue.ReadyForConnections(patience)
-	var log safeLog
+	var log wiretest.Log
 	g, _ := start(t, dir, []config.GatewayWorkspace{{Name: "demo", BusURLs: []string{rogue.ClientURL()}}}, func(o *Options) {
 		o.Log = slog.New(slog.NewJSONHandler(&log, nil))
 	})

@@ -14,6 +14,7 @@ import (
 	"testing"
 
 	"rendezvous.dev/rendezvous/wire/admission"
+	"rendezvous.dev/rendezvous/wire/wiretest"
 )
 
 // TestBehindHAProxy is what people run: HAProxy in TCP mode before a gateway, in each way in which it tells clients'
@@ -68,7 +69,7 @@ backend relays
 			}
 			cmd := exec.Command(program, "-db", "-f", file)
 			cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-			var out lockedBuffer
+			var out wiretest.Log
 			cmd.Stdout, cmd.Stderr = &out, &out
 			if err := cmd.Start(); err != nil {
 				t.Fatal(err)

@@ -36,6 +36,7 @@ import (
 	"rendezvous.dev/rendezvous/wire/mtls"
 	"rendezvous.dev/rendezvous/wire/refusal"
 	"rendezvous.dev/rendezvous/wire/tsgu"
+	"rendezvous.dev/rendezvous/wire/wiretest"
 	"rendezvous.dev/rendezvous/wire/wsframe"
 )
 
@@ -156,7 +157,7 @@ type stack struct {
 	addr   string
 	roots  *x509.CertPool
 	agents chan *agentLeg
-	log    *lockedBuffer
+	log    *wiretest.Log
 	wrap   func(net.Conn) net.Conn // what clients and agents dial through, where set
 	from   netip.Addr              // whom clients and agents dial from, where set
 	maxTLS uint16                  // the newest version that they speak, where set
@@ -176,23 +177,6 @@ type agentLeg struct {
 }
 
 func (a *agentLeg) Read(p []byte) (int, error) { return a.r.Read(p) }
-
-type lockedBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *lockedBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lockedBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
-}
 
 // serveAdmission serves f on a Unix socket and dials it.
 func serveAdmission(t testing.TB, f *fakeAdmission) (client admission.AdmissionClient, stop func()) {
@@ -217,7 +201,7 @@ func serveAdmission(t testing.TB, f *fakeAdmission) (client admission.AdmissionC
 // newStack starts it all; change may alter the options, and the admission's answers.
 func newStack(t testing.TB, change func(*Options, *fakeAdmission)) *stack {
 	t.Helper()
-	s := &stack{t: t, agents: make(chan *agentLeg, 100), log: &lockedBuffer{}, ran: make(chan error, 1)}
+	s := &stack{t: t, agents: make(chan *agentLeg, 100), log: &wiretest.Log{}, ran: make(chan error, 1)}
 	s.adm = &fakeAdmission{commands: make(chan *admission.RelayCommand, 10)}
 	s.adm.authenticate = func(r *admission.AuthenticateRequest) *admission.AuthenticateResponse {
 		if r.Ticket != testTicket {

@@ -1,7 +1,6 @@
 package sessionsapi_test
 
 import (
-	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -36,6 +35,7 @@ import (
 	"rendezvous.dev/rendezvous/wire/brokerapi"
 	"rendezvous.dev/rendezvous/wire/bus"
 	"rendezvous.dev/rendezvous/wire/refusal"
+	"rendezvous.dev/rendezvous/wire/wiretest"
 )
 
 // desks stand for the brokers.
@@ -308,7 +308,7 @@ func TestKubectl(t *testing.T) {
 	watching, stopWatching := context.WithCancel(t.Context())
 	watch := exec.CommandContext(watching, kubectl, "get", "sessions", "-n", "team", "-w", "--output-watch-events")
 	watch.Env = append(os.Environ(), "KUBECONFIG="+filepath.Join(dir, "vera.kubeconfig"), "HOME="+dir)
-	var seen lockedBuffer
+	var seen wiretest.Log
 	watch.Stdout, watch.Stderr = &seen, &seen
 	if err := watch.Start(); err != nil {
 		t.Fatal(err)
@@ -388,21 +388,4 @@ func within(t *testing.T, what string, ok func() bool) {
 			return
 		}
 	}
-}
-
-type lockedBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (b *lockedBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.Write(p)
-}
-
-func (b *lockedBuffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.String()
 }

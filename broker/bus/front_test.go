@@ -20,24 +20,8 @@ import (
 	wirebus "rendezvous.dev/rendezvous/wire/bus"
 	"rendezvous.dev/rendezvous/wire/config"
 	"rendezvous.dev/rendezvous/wire/identity"
+	"rendezvous.dev/rendezvous/wire/wiretest"
 )
-
-type lockedBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *lockedBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lockedBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
-}
 
 // knock opens a connection that says no more than that.
 func knock(t *testing.T, addr net.Addr, says string) net.Conn {
@@ -169,7 +153,7 @@ func TestProxyHeaders(t *testing.T) {
 		return []string{"tls://" + s.Addr().String(), "wss://" + s.WebSocketAddr().String()}
 	}
 	t.Run("believed", func(t *testing.T) {
-		log := &lockedBuffer{}
+		log := &wiretest.Log{}
 		s := start(t, ca, Options{Log: slog.New(slog.NewJSONHandler(log, nil)), Callers: config.Callers{ProxyNetworks: []string{"127.0.0.0/8"}},
 			Admit: func(id identity.ID, _ string, _ time.Time) error {
 				if id == agentB {
@@ -204,7 +188,7 @@ func TestProxyHeaders(t *testing.T) {
 		})
 	})
 	t.Run("not believed", func(t *testing.T) {
-		log := &lockedBuffer{}
+		log := &wiretest.Log{}
 		s := start(t, ca, Options{Log: slog.New(slog.NewJSONHandler(log, nil))})
 		for _, url := range urls(s) {
 			for _, header := range []string{proxyV1, proxyV2} {

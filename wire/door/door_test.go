@@ -1,7 +1,6 @@
 package door
 
 import (
-	"bytes"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -17,6 +16,7 @@ import (
 	"time"
 
 	"rendezvous.dev/rendezvous/wire/config"
+	"rendezvous.dev/rendezvous/wire/wiretest"
 )
 
 // patience bounds waits for what must happen.
@@ -29,33 +29,16 @@ type stand struct {
 	*Door
 	t    *testing.T
 	addr string
-	log  *lockedBuffer
+	log  *wiretest.Log
 	hold chan struct{} // requests for /hold wait until it is closed
 
 	mu    sync.Mutex
 	ended map[string]int
 }
 
-type lockedBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *lockedBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lockedBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
-}
-
 func newStand(t *testing.T, o Options) *stand {
 	t.Helper()
-	s := &stand{t: t, log: &lockedBuffer{}, hold: make(chan struct{}), ended: map[string]int{}}
+	s := &stand{t: t, log: &wiretest.Log{}, hold: make(chan struct{}), ended: map[string]int{}}
 	o.Field, o.Log = field, slog.New(slog.NewTextHandler(s.log, nil))
 	o.Ended = func(why string) {
 		s.mu.Lock()

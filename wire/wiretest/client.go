@@ -1,5 +1,6 @@
-// Package wiretest is an RDP client's end of a session through a gateway, for benchmarks and fleet tests that need many.
-// It is as trusting as tests may be: what a real client refuses, it may let pass.
+// Package wiretest is what tests of several packages need. Client is an RDP client's end of a session through a gateway, for
+// benchmarks and fleet tests that need many: as trusting as tests may be, it may let pass what a real client refuses. Log is a
+// log that is read while it is written.
 package wiretest
 
 import (
