@@ -317,7 +317,16 @@ func ownsReplicas(d *appsv1.Deployment) bool {
 // Delete removes an object as it was seen: one that was replaced or has changed since is left to the pass that its change
 // brings.
 func (a *Applier) Delete(ctx context.Context, obj client.Object) error {
-	err := a.Client.Delete(ctx, obj, client.Preconditions{UID: new(obj.GetUID()), ResourceVersion: new(obj.GetResourceVersion())})
+	return a.remove(ctx, obj, client.Preconditions{UID: new(obj.GetUID()), ResourceVersion: new(obj.GetResourceVersion())})
+}
+
+// DeleteByUID removes an object whatever has changed of it since it was seen, unless it was replaced.
+func (a *Applier) DeleteByUID(ctx context.Context, obj client.Object, opts ...client.DeleteOption) error {
+	return a.remove(ctx, obj, append(opts, client.Preconditions{UID: new(obj.GetUID())})...)
+}
+
+func (a *Applier) remove(ctx context.Context, obj client.Object, opts ...client.DeleteOption) error {
+	err := a.Client.Delete(ctx, obj, opts...)
 	if err != nil && !apierrors.IsNotFound(err) && !apierrors.IsConflict(err) {
 		return fmt.Errorf("delete %T %q: %w", obj, obj.GetName(), err)
 	}
