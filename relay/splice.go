@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"rendezvous.dev/rendezvous/wire/admission"
+	"rendezvous.dev/rendezvous/wire/door"
 )
 
 // spliceTo hands a connection whose ClientHello names another pod of this gateway on to that pod, TLS untouched: the
@@ -49,21 +50,13 @@ func (r *Relay) spliceTo(v *visitor, c *conn) {
 	r.adopt(peer)
 	defer r.disown(peer)
 	var both sync.WaitGroup
-	both.Go(func() { r.passOn(peer, c.TCPConn) })
-	r.passOn(c.TCPConn, peer)
+	both.Go(func() { door.PassOn(peer, c.TCPConn, r.closeGrace, splice) })
+	door.PassOn(c.TCPConn, peer, r.closeGrace, splice)
 	both.Wait()
 }
 
-// passOn copies one way, then half-closes. The other way gets closeGrace to end.
-func (r *Relay) passOn(to, from *net.TCPConn) {
+// splice copies in the kernel.
+func splice(to, from *net.TCPConn) error {
 	_, err := io.Copy(to, from)
-	if err == nil {
-		err = to.CloseWrite()
-	}
-	if err != nil {
-		to.Close()
-		from.Close()
-		return
-	}
-	to.SetReadDeadline(time.Now().Add(r.closeGrace))
+	return err
 }

@@ -140,8 +140,8 @@ func (f *front) pass(c *door.Conn, to string, greeted bool) {
 	}
 	early = nil
 	var both sync.WaitGroup
-	both.Go(func() { passOn(tc, server) })
-	passOn(server, tc)
+	both.Go(func() { door.PassOn(tc, server, closeGrace, pump) })
+	door.PassOn(server, tc, closeGrace, pump)
 	both.Wait()
 }
 
@@ -239,20 +239,6 @@ func dropInfo(server *net.TCPConn) error {
 		return errors.New("bus: the server says more than INFO")
 	}
 	return server.SetReadDeadline(time.Time{})
-}
-
-// passOn copies one way, then half-closes. The other way gets closeGrace to end.
-func passOn(to, from *net.TCPConn) {
-	err := pump(to, from)
-	if err == nil {
-		err = to.CloseWrite()
-	}
-	if err != nil {
-		to.Close()
-		from.Close()
-		return
-	}
-	to.SetReadDeadline(time.Now().Add(closeGrace))
 }
 
 // buffers are for bytes on their way: a connection that says nothing holds none.

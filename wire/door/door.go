@@ -2,7 +2,7 @@
 // have put before a connection (wire/proxyproto), and bounds the connections that nobody has vouched for (wire/strangers).
 // What has said nothing yet costs a goroutine and a small buffer; the server behind the door doesn't hear of it.
 //
-// The relay does the same on its own data path, of which this package has the accept loop.
+// The relay does the same on its own data path, of which this package has the accept loop, and what follows the copying.
 package door
 
 import (
@@ -44,6 +44,20 @@ func Accept(l net.Listener, log *slog.Logger, serve func(*net.TCPConn)) error {
 		}
 		serve(tc)
 	}
+}
+
+// PassOn copies one way by pump, until from ends, and half-closes. The other way gets grace to end.
+func PassOn(to, from *net.TCPConn, grace time.Duration, pump func(to, from *net.TCPConn) error) {
+	err := pump(to, from)
+	if err == nil {
+		err = to.CloseWrite()
+	}
+	if err != nil {
+		to.Close()
+		from.Close()
+		return
+	}
+	to.SetReadDeadline(time.Now().Add(grace))
 }
 
 // Why a connection ended before anybody had vouched for it, for Options.Ended.
