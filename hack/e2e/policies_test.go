@@ -8,17 +8,16 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
+	"rendezvous.dev/rendezvous/hack/desktop/rdpkit"
 	"rendezvous.dev/rendezvous/hack/netlab"
 	"rendezvous.dev/rendezvous/hack/stage"
 )
@@ -51,26 +50,13 @@ func podAt(t *testing.T, name, namespace string, labels map[string]string) (plac
 
 // reaches says why a TCP connection from a place does not come about, or nil.
 func (p place) reaches(ctx context.Context, addr string) error {
-	result := make(chan error, 1)
-	go func() {
-		// Never unlocked: the runtime ends the thread with the goroutine, so nothing else runs in the wrong namespace.
-		runtime.LockOSThread()
-		ns, err := os.Open(p.netns)
-		if err == nil {
-			err = unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET)
-			ns.Close()
-		}
-		if err != nil {
-			result <- fmt.Errorf("enter %s: %w", p.name, err)
-			return
-		}
+	return rdpkit.DoIn(p.netns, func() error {
 		conn, err := (&net.Dialer{Timeout: 2 * time.Second}).DialContext(ctx, "tcp", addr)
 		if err == nil {
 			conn.Close()
 		}
-		result <- err
-	}()
-	return <-result
+		return err
+	})
 }
 
 // listen takes connections at an address until the test ends.

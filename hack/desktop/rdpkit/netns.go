@@ -55,14 +55,17 @@ func Join(a *Netns, addressA netip.Prefix, b *Netns, addressB netip.Prefix) erro
 	)
 }
 
-// Do calls f on a thread that is in the namespace: a socket that f opens belongs to it for good. Goroutines that f
-// starts are not in the namespace.
-func (n *Netns) Do(f func() error) error {
+// Do calls f on a thread that is in the namespace.
+func (n *Netns) Do(f func() error) error { return DoIn("/run/netns/"+n.Name, f) }
+
+// DoIn calls f on a thread that is in the network namespace of a file (/proc/PID/ns/net, say): a socket that f opens belongs to
+// it for good. Goroutines that f starts are not in the namespace.
+func DoIn(file string, f func() error) error {
 	result := make(chan error, 1)
 	go func() {
 		// Never unlocked: the runtime ends the thread with the goroutine, so nothing else runs in the wrong namespace.
 		runtime.LockOSThread()
-		ns, err := os.Open("/run/netns/" + n.Name)
+		ns, err := os.Open(file)
 		if err == nil {
 			err = unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET)
 			ns.Close()
