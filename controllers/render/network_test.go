@@ -2,11 +2,14 @@ package render
 
 import (
 	"net/netip"
+	"os"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
 
 	networkingv1 "k8s.io/api/networking/v1"
+	"sigs.k8s.io/yaml"
 
 	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
 )
@@ -16,6 +19,25 @@ func prefixes(texts ...string) (all []netip.Prefix) {
 		all = append(all, netip.MustParsePrefix(text))
 	}
 	return all
+}
+
+// The operator's own policy is a file, and leaves out what those that it makes do.
+func TestOperatorsPolicy(t *testing.T) {
+	text, err := os.ReadFile("../../config/manager/network_policy.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	policy := &networkingv1.NetworkPolicy{}
+	if err := yaml.UnmarshalStrict(text, policy); err != nil {
+		t.Fatal(err)
+	}
+	made := Options{}.BrokerNetworkPolicy(&rdv.Workspace{}, Surroundings{})
+	last := func(p *networkingv1.NetworkPolicy) []networkingv1.NetworkPolicyPeer {
+		return p.Spec.Egress[len(p.Spec.Egress)-1].To
+	}
+	if got, want := last(policy), last(made); !reflect.DeepEqual(got, want) {
+		t.Errorf("the operator reaches %+v, want %+v", got, want)
+	}
 }
 
 func TestMerged(t *testing.T) {
