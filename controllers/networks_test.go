@@ -2,6 +2,7 @@ package controllers
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -40,6 +41,34 @@ func TestClusterNetworksAreRead(t *testing.T) {
 			t.Errorf("%s is not among the cluster's networks %v", want, got)
 		}
 	}
+
+	// A node that comes is seen, but the API server is not asked by every pass; nor does its silence open anything.
+	late := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "networks-late"}, Spec: corev1.NodeSpec{PodCIDR: "10.250.0.0/24", PodCIDRs: []string{"10.250.0.0/24"}}}
+	w.create(t, late)
+	t.Cleanup(func() { _ = w.Delete(context.Background(), late) })
+	sees := func(want bool) {
+		t.Helper()
+		got, err := n.get(t.Context())
+		if has := slices.Contains(got, netip.MustParsePrefix("10.250.0.0/24")); err != nil || has != want {
+			t.Errorf("the late node's addresses are known: %v (%v), want %v", has, err, want)
+		}
+	}
+	sees(false)
+	now = now.Add(networksEvery)
+	sees(true)
+	n.live, now = silent{}, now.Add(networksEvery)
+	sees(true)
+	fresh := &networks{live: silent{}, now: n.now}
+	if got, err := fresh.get(t.Context()); err == nil {
+		t.Errorf("nothing could be read, and %v is all the cluster's networks", got)
+	}
+}
+
+// silent is an API server that doesn't answer.
+type silent struct{ client.Reader }
+
+func (silent) List(context.Context, client.ObjectList, ...client.ListOption) error {
+	return errors.New("no answer")
 }
 
 func TestManyNetworksBecomeFewer(t *testing.T) {

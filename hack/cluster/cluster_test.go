@@ -119,6 +119,7 @@ func TestTeardownKnowsItsProcesses(t *testing.T) {
 		component, shim bool
 	}{
 		{"/state/bin/kubelet", []string{"/state/bin/kubelet", "--config=x"}, true, false},
+		{"/state/bin/netpol", []string{"/state/bin/netpol", "--hostname-override=x"}, true, false},
 		{"/other/bin/kubelet", []string{"/other/bin/kubelet"}, false, false},
 		{"/state/bin/kubectl", []string{"kubectl", "get", "pods"}, false, false},
 		{"/usr/bin/containerd", []string{"/usr/bin/containerd", "--config", "/state/config/containerd.toml"}, true, false},
