@@ -2,7 +2,6 @@ package controllers
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -61,7 +60,7 @@ func (b *base) podTemplate(ctx context.Context, pool *rdv.HostPool) (template *c
 		}
 	}
 	if len(faults) > 0 {
-		return nil, errors.New(strings.Join(faults, "; ")), nil
+		return nil, render.TemplateFaults(faults), nil
 	}
 	return template, nil, nil
 }

@@ -3,6 +3,7 @@ package lint
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"regexp"
@@ -357,10 +358,11 @@ func (s *set) checkPool(e *entry, pool *rdv.HostPool) {
 	}
 	template, err := render.PodTemplate(pool)
 	if err != nil {
-		for _, one := range strings.Split(err.Error(), "; spec.") {
-			if !strings.HasPrefix(one, "spec.") {
-				one = "spec." + one
-			}
+		var faults render.TemplateFaults
+		if !errors.As(err, &faults) {
+			faults = []string{err.Error()}
+		}
+		for _, one := range faults {
 			s.find(e, fieldOf.FindString(one), one, false)
 		}
 		return

@@ -12,7 +12,8 @@ import (
 	rdv "rendezvous.dev/rendezvous/api/v1alpha1"
 )
 
-// PodTemplate reads a pool's template, strictly, and says all that in it can't be honoured. A pool without one has nil.
+// PodTemplate reads a pool's template, strictly. What can't be honoured in one that can be read is a TemplateFaults. A pool
+// without a template has nil.
 func PodTemplate(pool *rdv.HostPool) (*corev1.PodTemplateSpec, error) {
 	if pool.Spec.Template == nil {
 		return nil, nil
@@ -32,10 +33,15 @@ func PodTemplate(pool *rdv.HostPool) (*corev1.PodTemplateSpec, error) {
 		}
 	}
 	if len(faults) > 0 {
-		return nil, errors.New(strings.Join(faults, "; "))
+		return nil, TemplateFaults(faults)
 	}
 	return template, nil
 }
+
+// TemplateFaults are all that can't be honoured in a template, each with its field first.
+type TemplateFaults []string
+
+func (f TemplateFaults) Error() string { return strings.Join(f, "; ") }
 
 // rdpCertVolume alone of the volumes that the operator adds may be mounted by other containers than the desktop.
 const rdpCertVolume = "rdp-cert"
