@@ -103,7 +103,7 @@ func AwaitService(ctx context.Context, o Options, out io.Writer) error {
 		case err == nil && h.Connected:
 			fmt.Fprintf(out, "the service runs: session host %s is connected to its broker\n", h.Host)
 			if _, err := os.Stat(o.TokenFile); err == nil {
-				fmt.Fprintf(out, "the registration token has done its work, and a pool's enrols further machines: delete %s\n", o.TokenFile)
+				fmt.Fprintf(out, "the registration token has been used, and a pool's token can enrol more machines: delete %s\n", o.TokenFile)
 			}
 			return nil
 		case err == nil && h.Refused:
@@ -113,7 +113,7 @@ func AwaitService(ctx context.Context, o Options, out io.Writer) error {
 			continue
 		}
 		if err != nil {
-			fmt.Fprintf(out, "the service runs; how it does can't be asked: %v\n", err)
+			fmt.Fprintf(out, "the service runs, but the agent did not say how it is: %v\n", err)
 			return nil
 		}
 		fmt.Fprintf(out, "the service runs, and goes on trying. As yet: %s\n", h.Summary())

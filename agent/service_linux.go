@@ -26,7 +26,7 @@ func CheckService() error {
 		return errors.New("systemd does not run on this machine: set xrdp up with `agent login install`, and start `agent run` with --login-dir from this machine's own service manager")
 	}
 	if os.Geteuid() != 0 {
-		return errors.New("a service is root's to install: run this as root")
+		return errors.New("only root can install a service: run this as root")
 	}
 	return nil
 }

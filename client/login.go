@@ -187,7 +187,7 @@ func authStyle(p *oidc.Provider, secret string) (oauth2.AuthStyle, error) {
 	case slices.Contains(says.Methods, "client_secret_post"):
 		return oauth2.AuthStyleInParams, nil
 	}
-	return 0, fmt.Errorf("it takes a client's secret in no way that rdv knows: it names %s", terminal.OneLine(strings.Join(says.Methods, ", ")))
+	return 0, fmt.Errorf("rdv knows none of the ways in which it takes a client secret: it names %s", terminal.OneLine(strings.Join(says.Methods, ", ")))
 }
 
 // readSecret reads --client-secret-file.

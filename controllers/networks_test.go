@@ -142,8 +142,8 @@ func TestNetworkPolicies(t *testing.T) {
 	w.is(t, &rdv.HostPool{}, ns, "linux", rdv.ConditionReferencesResolved, metav1.ConditionFalse, rdv.ReasonConflict, "NetworkPolicy \""+hosts+"\"")
 
 	for patch, words := range map[string]string{ // what the API server refuses
-		`{"spec":{"network":{"egress":{"deny":["10.0.0.1/8"]}}}}`:              "no bits set behind the prefix",
-		`{"spec":{"network":{"egress":{"deny":["office"]}}}}`:                  "must be an address range in CIDR form",
+		`{"spec":{"network":{"egress":{"deny":["10.0.0.1/8"]}}}}`:              "with no bit set beyond BITS",
+		`{"spec":{"network":{"egress":{"deny":["office"]}}}}`:                  "write the network as ADDRESS/BITS",
 		`{"spec":{"network":{"mode":"Unmanaged","egress":{"base":"Needed"}}}}`: "egress needs mode Managed",
 	} {
 		pool := &rdv.HostPool{ObjectMeta: metav1.ObjectMeta{Namespace: ns, Name: "linux"}}

@@ -156,7 +156,7 @@ func (r *Relay) SetConfig(c config.Relay) {
 	r.config.Store(&c)
 	proxies, err := proxyproto.ParseNetworks(c.ProxyNetworks)
 	if err != nil {
-		r.log.Error("PROXY protocol headers are believed from nowhere", "field", r.proxyField(), "error", err)
+		r.log.Error("no PROXY protocol header is believed", "field", r.proxyField(), "error", err)
 	}
 	r.proxies.Store(&proxies)
 	r.metrics.Capacity.Set(float64(c.MaxSessions))

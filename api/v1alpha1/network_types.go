@@ -64,9 +64,7 @@ type Egress struct {
 	// +optional
 	// +listType=set
 	// +kubebuilder:validation:MaxItems=64
-	// +kubebuilder:validation:items:MaxLength=64
-	// +kubebuilder:validation:XValidation:rule="self.all(c, isCIDR(c) && cidr(c).ip() == cidr(c).masked().ip())",message="each entry must be an address range in CIDR form, such as 10.20.0.0/16, with no bits set behind the prefix"
-	Deny []string `json:"deny,omitempty"`
+	Deny []Network `json:"deny,omitempty"`
 	// allow are egress rules, as a NetworkPolicy spells them, to open besides. At most 64.
 	// +optional
 	// +listType=atomic

@@ -270,7 +270,7 @@ func (in *Egress) DeepCopyInto(out *Egress) {
 	*out = *in
 	if in.Deny != nil {
 		in, out := &in.Deny, &out.Deny
-		*out = make([]string, len(*in))
+		*out = make([]Network, len(*in))
 		copy(*out, *in)
 	}
 	if in.Allow != nil {

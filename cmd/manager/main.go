@@ -56,7 +56,7 @@ func run() error {
 	version.AddFlag(flag.CommandLine, linked)
 	images.OperatorNamespace = os.Getenv("POD_NAMESPACE")
 	var clusterNetworks []netip.Prefix
-	flag.Func("cluster-cidr", "addresses of the cluster that neither its nodes nor its ServiceCIDRs tell, such as the pods' with some networks: desktops are kept off them; may be repeated", func(text string) error {
+	flag.Func("cluster-cidr", "an address range of the cluster's own that neither nodes nor ServiceCIDRs show, such as the pods' with some network plugins; desktops can't reach it; may be repeated", func(text string) error {
 		network, err := netip.ParsePrefix(text)
 		if err != nil {
 			return fmt.Errorf("%q is no address range such as 10.244.0.0/16", text)

@@ -108,7 +108,7 @@ func egress(spec *rdv.Egress, base rdv.EgressBase, around Surroundings, needed .
 			except = append(except, around.Cluster...)
 		}
 		for _, text := range spec.Deny { // the API checks them
-			if p, err := netip.ParsePrefix(text); err == nil {
+			if p, err := netip.ParsePrefix(string(text)); err == nil {
 				except = append(except, p.Masked())
 			}
 		}

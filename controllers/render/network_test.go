@@ -92,7 +92,7 @@ func TestEgress(t *testing.T) {
 			t.Errorf("%s is open to a desktop, closed are %v", closed, except)
 		}
 	}
-	pool.Spec.Network.Egress = &rdv.Egress{Deny: []string{"10.0.0.0/8"}}
+	pool.Spec.Network.Egress = &rdv.Egress{Deny: []rdv.Network{"10.0.0.0/8"}}
 	if _, except = blocks(PoolNetworkPolicy(pool, around)); !has(except, "10.0.0.0/8") || has(except, "10.244.0.0/16") {
 		t.Errorf("with 10.0.0.0/8 denied, closed are %v", except)
 	}
