@@ -87,18 +87,23 @@ func EnsureWine(ctx context.Context, log *slog.Logger) (string, error) {
 	return ensureOne(ctx, log, "wine")
 }
 
-// ensureOne builds a root that has a folder of its own in the recipe.
+// ensureOne builds a root that has a folder of its own in the recipe: with a script, or with a list of packages.
 func ensureOne(ctx context.Context, log *slog.Logger, kind string) (string, error) {
 	cache, common, err := openCache()
 	if err != nil {
 		return "", err
 	}
-	hash, err := hashRecipe(common, kind)
+	script, parts := kind+"/build.sh", []string{kind}
+	if _, err := fs.Stat(recipe, "recipe/"+script); err != nil { // the base and some packages
+		script = "packages.sh"
+		parts = append(parts, script)
+	}
+	hash, err := hashRecipe(common, parts...)
 	if err != nil {
 		return "", err
 	}
 	root := filepath.Join(cache, kind+"-"+hash)
-	return root, ensure(ctx, log, cache, common, kind+"/build.sh", map[string]string{kind: root})
+	return root, ensure(ctx, log, cache, common, script, map[string]string{kind: root})
 }
 
 // openCache makes the cache's folder, and gives the hash of what all roots have in common.
