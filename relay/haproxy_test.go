@@ -18,10 +18,13 @@ import (
 )
 
 // TestBehindHAProxy is what people run: HAProxy in TCP mode before a gateway, in each way in which it tells clients'
-// addresses, with its own health check. It needs HAProxy (apt-get install haproxy).
+// addresses, with its own health check. It needs HAProxy, which make unit installs.
 func TestBehindHAProxy(t *testing.T) {
 	program, err := exec.LookPath("haproxy")
 	if err != nil {
+		if os.Getenv("RDV_REQUIRE_HAPROXY") != "" {
+			t.Fatal("haproxy is not installed: make unit installs it")
+		}
 		t.Skip("haproxy is not installed")
 	}
 	for name, options := range map[string]string{
