@@ -137,6 +137,12 @@ type watch struct {
 	next    time.Duration     // until the next probe of one that fails
 }
 
+// settled says that nothing is to be expected of the server's certificate: it is valid, and the very one that the agent has
+// installed. A server takes that up when it pleases.
+func (w *watch) settled(m *member, now time.Time) bool {
+	return w.served == nil || servesOurs(m, w.served, now) == nil && (m == nil || m.rdp == nil || w.served.Equal(m.rdp))
+}
+
 // due says whether the server is to be asked now; else gone says that there is none to ask. wrong says that its certificate
 // was not the right one, which a server may change between two connections.
 func (w *watch) due(now time.Time, suspect, wrong bool) (due bool, gone error) {
@@ -195,7 +201,7 @@ func (a *Agent) keepProbing(ctx context.Context) {
 		default:
 		}
 		now := time.Now()
-		due, err := w.due(now, suspect, w.served != nil && servesOurs(a.current(), w.served, now) != nil)
+		due, err := w.due(now, suspect, !w.settled(a.current(), now))
 		if due {
 			w.ask(ctx)
 		}

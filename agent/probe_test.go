@@ -1,15 +1,19 @@
 package agent
 
 import (
+	"context"
 	"errors"
 	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"rendezvous.dev/rendezvous/agent/login"
 	"rendezvous.dev/rendezvous/wire/bus"
+	"rendezvous.dev/rendezvous/wire/mtls"
 )
 
 // When the RDP server is asked, by what the kernel says of its listening socket.
@@ -105,4 +109,53 @@ func TestQuietProbe(t *testing.T) {
 	hangs.Store(true) // it accepts, and says nothing
 	serve(o.RDPAddr)
 	w.eventually("a report that the new server doesn't answer", func() bool { return !w.last().RDPReady })
+}
+
+// A server takes a renewed certificate up when it pleases: after the first look, say. The report tells then, too.
+func TestServerTakesCertificateUpLate(t *testing.T) {
+	w := newWorld(t)
+	late := startRDP(t, t.TempDir())
+	o := w.options()
+	o.RDPAddr, o.timing.probeAgain = late.addr, time.Hour
+	at := netip.MustParseAddrPort(late.addr)
+	var looks atomic.Int32
+	o.listeners = func() (login.Listening, error) {
+		looks.Add(1)
+		return login.Listeners(at)
+	}
+	if _, err := login.Listeners(at); err != nil {
+		t.Skip("the kernel can't be asked here: ", err)
+	}
+	installed := func() string {
+		text, err := os.ReadFile(filepath.Join(w.dir, mtls.CertFile))
+		if err != nil {
+			return ""
+		}
+		return string(text)
+	}
+	takeUp := func() {
+		t.Helper()
+		for _, name := range []string{mtls.CertFile, mtls.KeyFile} {
+			text, err := os.ReadFile(filepath.Join(w.dir, name))
+			must(t, err)
+			must(t, os.WriteFile(filepath.Join(late.dir, name), text, 0o600))
+		}
+	}
+	a, err := New(o)
+	must(t, err)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- a.Run(ctx) }()
+	t.Cleanup(func() { cancel(); <-done })
+	w.eventually("a certificate", func() bool { return installed() != "" })
+	takeUp()
+	w.ready(bus.HostConfig{Generation: 1, MaxSessions: 1})
+	first := installed()
+	a.RenewNow()
+	w.eventually("another certificate", func() bool { return installed() != first })
+	since := looks.Load()
+	w.eventually("ten looks at a server that has the former", func() bool { return looks.Load() > since+10 })
+	takeUp()
+	want := fingerprint(a.current().rdp)
+	w.eventually("a report of the certificate that is served now", func() bool { return w.last().CertificateFingerprint == want })
 }
